@@ -1,0 +1,1 @@
+//! One rank, or N as threads.

@@ -1,0 +1,65 @@
+//! What every world offers: rank, size, device, and channels over which ranks talk.
+//!
+//! A channel is created collectively (the same names in the same order on every rank) and used by one thread. It
+//! starts a collective and returns a [`Pending`] handle that is waited for with a deadline, so that a lost rank ends
+//! in a message and never in a hang. Sums are taken in rank order whatever the world, so the same ranks give the same
+//! bits on threads and over MPI.
+
+use crate::fault::{Code, Result};
+use std::time::Duration;
+use tch::{Device, Tensor};
+
+/// How values of several ranks become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduce {
+    /// Summed in rank order; bf16 is summed in fp32.
+    Sum,
+    Max,
+}
+
+/// The ranks of one job, seen from one of them.
+pub trait World: Send + Sync {
+    fn rank(&self) -> usize;
+    fn size(&self) -> usize;
+    /// The rank's number on its own host, and how many ranks that host has.
+    fn local_rank(&self) -> usize;
+    fn local_size(&self) -> usize;
+    /// Where this rank's tensors live.
+    fn device(&self) -> Device;
+    /// Opens a channel; collective.
+    fn channel(&self, name: &str) -> Result<Box<dyn Channel>>;
+    /// Ends every rank of the job at once with this code, after the caller has told why.
+    fn abort(&self, code: Code) -> !;
+}
+
+/// One stream of collectives. Each call is matched on every rank in the same order. Kinds: f32, f64, bf16, i64, u8
+/// (u8 is gathered and broadcast only).
+pub trait Channel: Send {
+    /// Reduces `tensor` over ranks in place.
+    fn all_reduce(&mut self, tensor: &Tensor, how: Reduce) -> Pending;
+    /// Every rank's `tensor`, stacked: [W, ..].
+    fn all_gather(&mut self, tensor: &Tensor) -> Pending;
+    /// Sums [W·n] over ranks and returns this rank's [n].
+    fn reduce_scatter(&mut self, tensor: &Tensor) -> Pending;
+    /// Copies `root`'s tensor into everyone's, in place.
+    fn broadcast(&mut self, tensor: &Tensor, root: usize) -> Pending;
+    /// Returns once every rank has come here.
+    fn barrier(&mut self) -> Pending;
+    /// Gives up: every started and later collective of this channel ends with a fault.
+    fn abort(&mut self);
+}
+
+/// A collective under way.
+pub struct Pending {
+    finish: Box<dyn FnOnce(Duration) -> Result<Tensor> + Send>,
+}
+
+impl Pending {
+    pub fn new(finish: impl FnOnce(Duration) -> Result<Tensor> + Send + 'static) -> Self {
+        Pending { finish: Box::new(finish) }
+    }
+    /// The result, or a fault (exit code 70) that names the channel and the collective once `deadline` has passed.
+    pub fn wait(self, deadline: Duration) -> Result<Tensor> {
+        (self.finish)(deadline)
+    }
+}

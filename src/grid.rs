@@ -1,0 +1,115 @@
+//! Token geometry for every modality, and the one legend of shape letters.
+//!
+//! | letter | meaning |
+//! |---|---|
+//! | B | samples in a batch |
+//! | N | tokens of a sample, class token not counted |
+//! | K | tokens kept (visible) |
+//! | M | tokens dropped (hidden), N = K + M |
+//! | S | tokens of a sequence as a block sees it, class token counted |
+//! | D | width |
+//! | H | heads |
+//! | P | values per patch |
+//! | C, T, Y, X | channels, frames, height and width of a sample in pixels |
+//!
+//! "ratio" is always the share of tokens hidden. An image is a clip of one frame; a spectrogram is an image of one
+//! channel.
+
+use crate::fault::{Fault, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What a model sees of one sample, in pixels: the config's `input`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Input {
+    /// Channels: 3 for colour, 1 for grey.
+    #[serde(default = "Input::three")]
+    pub channels: i64,
+    /// Frames of a clip; 1 for an image.
+    #[serde(default = "Input::one")]
+    pub frames: i64,
+    pub height: i64,
+    pub width: i64,
+    /// Side of a square patch, in pixels.
+    pub patch: i64,
+    /// Frames that one token covers; 1 for an image.
+    #[serde(default = "Input::one")]
+    pub patch_frames: i64,
+}
+
+impl Input {
+    fn one() -> i64 {
+        1
+    }
+    fn three() -> i64 {
+        3
+    }
+
+    /// The grid of tokens, or what does not divide.
+    pub fn grid(&self) -> Result<Grid> {
+        let Input { channels, frames, height, width, patch, patch_frames } = *self;
+        for (name, value, most) in [
+            ("channels", channels, 64),
+            ("frames", frames, 4096),
+            ("height", height, 8192),
+            ("width", width, 8192),
+            ("patch", patch, 1024),
+            ("patch_frames", patch_frames, 1024),
+        ] {
+            if !(1..=most).contains(&value) {
+                return Err(Fault::usage(format!("input.{name} is {value}; it must lie in 1..={most}")));
+            }
+        }
+        for (name, size, by, part) in [
+            ("height", height, patch, "patch"),
+            ("width", width, patch, "patch"),
+            ("frames", frames, patch_frames, "patch_frames"),
+        ] {
+            if size % by != 0 {
+                let near = (size / by).max(1) * by;
+                return Err(Fault::usage(format!(
+                    "input.{name} is {size}, which input.{part} = {by} does not divide; the nearest that fits is {near}"
+                )));
+            }
+        }
+        Ok(Grid {
+            frames: frames / patch_frames,
+            rows: height / patch,
+            cols: width / patch,
+            channels,
+            patch_frames,
+            patch,
+        })
+    }
+}
+
+/// Tokens in row-major order (frame, row, column), and what each covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    pub frames: i64,
+    pub rows: i64,
+    pub cols: i64,
+    pub channels: i64,
+    pub patch_frames: i64,
+    pub patch: i64,
+}
+
+impl Grid {
+    /// N.
+    pub fn tokens(&self) -> i64 {
+        self.frames * self.rows * self.cols
+    }
+    /// P: values per patch, in the order (frame, row, column, channel).
+    pub fn values(&self) -> i64 {
+        self.patch_frames * self.patch * self.patch * self.channels
+    }
+    /// [C, T, Y, X] of one sample in pixels.
+    pub fn pixels(&self) -> [i64; 4] {
+        [self.channels, self.frames * self.patch_frames, self.rows * self.patch, self.cols * self.patch]
+    }
+    /// K at a ratio: N·(1 − ratio), truncated as the official code does (196 tokens at 0.75 keep 49).
+    pub fn kept(&self, ratio: f64) -> i64 {
+        (self.tokens() as f64 * (1.0 - ratio)) as i64
+    }
+}

@@ -1,0 +1,4 @@
+pub mod group;
+pub mod flat;
+pub mod schedule;
+pub mod update;

@@ -1,0 +1,4 @@
+pub mod position;
+pub mod embed;
+pub mod block;
+pub mod vit;
