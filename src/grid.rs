@@ -20,7 +20,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What a model sees of one sample, in pixels: the config's `input`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Input {
     /// Channels: 3 for colour, 1 for grey.
@@ -36,6 +36,12 @@ pub struct Input {
     /// Frames that one token covers; 1 for an image.
     #[serde(default = "Input::one")]
     pub patch_frames: i64,
+    /// Mean of each channel, pixels read as 0..1; ImageNet's for colour and 0.5 otherwise when left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mean: Vec<f64>,
+    /// Deviation of each channel, as `mean`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub std: Vec<f64>,
 }
 
 impl Input {
@@ -46,9 +52,26 @@ impl Input {
         3
     }
 
+    /// Mean and deviation per channel, or what does not fit.
+    pub fn scale(&self) -> Result<(Vec<f64>, Vec<f64>)> {
+        let count = self.channels as usize;
+        let fill = |given: &[f64], colour: [f64; 3], name: &str| match given.len() {
+            0 if count == 3 => Ok(colour.to_vec()),
+            0 => Ok(vec![0.5; count]),
+            n if n == count => Ok(given.to_vec()),
+            n => Err(Fault::usage(format!("input.{name} has {n} values for {count} channels; give one for each"))),
+        };
+        let mean = fill(&self.mean, [0.485, 0.456, 0.406], "mean")?;
+        let std = fill(&self.std, [0.229, 0.224, 0.225], "std")?;
+        if let Some(bad) = std.iter().find(|&&std| !(std > 0.0 && std.is_finite())) {
+            return Err(Fault::usage(format!("input.std holds {bad}; a deviation must be above 0")));
+        }
+        Ok((mean, std))
+    }
+
     /// The grid of tokens, or what does not divide.
     pub fn grid(&self) -> Result<Grid> {
-        let Input { channels, frames, height, width, patch, patch_frames } = *self;
+        let Input { channels, frames, height, width, patch, patch_frames, .. } = *self;
         for (name, value, most) in [
             ("channels", channels, 64),
             ("frames", frames, 4096),

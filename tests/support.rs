@@ -49,3 +49,23 @@ pub fn oracle(script: &str, arguments: &[&str]) -> Result<String, Failed> {
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
+
+/// Tensors by name, as a safetensors file holds them.
+pub type Tensors = std::collections::BTreeMap<String, tch::Tensor>;
+
+#[allow(dead_code)]
+pub fn read(path: &Path) -> Result<Tensors, Failed> {
+    Ok(tch::Tensor::read_safetensors(path)?.into_iter().collect())
+}
+
+#[allow(dead_code)]
+pub fn write(path: &Path, tensors: &[(String, tch::Tensor)]) -> Result<(), Failed> {
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.contiguous())).collect();
+    Ok(tch::Tensor::write_safetensors(&tensors, path)?)
+}
+
+/// ‖a − b‖.
+#[allow(dead_code)]
+pub fn distance(a: &tch::Tensor, b: &tch::Tensor) -> f64 {
+    (a - b).norm().double_value(&[])
+}

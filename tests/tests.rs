@@ -2,11 +2,13 @@
 
 mod support;
 
+mod mae;
 mod rng;
 
 fn main() {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
+    trials.extend(mae::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -1,1 +1,23 @@
-//! To come.
+//! The only list of methods.
+
+use super::{Method, mae};
+use crate::fault::Result;
+use crate::grid::Input;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The config's `method`: its name and its numbers, `{"mae": {..}}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Config {
+    Mae(mae::Config),
+}
+
+impl Config {
+    /// The method, or what in its numbers or in the input does not fit.
+    pub fn build(&self, input: &Input) -> Result<Box<dyn Method>> {
+        Ok(match self {
+            Config::Mae(config) => Box::new(mae::Mae::new(config, input)?),
+        })
+    }
+}

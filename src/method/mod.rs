@@ -1,2 +1,67 @@
-pub mod mae;
+//! What a method is: four functions over the parts. A method knows parts; parts know no method.
+
 pub mod catalog;
+pub mod mae;
+
+use crate::fault::Result;
+use crate::grid::Grid;
+use crate::op::shuffle::Origin;
+use crate::part::mask::Mask;
+use crate::part::weights::{Table, Weights};
+use tch::Tensor;
+
+/// Samples on their way through a model, on one rank.
+#[derive(Debug)]
+pub struct Batch {
+    /// uint8 as decoded, or fp32 already normalised: [B, C, T, Y, X].
+    pub pixels: Tensor,
+    /// Where each sample's randomness comes from.
+    pub origins: Vec<Origin>,
+    /// The run's seed.
+    pub seed: u64,
+}
+
+/// One named part of a loss: a sum, to be divided by its count over the whole step. The objective is the sum of all
+/// terms' means.
+#[derive(Debug)]
+pub struct Term {
+    pub name: &'static str,
+    /// fp32 [], carrying the gradient.
+    pub sum: Tensor,
+}
+
+/// What a frozen encoder says of a batch.
+pub struct Features {
+    /// The class token after the last normalisation [B, D].
+    pub class: Tensor,
+    /// The mean of all other tokens [B, D].
+    pub mean: Tensor,
+}
+
+/// What a model makes of hidden places, for people to look at; pixels as 0..1 [B, C, T, Y, X].
+pub struct Reconstruction {
+    pub original: Tensor,
+    /// The original with hidden places in grey.
+    pub masked: Tensor,
+    /// The original where visible, the guess where hidden.
+    pub guessed: Tensor,
+}
+
+pub trait Method {
+    fn grid(&self) -> &Grid;
+    /// What the model is made of.
+    fn table(&self) -> &Table;
+    /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
+    /// counts are added up over micro-batches and ranks first and each sum is divided once.
+    fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
+    /// The terms, in the order of `counts`.
+    fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
+    /// Which tokens the method hides of this batch.
+    fn mask(&self, batch: &Batch) -> Mask;
+    /// The pixels as the model receives them: fp32, normalised [B, C, T, Y, X].
+    fn normalised(&self, batch: &Batch) -> Tensor;
+    /// The encoder on whole samples, nothing hidden.
+    fn features(&self, w: &Weights, batch: &Batch) -> Result<Features>;
+    /// Pictures of what the model guesses.
+    fn reconstruct(&self, w: &Weights, batch: &Batch) -> Result<Reconstruction>;
+}

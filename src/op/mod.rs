@@ -1,1 +1,22 @@
-//! Operations.
+//! One operation a file: a plain formula (the reference, public so that tests and readers can call it) and, where one
+//! exists, a faster form of the same name and signature. An operation looks at where its tensors live and chooses.
+
+pub mod adamw;
+pub mod attention;
+pub mod fill;
+pub mod gelu;
+pub mod layer_norm;
+pub mod lerp;
+pub mod linear;
+pub mod masked_mse;
+pub mod patch;
+pub mod shuffle;
+pub mod square_sum;
+
+use tch::Tensor;
+
+/// The sizes of a tensor of `R` dimensions; naming them on a function's first line documents and checks the shape.
+pub fn sizes<const R: usize>(tensor: &Tensor) -> [i64; R] {
+    let size = tensor.size();
+    size.as_slice().try_into().unwrap_or_else(|_| panic!("a tensor of {R} dimensions is wanted, got {size:?}"))
+}

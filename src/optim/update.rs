@@ -1,1 +1,163 @@
-//! To come.
+//! AdamW with the numbers of a config: weight-decay groups, clipping, the moving average.
+
+use super::flat::Flat;
+use super::schedule::{Schedule, Span};
+use crate::fault::{Fault, Result};
+use crate::op::adamw::{AdamW, adamw};
+use crate::op::lerp::lerp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Tensor, no_grad};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Learning rate per 256 samples of the global batch; multiplied by global_batch / 256 (Goyal et al., 2017). Give
+    /// this or `lr`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_lr: Option<f64>,
+    /// The peak learning rate itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// Where the cosine ends.
+    #[serde(default)]
+    pub min_lr: f64,
+    /// Linear warm-up from 0.
+    #[serde(default = "Config::no_warmup")]
+    pub warmup: Span,
+    /// AdamW's decay rates of the two moments.
+    #[serde(default = "Config::betas")]
+    pub betas: [f64; 2],
+    #[serde(default = "Config::eps")]
+    pub eps: f64,
+    /// Decoupled; spares biases, norms' scales and shifts.
+    #[serde(default = "Config::weight_decay")]
+    pub weight_decay: f64,
+    /// The greatest global gradient norm; larger ones are scaled down to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
+    /// Keeps a moving average of the weights that decays by this factor each step; evaluation and export then use it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
+}
+
+impl Config {
+    fn no_warmup() -> Span {
+        Span::Samples(0)
+    }
+    fn betas() -> [f64; 2] {
+        [0.9, 0.95]
+    }
+    fn eps() -> f64 {
+        1e-8
+    }
+    fn weight_decay() -> f64 {
+        0.05
+    }
+
+    pub fn check(&self) -> Result<()> {
+        let range = |name: &str, value: f64, low: f64, high: f64| match (low..=high).contains(&value) {
+            true => Ok(()),
+            false => Err(Fault::usage(format!("optim.{name} is {value}; it must lie in [{low}, {high}]"))),
+        };
+        match (self.base_lr, self.lr) {
+            (Some(lr), None) => range("base_lr", lr, 0.0, 10.0)?,
+            (None, Some(lr)) => range("lr", lr, 0.0, 10.0)?,
+            _ => return Err(Fault::usage("optim wants either base_lr (per 256 samples) or lr (absolute): give one of them")),
+        }
+        range("min_lr", self.min_lr, 0.0, 10.0)?;
+        range("betas[0]", self.betas[0], 0.0, 0.999_999)?;
+        range("betas[1]", self.betas[1], 0.0, 0.999_999)?;
+        range("eps", self.eps, 1e-16, 1.0)?;
+        range("weight_decay", self.weight_decay, 0.0, 10.0)?;
+        if let Some(clip) = self.clip {
+            range("clip", clip, 1e-9, 1e9)?;
+        }
+        if let Some(ema) = self.ema {
+            range("ema", ema, 0.0, 0.999_999_9)?;
+        }
+        self.warmup.check("optim.warmup")
+    }
+
+    /// The peak learning rate for a global batch.
+    pub fn peak(&self, global_batch: u64) -> f64 {
+        self.lr.unwrap_or_else(|| self.base_lr.unwrap_or(0.0) * global_batch as f64 / 256.0)
+    }
+
+    /// The curve over `total` samples.
+    pub fn schedule(&self, data_set: u64, global_batch: u64, total: u64) -> Schedule {
+        Schedule {
+            peak: self.peak(global_batch),
+            least: self.min_lr,
+            warmup: self.warmup.samples(data_set, global_batch),
+            total: total as f64,
+        }
+    }
+}
+
+/// Views of every tensor in each of the flat buffers, made once.
+pub struct Updater {
+    config: Config,
+    tensors: Vec<Views>,
+    /// The moving average, fp32 [L].
+    pub average: Option<Tensor>,
+}
+
+struct Views {
+    decays: bool,
+    weight: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    steps: Tensor,
+}
+
+impl Updater {
+    pub fn new(flat: &Flat, config: &Config) -> Updater {
+        let views = |index: usize| Views {
+            decays: flat.specs[index].decays,
+            weight: flat.part(&flat.master, index).view(-1),
+            gradient: flat.part(&flat.gradient, index).view(-1),
+            first: flat.part(&flat.first, index).view(-1),
+            second: flat.part(&flat.second, index).view(-1),
+            steps: flat.steps.narrow(0, index as i64, 1).view([]),
+        };
+        Updater {
+            config: config.clone(),
+            tensors: (0..flat.specs.len()).map(views).collect(),
+            average: config.ema.map(|_| flat.master.copy()),
+        }
+    }
+
+    /// The factor that brings a gradient of this norm within the limit (PyTorch's `clip_grad_norm_`).
+    pub fn clip_scale(&self, norm: f64) -> f64 {
+        self.config.clip.map_or(1.0, |limit| (limit / (norm + 1e-6)).min(1.0))
+    }
+
+    /// One update of the tensors that are `used`; the others stay where they are, moments and counts included.
+    pub fn update(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
+        let Config { betas, eps, weight_decay, .. } = self.config;
+        if clip_scale < 1.0 {
+            let _ = flat.gradient.g_mul_scalar_(clip_scale);
+        }
+        for decays in [true, false] {
+            let group: Vec<&Views> =
+                self.tensors.iter().zip(used).filter(|(t, used)| **used && t.decays == decays).map(|(t, _)| t).collect();
+            let pick = |of: fn(&Views) -> &Tensor| group.iter().map(|t| of(t).shallow_clone()).collect::<Vec<_>>();
+            let weight_decay = if decays { weight_decay } else { 0.0 };
+            adamw(
+                &pick(|t| &t.weight),
+                &pick(|t| &t.gradient),
+                &pick(|t| &t.first),
+                &pick(|t| &t.second),
+                &pick(|t| &t.steps),
+                AdamW { lr, betas: (betas[0], betas[1]), weight_decay, eps },
+            )?;
+        }
+        flat.refresh();
+        if let (Some(average), Some(decay)) = (&mut self.average, self.config.ema) {
+            no_grad(|| lerp(average, &flat.master, 1.0 - decay));
+        }
+        Ok(())
+    }
+}

@@ -1,8 +1,10 @@
-//! What methods are composed of, in travel order.
+//! What methods are composed of, in travel order. A part is named for what it is, never for who uses it; it knows the
+//! parts above it and no method.
 
-pub mod view;
-pub mod mask;
-pub mod encoder;
-pub mod decoder;
-pub mod target;
-pub mod loss;
+pub mod view; // one decoded sample → the views a method asks for
+pub mod weights; // a table of named tensors, and their values
+pub mod mask; // grid and origin → which tokens are hidden
+pub mod encoder; // tokens → features
+pub mod decoder; // features → predictions at the hidden places
+pub mod target; // what is to be predicted
+pub mod loss; // pure functions of tensors

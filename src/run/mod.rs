@@ -1,6 +1,7 @@
 //! The verbs.
 
 pub mod checkpoint;
+pub mod dialect;
 pub mod doctor;
 pub mod dump;
 pub mod evaluate;

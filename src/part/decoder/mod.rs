@@ -1,1 +1,3 @@
+//! Features become predictions at the hidden places.
+
 pub mod vit;

@@ -1,1 +1,69 @@
-//! To come.
+//! A small transformer over visible and mask tokens (MAE §3, "MAE decoder").
+
+use crate::fault::Result;
+use crate::grid::Grid;
+use crate::op::{fill::fill, patch::gather, sizes};
+use crate::part::encoder::{block::Block, position, vit::Shape};
+use crate::part::mask::Mask;
+use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
+use tch::Tensor;
+
+pub struct Decoder {
+    embed: Linear,
+    /// Not there where the encoder has seen mask tokens.
+    token: Option<Slot>,
+    blocks: Vec<Block>,
+    norm: Norm,
+    pred: Linear,
+    /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
+    pub positions: Tensor,
+}
+
+impl Decoder {
+    /// `inputs` is the encoder's width; with `fills` it has a mask token to put at hidden places. Tensors: `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm`, `.pred`.
+    pub fn new(table: &mut Table, name: &str, grid: &Grid, inputs: i64, shape: &Shape, fills: bool) -> Self {
+        let Shape { width, depth, heads, mlp_ratio } = *shape;
+        Decoder {
+            embed: Linear::new(table, &format!("{name}.embed"), inputs, width),
+            token: fills.then(|| table.add(format!("{name}.mask_token"), &[1, 1, width], Init::Normal(0.02))),
+            blocks: (0..depth)
+                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width))
+                .collect(),
+            norm: Norm::new(table, &format!("{name}.norm"), width),
+            pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
+            positions: position::sine_cosine(grid, width),
+        }
+    }
+
+    /// seen [B, 1+K, D of the encoder] → guesses at the dropped places [B, M, P].
+    pub fn fill(&self, w: &Weights, seen: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let seen = self.embed.forward(w, seen)?;
+        let table = self.positions.to_device(seen.device()).to_kind(seen.kind());
+        let token = w[self.token.expect("a decoder built with a mask token")].view(-1);
+        let x = fill(&seen, &token, &table, &mask.keep, &mask.drop); // class, visible, hidden
+        self.predict(w, x, mask)
+    }
+
+    /// As `fill`, from an encoder that has seen mask tokens: all [B, 1+N, D of the encoder] in the order class, kept,
+    /// dropped. Positions are added again, as for visible tokens.
+    pub fn refine(&self, w: &Weights, all: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let all = self.embed.forward(w, all)?;
+        let table = self.positions.to_device(all.device()).to_kind(all.kind());
+        let [batch, _, width] = sizes(&all);
+        let places = table.unsqueeze(0).expand([batch, self.positions.size()[0], width], false);
+        let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
+        let class = all.narrow(1, 0, 1);
+        let tokens = all.narrow(1, 1, order.size()[1]) + gather(&places, &order);
+        self.predict(w, Tensor::cat(&[class, tokens], 1), mask)
+    }
+
+    /// The last block answers only the hidden tokens, which stand last.
+    fn predict(&self, w: &Weights, mut x: Tensor, mask: &Mask) -> Result<Tensor> {
+        let hidden = 1 + mask.keep.size()[1];
+        let last = self.blocks.len() - 1;
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = block.tail(w, &x, if i == last { hidden } else { 0 })?;
+        }
+        self.pred.forward(w, &self.norm.forward(w, &x))
+    }
+}

@@ -1,4 +1,5 @@
-pub mod position;
-pub mod embed;
+//! Tokens become features.
+
 pub mod block;
+pub mod position;
 pub mod vit;

@@ -1,1 +1,22 @@
-//! To come.
+//! Fixed sine-cosine positions.
+
+use crate::grid::Grid;
+use tch::Tensor;
+
+/// fp32 [N, D], computed in fp64 (official `get_2d_sincos_pos_embed`): the first half of the channels encodes the
+/// column, the second half the row; inside each half all sines, then all cosines; frequencies 10000^(−i / (D/4)).
+/// D must be a multiple of 4; one frame.
+pub fn sine_cosine(grid: &Grid, width: i64) -> Tensor {
+    let quarter = (width / 4) as usize;
+    let mut table = Vec::with_capacity((grid.tokens() * width) as usize);
+    for row in 0..grid.rows {
+        for col in 0..grid.cols {
+            for at in [col, row] {
+                let angle = |i: usize| at as f64 / 10000f64.powf(i as f64 / quarter as f64);
+                table.extend((0..quarter).map(|i| angle(i).sin() as f32));
+                table.extend((0..quarter).map(|i| angle(i).cos() as f32));
+            }
+        }
+    }
+    Tensor::from_slice(&table).view([grid.rows * grid.cols, width])
+}

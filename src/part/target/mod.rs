@@ -1,1 +1,3 @@
+//! What is to be predicted.
+
 pub mod pixel;

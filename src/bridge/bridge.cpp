@@ -1,0 +1,203 @@
+// The CPU half of the bridge: what tch leaves out, as C functions over tensor handles.
+// No exception crosses the boundary: each function returns false and leaves its reason in occlude_reason().
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <dlfcn.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+thread_local std::string reason;
+
+template <class Body>
+bool guarded(Body body) {
+  try {
+    body();
+    return true;
+  } catch (const c10::Error& error) {
+    reason = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    reason = error.what();
+  } catch (...) {
+    reason = "an unknown exception";
+  }
+  return false;
+}
+
+// ---- linear: oneDNN's matrix product -----------------------------------------------------------------------------
+// libtorch multiplies fp32 matrices with MKL, which leaves half of the speed of non-Intel processors unused; oneDNN
+// generates code for the processor that it finds. The operator is registered with the dispatcher, so it is asked there.
+
+using Pointwise = at::Tensor(
+    const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+    c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+
+// y [R, N] = x [R, K] · w [N, K]ᵀ + b [N].
+at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& b) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Pointwise>();
+  return op.call(x, w, b, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+struct Linear : torch::autograd::Function<Linear> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& w,
+                            const at::Tensor& b) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto rows = x.reshape({-1, x.size(-1)});
+    context->save_for_backward({rows, w});
+    auto shape = x.sizes().vec();
+    shape.back() = w.size(0);
+    return product(rows, w, b).view(shape);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto saved = context->get_saved_variables();
+    const auto &x = saved[0], &w = saved[1];
+    auto shape = gradients[0].sizes().vec();
+    const auto gy = gradients[0].reshape({-1, shape.back()});  // [R, N]
+    shape.back() = w.size(1);
+    at::Tensor gx, gw, gb;
+    if (context->needs_input_grad(0)) gx = product(gy, w.t(), std::nullopt).view(shape);
+    if (context->needs_input_grad(1)) gw = product(gy.t(), x.t(), std::nullopt);
+    if (context->needs_input_grad(2)) gb = gy.sum(0);
+    return {gx, gw, gb};
+  }
+};
+
+// ---- hooks ---------------------------------------------------------------------------------------------------------
+
+struct Hook : torch::autograd::PostAccumulateGradHook {
+  void (*call)(void*, size_t);
+  void* context;
+  size_t index;
+  Hook(void (*call)(void*, size_t), void* context, size_t index) : call(call), context(context), index(index) {}
+  void operator()(const torch::autograd::Variable&) override { call(context, index); }
+};
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+// A training step asks for the same blocks again and again; the C library gives large ones back to the kernel each
+// time, which then clears their pages anew. This allocator keeps blocks of one megabyte and more for the next request
+// of the same size, as libtorch does on CUDA, and hands smaller ones on.
+
+struct Keeper : c10::Allocator {
+  static constexpr size_t least = size_t(1) << 20;
+  static inline std::mutex lock;
+  static inline std::unordered_map<size_t, std::vector<void*>> idle;  // by size
+  static inline std::unordered_map<void*, size_t> sizes;             // of blocks handed out
+
+  static size_t rounded(size_t bytes) { return (bytes + least - 1) / least * least; }
+
+  static void release(void* block) {
+    if (block == nullptr) return;
+    std::unique_lock<std::mutex> guard(lock);
+    const auto found = sizes.find(block);
+    if (found == sizes.end()) {
+      guard.unlock();
+      c10::free_cpu(block);
+      return;
+    }
+    idle[found->second].push_back(block);
+    sizes.erase(found);
+  }
+
+  c10::DataPtr allocate(size_t bytes) override {
+    void* block = nullptr;
+    if (bytes < least) {
+      block = c10::alloc_cpu(bytes);
+    } else {
+      const size_t size = rounded(bytes);
+      std::unique_lock<std::mutex> guard(lock);
+      auto& same = idle[size];
+      if (!same.empty()) {
+        block = same.back();
+        same.pop_back();
+        sizes[block] = size;
+      } else {
+        guard.unlock();
+        block = c10::alloc_cpu(size);
+        guard.lock();
+        sizes[block] = size;
+      }
+    }
+    return {block, block, &release, at::DeviceType::CPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+Keeper keeper;
+
+std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t n) {
+  std::vector<at::Tensor> all;
+  all.reserve(n);
+  for (size_t i = 0; i < n; ++i) all.push_back(*tensors[i]);
+  return all;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* occlude_reason() { return reason.c_str(); }
+
+// The linker drops libtorch_cuda, since nothing refers to it; opened here it registers its kernels.
+bool occlude_open_cuda() { return dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr; }
+
+void occlude_keep_memory() { c10::SetCPUAllocator(&keeper, 1); }
+
+// Idle blocks back to the system; the bytes freed.
+size_t occlude_free_idle_memory() {
+  std::lock_guard<std::mutex> guard(Keeper::lock);
+  size_t bytes = 0;
+  for (auto& [size, blocks] : Keeper::idle) {
+    bytes += size * blocks.size();
+    for (void* block : blocks) c10::free_cpu(block);
+  }
+  Keeper::idle.clear();
+  return bytes;
+}
+
+bool occlude_linear(at::Tensor** out, const at::Tensor* x, const at::Tensor* w, const at::Tensor* b) {
+  return guarded([&] { *out = new at::Tensor(Linear::apply(*x, *w, *b)); });
+}
+
+bool occlude_on_gradient(const at::Tensor* leaf, void (*call)(void*, size_t), void* context, size_t index) {
+  return guarded([&] {
+    torch::autograd::impl::set_post_acc_grad_hooks(*leaf, std::make_unique<Hook>(call, context, index));
+  });
+}
+
+bool occlude_set_gradient(const at::Tensor* leaf, const at::Tensor* gradient) {
+  return guarded([&] {
+    // A gradient may be kept in another dtype than its weight: fp32 sums under bf16 weights.
+    if (leaf->scalar_type() != gradient->scalar_type()) leaf->set_grad_dtype(gradient->scalar_type());
+    leaf->mutable_grad() = *gradient;
+  });
+}
+
+bool occlude_adamw(at::Tensor* const* weights, at::Tensor* const* gradients, at::Tensor* const* first,
+                   at::Tensor* const* second, at::Tensor* const* steps, size_t n, double lr, double beta1,
+                   double beta2, double weight_decay, double eps) {
+  return guarded([&] {
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < n; ++i) steps[i]->add_(1);
+    at::_fused_adamw_(list(weights, n), list(gradients, n), list(first, n), list(second, n), {}, list(steps, n), lr,
+                      beta1, beta2, weight_decay, eps, false, false);
+  });
+}
+}
