@@ -127,12 +127,17 @@ impl Case {
 
         method.encoder.positions = reply["positions"].shallow_clone();
         method.decoder.positions = reply["decoder_positions"].shallow_clone();
-        let optim: update::Config = serde_json::from_value(
-            serde_json::json!({"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.95]}),
-        )?;
+        let optim: update::Config =
+            serde_json::from_value(serde_json::json!({"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.95]}))?;
         let updater = Updater::new(&flat, &optim);
-        let mut stepper =
-            Stepper::new(Box::new(method), flat, updater, Arc::new(Solo::new(Device::Cpu)), 1 << 12, Duration::from_secs(5))?;
+        let mut stepper = Stepper::new(
+            Box::new(method),
+            flat,
+            updater,
+            Arc::new(Solo::new(Device::Cpu)),
+            1 << 12,
+            Duration::from_secs(5),
+        )?;
         for (step, batch) in batches.into_iter().enumerate() {
             let outcome = stepper.step(&[batch], LR, |stepper, _| {
                 if step == 0 { self.check_gradients(stepper, &grid, &reply) } else { Ok(()) }

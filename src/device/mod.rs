@@ -1,8 +1,44 @@
 //! Where tensors live and how ranks talk. A world is a value that is handed down; only `join` knows which there are.
 
+mod agree;
+mod channel;
+mod delayed;
+mod fold;
+pub mod guard;
 pub mod mpi;
+pub mod pulse;
 pub mod solo;
+mod wire;
 pub mod world;
 
+pub use agree::agree;
+pub use guard::{Request, Requests, ground};
+pub use pulse::{Beat, Limits, Phase, Pulse};
 pub use world::{Channel, Pending, Reduce, World};
 
+use crate::fault::{Fault, Result};
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Device;
+
+/// The world that this process was started in: MPI under a launcher, else one rank alone. Sets the number of threads
+/// (see [`ground`]) and binds the process's life to its launcher's.
+pub fn join() -> Result<Arc<dyn World>> {
+    ground(None);
+    if !guard::launched() {
+        return Ok(Arc::new(solo::Solo::new(Device::Cpu)));
+    }
+    guard::die_with_parent()?;
+    Ok(Arc::new(mpi::Mpi::join()?))
+}
+
+/// Tells why and ends every rank of the job. A fault that all ranks share is told once: rank 0 speaks at once, the
+/// others a little later, by when they are gone.
+pub fn fail(world: &dyn World, fault: &Fault) -> ! {
+    std::thread::sleep(Duration::from_millis(1500) * world.rank().min(2) as u32);
+    match world.size() {
+        1 => eprintln!("{fault}"),
+        _ => eprintln!("rank {}: {fault}", world.rank()),
+    }
+    world.abort(fault.code)
+}

@@ -84,7 +84,10 @@ impl Config {
             )));
         }
         if grid.frames != 1 {
-            return Err(Fault::usage(format!("input.frames makes {} time slots; {at} reads images: set it to 1", grid.frames)));
+            return Err(Fault::usage(format!(
+                "input.frames makes {} time slots; {at} reads images: set it to 1",
+                grid.frames
+            )));
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! AdamW (Loshchilov and Hutter, 2019, algorithm 2) in the form and order of operations of PyTorch.
 
-pub use crate::bridge::AdamW;
 use crate::bridge;
+pub use crate::bridge::AdamW;
 use crate::fault::Result;
 use tch::Tensor;
 

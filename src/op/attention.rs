@@ -8,9 +8,11 @@ use tch::{Kind, Tensor};
 pub fn attention(qkv: &Tensor, heads: i64, from: i64) -> Tensor {
     let [batch, tokens, width] = sizes(qkv);
     let [q, k, v] = split(qkv, heads, from);
-    Tensor::scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, false, None, false)
-        .transpose(1, 2)
-        .reshape([batch, tokens - from, width / 3])
+    Tensor::scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, false, None, false).transpose(1, 2).reshape([
+        batch,
+        tokens - from,
+        width / 3,
+    ])
 }
 
 /// The reference; softmax in fp32.

@@ -59,9 +59,8 @@ fn normalised(rows: &Tensor, scale: &Scale) -> Tensor {
         return rows.to_kind(Kind::Float);
     }
     let repeats = rows.size()[2] / scale.mean.len() as i64;
-    let constants = |values: Vec<f64>| {
-        Tensor::from_slice(&values).to_kind(Kind::Float).to_device(rows.device()).repeat([repeats])
-    };
+    let constants =
+        |values: Vec<f64>| Tensor::from_slice(&values).to_kind(Kind::Float).to_device(rows.device()).repeat([repeats]);
     let factor = constants(scale.std.iter().map(|std| 1.0 / (255.0 * std)).collect());
     let offset = constants(scale.mean.iter().zip(&scale.std).map(|(mean, std)| -mean / std).collect());
     offset.addcmul(&rows.to_kind(Kind::Float), &factor)

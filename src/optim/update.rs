@@ -63,7 +63,11 @@ impl Config {
         match (self.base_lr, self.lr) {
             (Some(lr), None) => range("base_lr", lr, 0.0, 10.0)?,
             (None, Some(lr)) => range("lr", lr, 0.0, 10.0)?,
-            _ => return Err(Fault::usage("optim wants either base_lr (per 256 samples) or lr (absolute): give one of them")),
+            _ => {
+                return Err(Fault::usage(
+                    "optim wants either base_lr (per 256 samples) or lr (absolute): give one of them",
+                ));
+            }
         }
         range("min_lr", self.min_lr, 0.0, 10.0)?;
         range("betas[0]", self.betas[0], 0.0, 0.999_999)?;
@@ -141,8 +145,13 @@ impl Updater {
             let _ = flat.gradient.g_mul_scalar_(clip_scale);
         }
         for decays in [true, false] {
-            let group: Vec<&Views> =
-                self.tensors.iter().zip(used).filter(|(t, used)| **used && t.decays == decays).map(|(t, _)| t).collect();
+            let group: Vec<&Views> = self
+                .tensors
+                .iter()
+                .zip(used)
+                .filter(|(t, used)| **used && t.decays == decays)
+                .map(|(t, _)| t)
+                .collect();
             let pick = |of: fn(&Views) -> &Tensor| group.iter().map(|t| of(t).shallow_clone()).collect::<Vec<_>>();
             let weight_decay = if decays { weight_decay } else { 0.0 };
             adamw(

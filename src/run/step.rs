@@ -103,7 +103,8 @@ impl Stepper {
             bad_ranks = (0..self.world.size()).collect();
         }
         let own = self.method.counts(samples);
-        let terms: Vec<_> = own.iter().zip(totals.iter().zip(counts)).map(|((name, _), (sum, n))| (*name, sum / n)).collect();
+        let terms: Vec<_> =
+            own.iter().zip(totals.iter().zip(counts)).map(|((name, _), (sum, n))| (*name, sum / n)).collect();
         Ok(Outcome {
             loss: terms.iter().map(|(_, mean)| mean).sum(),
             local_loss: own.iter().zip(sums).map(|((_, count), sum)| sum / count).sum(),
