@@ -1,1 +1,384 @@
-//! The config.
+//! The config: JSON (comments allowed), each part's numbers owned by that part. Reading refuses unknown keys with the
+//! nearest valid name; checking refuses what cannot work, with the remedy, before any work begins.
+
+use crate::fault::{Fault, Result};
+use crate::grid::Input;
+use crate::method::catalog;
+use crate::optim::update;
+use crate::part::view;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::path::Path;
+
+/// A whole run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// What this config is: the row of a paper's table, the hardware, what it reached and who measured it.
+    pub about: About,
+    /// What the model sees of a sample.
+    pub input: Input,
+    /// How a sample is cropped and flipped.
+    #[serde(default)]
+    pub view: view::View,
+    /// The method and its numbers.
+    pub method: catalog::Config,
+    pub optim: update::Config,
+    pub data: Data,
+    pub train: Train,
+    #[serde(default)]
+    pub checkpoint: Checkpoint,
+    #[serde(default)]
+    pub log: Log,
+    #[serde(default)]
+    pub world: World,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct About {
+    /// What it trains.
+    pub title: String,
+    /// Where the numbers come from: paper, table, repository.
+    pub source: String,
+    /// What the source reports, and on what hardware.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reported: Option<String>,
+    /// What we measured ourselves, with date and machine; or that we have not run it.
+    pub measured: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// The training set: a folder of shards, one shard, or a pattern such as `dir/train-{000000..000009}.tar`.
+    pub train: String,
+    /// Decoding threads of each rank; as many as its share of the cores when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// The most that waits, decoded, ahead of the step.
+    #[serde(default = "Data::prefetch_mb")]
+    pub prefetch_mb: u64,
+    /// Shards whose samples are mixed with each other at a time.
+    #[serde(default = "Data::open_shards")]
+    pub open_shards: usize,
+    /// The greatest share of samples that may be unreadable; they are named, counted and replaced.
+    #[serde(default = "Data::max_bad_share")]
+    pub max_bad_share: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    /// How long: in steps, or in `epochs`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<f64>,
+    /// Samples of one step, over all ranks.
+    pub global_batch: u64,
+    /// Samples that a rank takes through the model at a time; its whole share when left out. Gradients of several
+    /// micro-batches add up before they are reduced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<u64>,
+    #[serde(default)]
+    pub seed: u64,
+    /// The dtype of weights and activations in the model; master weights, moments and losses are fp32.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Refused steps (loss or gradient not finite on some rank) in a row before training gives up.
+    #[serde(default = "Train::bad_steps")]
+    pub bad_steps: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    #[default]
+    Fp32,
+    Bf16,
+}
+
+impl Dtype {
+    pub fn kind(self) -> tch::Kind {
+        match self {
+            Dtype::Fp32 => tch::Kind::Float,
+            Dtype::Bf16 => tch::Kind::BFloat16,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Steps between checkpoints; there is always one at the end.
+    #[serde(default = "Checkpoint::every_steps")]
+    pub every_steps: u64,
+    /// How many of the newest are kept.
+    #[serde(default = "Checkpoint::keep_last")]
+    pub keep_last: usize,
+    /// Those whose step is a multiple of this are kept for good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_every: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// Steps between pictures of reconstructions; none when 0.
+    #[serde(default = "Log::pictures_every_steps")]
+    pub pictures_every_steps: u64,
+    /// Seconds between progress lines where there is no terminal.
+    #[serde(default = "Log::every_s")]
+    pub every_s: f64,
+    /// Write TensorBoard events.
+    #[serde(default = "Log::yes")]
+    pub tensorboard: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct World {
+    /// Gradients are reduced in buckets of at least this size while backward goes on.
+    #[serde(default = "World::bucket_mb")]
+    pub bucket_mb: f64,
+    /// How long a rank may be silent before the job is ended.
+    #[serde(default = "World::frozen_s")]
+    pub frozen_s: f64,
+    /// How long a rank waits for the others in one collective, and may take over one step.
+    #[serde(default = "World::deadline_s")]
+    pub deadline_s: f64,
+}
+
+impl Data {
+    fn prefetch_mb() -> u64 {
+        256
+    }
+    fn open_shards() -> usize {
+        16
+    }
+    fn max_bad_share() -> f64 {
+        0.001
+    }
+}
+impl Train {
+    fn bad_steps() -> u64 {
+        3
+    }
+}
+impl Checkpoint {
+    fn every_steps() -> u64 {
+        1000
+    }
+    fn keep_last() -> usize {
+        3
+    }
+}
+impl Log {
+    fn pictures_every_steps() -> u64 {
+        500
+    }
+    fn every_s() -> f64 {
+        10.0
+    }
+    fn yes() -> bool {
+        true
+    }
+}
+impl World {
+    fn bucket_mb() -> f64 {
+        25.0
+    }
+    fn frozen_s() -> f64 {
+        60.0
+    }
+    fn deadline_s() -> f64 {
+        600.0
+    }
+}
+
+/// The defaults of a section are those of its keys.
+macro_rules! default_from_keys {
+    ($($section:ty),*) => {$(
+        impl Default for $section {
+            fn default() -> Self {
+                serde_json::from_str("{}").expect("every key has a default")
+            }
+        }
+    )*};
+}
+default_from_keys!(Checkpoint, Log, World);
+
+impl Config {
+    /// Reads a file, applies `path.to.key=value` overrides in order, refuses what is unknown or out of range.
+    pub fn read(path: &Path, overrides: &[String]) -> Result<Config> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Fault::usage(format!("{}: {error}; give a config such as configs/tiny/mae.json with --config", path.display()))
+        })?;
+        Self::parse(&text, overrides).map_err(|fault| fault.at(path.display()))
+    }
+
+    /// As `read`, from text.
+    pub fn parse(text: &str, overrides: &[String]) -> Result<Config> {
+        let stripped = json_comments::StripComments::new(text.as_bytes());
+        let mut value: Value = serde_json::from_reader(stripped).map_err(|error| Fault::usage(format!("not JSON: {error}")))?;
+        for line in overrides {
+            set(&mut value, line)?;
+        }
+        let config: Config = serde_path_to_error::deserialize(value).map_err(explain)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Everything that can be said without data and without a world.
+    pub fn check(&self) -> Result<()> {
+        self.view.check()?;
+        self.optim.check()?;
+        let grid = self.input.grid()?;
+        self.input.scale()?;
+        self.method.check(&grid)?;
+        self.check_numbers()
+    }
+
+    fn check_numbers(&self) -> Result<()> {
+        let at_least = |name: &str, value: f64, least: f64, most: f64| match (least..=most).contains(&value) {
+            true => Ok(()),
+            false => Err(Fault::usage(format!("{name} is {value}; it must lie in {least}..={most}"))),
+        };
+        match (self.train.steps, self.train.epochs) {
+            (Some(steps), None) => at_least("train.steps", steps as f64, 1.0, 1e12)?,
+            (None, Some(epochs)) => at_least("train.epochs", epochs, 1e-6, 1e6)?,
+            _ => return Err(Fault::usage("train wants either steps or epochs: give one of them")),
+        }
+        at_least("train.global_batch", self.train.global_batch as f64, 1.0, 1e9)?;
+        if let Some(micro) = self.train.micro_batch {
+            at_least("train.micro_batch", micro as f64, 1.0, self.train.global_batch as f64)?;
+        }
+        at_least("data.prefetch_mb", self.data.prefetch_mb as f64, 1.0, 1e6)?;
+        at_least("data.open_shards", self.data.open_shards as f64, 1.0, 1e6)?;
+        at_least("data.max_bad_share", self.data.max_bad_share, 0.0, 1.0)?;
+        if let Some(threads) = self.data.threads {
+            at_least("data.threads", threads as f64, 1.0, 1024.0)?;
+        }
+        at_least("checkpoint.every_steps", self.checkpoint.every_steps as f64, 1.0, 1e12)?;
+        at_least("checkpoint.keep_last", self.checkpoint.keep_last as f64, 1.0, 1e6)?;
+        if let Some(every) = self.checkpoint.keep_every {
+            at_least("checkpoint.keep_every", every as f64, 1.0, 1e12)?;
+        }
+        at_least("log.every_s", self.log.every_s, 0.0, 1e6)?;
+        at_least("world.bucket_mb", self.world.bucket_mb, 1e-4, 1e5)?;
+        at_least("world.frozen_s", self.world.frozen_s, 1.0, 1e6)?;
+        at_least("world.deadline_s", self.world.deadline_s, 1.0, 1e6)
+    }
+
+    /// Steps of the whole run over a data set of `samples`.
+    pub fn steps(&self, samples: u64) -> u64 {
+        match (self.train.steps, self.train.epochs) {
+            (Some(steps), _) => steps,
+            (None, epochs) => {
+                ((epochs.unwrap_or(0.0) * samples as f64) / self.train.global_batch as f64).round().max(1.0) as u64
+            }
+        }
+    }
+
+    /// As JSON, every default written out.
+    pub fn resolved(&self) -> Value {
+        serde_json::to_value(self).expect("a config is JSON")
+    }
+
+    /// What must not change when a run is resumed: everything but how long, how often and how fast.
+    pub fn identity(&self) -> Value {
+        let mut value = self.resolved();
+        let root = value.as_object_mut().expect("an object");
+        for section in ["about", "checkpoint", "log", "world"] {
+            root.remove(section);
+        }
+        for (section, keys) in [("train", &["bad_steps", "micro_batch"][..]), ("data", &["threads", "prefetch_mb", "max_bad_share"][..])] {
+            for key in keys {
+                root[section].as_object_mut().expect("a section").remove(*key);
+            }
+        }
+        value
+    }
+}
+
+/// The JSON Schema of a config.
+pub fn schema() -> Value {
+    serde_json::to_value(schemars::schema_for!(Config)).expect("a schema is JSON")
+}
+
+/// Dotted paths at which two JSON values differ, with both values.
+pub fn differences(a: &Value, b: &Value) -> Vec<(String, Value, Value)> {
+    fn walk(path: &str, a: &Value, b: &Value, out: &mut Vec<(String, Value, Value)>) {
+        match (a, b) {
+            (Value::Object(x), Value::Object(y)) => {
+                let keys: std::collections::BTreeSet<_> = x.keys().chain(y.keys()).collect();
+                for key in keys {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    walk(&path, x.get(key).unwrap_or(&Value::Null), y.get(key).unwrap_or(&Value::Null), out);
+                }
+            }
+            _ if a != b => out.push((path.to_string(), a.clone(), b.clone())),
+            _ => {}
+        }
+    }
+    let mut out = Vec::new();
+    walk("", a, b, &mut out);
+    out
+}
+
+/// `path.to.key=value`; the value is JSON, or else a string.
+fn set(root: &mut Value, line: &str) -> Result<()> {
+    let wrong = || Fault::usage(format!("--set {line}: wanted path.to.key=value, such as train.steps=100"));
+    let (path, value) = line.split_once('=').ok_or_else(wrong)?;
+    let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_string()));
+    let mut at = root;
+    let mut keys = path.split('.').peekable();
+    while let Some(key) = keys.next() {
+        if key.is_empty() {
+            return Err(wrong());
+        }
+        let Value::Object(object) = at else {
+            return Err(Fault::usage(format!("--set {line}: what stands before `{key}` is no section of the config")));
+        };
+        if keys.peek().is_none() {
+            object.insert(key.to_string(), value);
+            break;
+        }
+        at = object.entry(key).or_insert_with(|| Value::Object(Default::default()));
+    }
+    // Two ways to say one thing exclude each other: the one that is set now wins.
+    for (path_set, other) in [
+        ("train.steps", "epochs"),
+        ("train.epochs", "steps"),
+        ("optim.lr", "base_lr"),
+        ("optim.base_lr", "lr"),
+    ] {
+        if path == path_set
+            && let Some(section) = root[path.split('.').next().expect("a section")].as_object_mut()
+        {
+            section.remove(other);
+        }
+    }
+    Ok(())
+}
+
+/// serde's complaint in our words: where, what, and the nearest valid name for an unknown key.
+fn explain(error: serde_path_to_error::Error<serde_json::Error>) -> Fault {
+    let place = error.path().to_string();
+    let text = error.inner().to_string();
+    let place = if place == "." { "the config".to_string() } else { place };
+    let quoted: Vec<&str> = text.split('`').skip(1).step_by(2).collect();
+    let names = ["unknown field", "unknown variant"];
+    let Some(kind) = names.iter().find(|name| text.starts_with(*name)) else {
+        return Fault::usage(format!("at {place}: {text}"));
+    };
+    let what = if kind.ends_with("field") { "key" } else { "value" };
+    let (Some(unknown), valid) = (quoted.first(), quoted.get(1..).unwrap_or_default()) else {
+        return Fault::usage(format!("at {place}: {text}"));
+    };
+    let nearest = valid.iter().max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
+    let hint = nearest.map_or(String::new(), |name| format!("; did you mean `{name}`?"));
+    Fault::usage(format!("at {place}: unknown {what} `{unknown}`{hint} Valid: {}", valid.join(", ")))
+}

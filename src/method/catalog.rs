@@ -2,7 +2,7 @@
 
 use super::{Method, mae};
 use crate::fault::Result;
-use crate::grid::Input;
+use crate::grid::{Grid, Input};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,13 @@ pub enum Config {
 }
 
 impl Config {
+    /// What in its numbers does not fit, told before any work begins.
+    pub fn check(&self, grid: &Grid) -> Result<()> {
+        match self {
+            Config::Mae(config) => config.check("method.mae", grid),
+        }
+    }
+
     /// The method, or what in its numbers or in the input does not fit.
     pub fn build(&self, input: &Input) -> Result<Box<dyn Method>> {
         Ok(match self {
