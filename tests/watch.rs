@@ -2,6 +2,7 @@
 
 use crate::support::{Outcome, oracle};
 use occlude::fault::Code;
+use occlude::run::doctor::{self, Check, State};
 use occlude::run::events::Events;
 use occlude::run::log::{Line, Log, Window, progress_text};
 use occlude::run::picture::{self, Tile};
@@ -24,6 +25,8 @@ crate::trials![
     a_grid_scales_small_tiles_by_whole_factors,
     a_heading_is_legible_and_widens_its_column,
     a_picture_reaches_disk_and_tensorboard,
+    the_doctor_looks_at_everything,
+    the_doctor_names_credentials_and_keeps_their_values,
 ];
 
 /// Step `step` of a made-up run: 32 samples a step of half a second, 320 samples in the set.
@@ -250,5 +253,55 @@ fn a_picture_reaches_disk_and_tensorboard() -> Outcome {
     assert_eq!(seen["images"]["reconstruction"][0][0], 40);
     picture::save_png(&sheet, &dir.path().join("alone.png"))?;
     assert_eq!(picture::save_png(&sheet, &dir.path().join("no/such/folder.png")).unwrap_err().code, Code::Disk);
+    Ok(())
+}
+
+/// Set in the child that shows the doctor's table to the test below.
+const CHILD: &str = "OCCLUDE_TEST_DOCTOR_CHILD";
+
+fn the_doctor_looks_at_everything() -> Outcome {
+    let checks = doctor::checks();
+    if std::env::var_os(CHILD).is_some() {
+        println!("{}", doctor::table(&checks));
+        return Ok(());
+    }
+    let of =
+        |what: &str| checks.iter().find(|check| check.what == what).unwrap_or_else(|| panic!("no line for {what}"));
+    assert!(of("libtorch").detail.starts_with("2.11.0"), "{:?}", of("libtorch"));
+    assert!(of("MPI library").detail.contains("Open MPI v5"), "{:?}", of("MPI library"));
+    assert_eq!(of("mpirun").state, State::Ok);
+    assert!(of("NVRTC").detail.contains("libnvrtc.so"), "{:?}", of("NVRTC"));
+    assert!(of("NCCL").detail.contains("libnccl.so"), "{:?}", of("NCCL"));
+    let driver = Path::new("/proc/driver/nvidia/version").exists();
+    assert_eq!(of("NVIDIA driver").state == State::Absent, !driver);
+    for what in ["libtorch, CUDA half", "FFmpeg", "store credentials", "cores", "open files", "other limits", "memory"]
+    {
+        assert!(!of(what).detail.is_empty(), "{what}");
+    }
+    for what in ["shared memory", "disk, this folder", "disk, cache folder"] {
+        assert!(of(what).detail.contains(" free of "), "{:?}", of(what));
+    }
+    for check in checks.iter().filter(|check| check.state == State::Missing) {
+        assert!(!check.remedy.is_empty(), "{} is missing without a remedy", check.what);
+    }
+    let lone = Check { what: "x", state: State::Missing, detail: "not there".into(), remedy: "get it".into() };
+    assert_eq!(doctor::table(&[lone]), "x  MISSING       not there  ->  get it\n");
+    Ok(())
+}
+
+fn the_doctor_names_credentials_and_keeps_their_values() -> Outcome {
+    let home = tempfile::tempdir()?;
+    std::fs::create_dir(home.path().join(".aws"))?;
+    std::fs::write(home.path().join(".aws/credentials"), "canary-in-file")?;
+    let child = std::process::Command::new(std::env::current_exe()?)
+        .args(["--exact", "watch::the_doctor_looks_at_everything"])
+        .envs([(CHILD, "1"), ("AWS_SECRET_ACCESS_KEY", "canary-in-variable"), ("AWS_PROFILE", "")])
+        .env("HOME", home.path())
+        .output()?;
+    let told = format!("{}{}", String::from_utf8_lossy(&child.stdout), String::from_utf8_lossy(&child.stderr));
+    assert!(child.status.success() && told.contains("AWS_SECRET_ACCESS_KEY"), "{told}");
+    assert!(told.contains("~/.aws/credentials"), "{told}");
+    assert!(!told.contains("AWS_PROFILE"), "an empty variable is none: {told}");
+    assert!(!told.contains("canary"), "{told}");
     Ok(())
 }
