@@ -2,6 +2,7 @@
 
 mod support;
 
+mod report;
 mod rng;
 mod watch;
 
@@ -10,5 +11,6 @@ fn main() {
     let mut trials = Vec::new();
     trials.extend(rng::trials());
     trials.extend(watch::trials());
+    trials.extend(report::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
