@@ -2,13 +2,17 @@
 
 mod support;
 
-mod mae;
 mod rng;
+mod mae;
+mod watch;
+mod report;
 
 fn main() {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
     trials.extend(mae::trials());
+    trials.extend(watch::trials());
+    trials.extend(report::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
