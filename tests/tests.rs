@@ -3,10 +3,12 @@
 mod support;
 
 mod rng;
+mod store;
 
 fn main() {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
+    trials.extend(store::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

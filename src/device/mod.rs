@@ -5,4 +5,3 @@ pub mod solo;
 pub mod world;
 
 pub use world::{Channel, Pending, Reduce, World};
-

@@ -1,2 +1,2 @@
-pub mod mae;
 pub mod catalog;
+pub mod mae;

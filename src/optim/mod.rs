@@ -1,4 +1,4 @@
-pub mod group;
 pub mod flat;
+pub mod group;
 pub mod schedule;
 pub mod update;

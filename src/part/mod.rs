@@ -1,8 +1,8 @@
 //! What methods are composed of, in travel order.
 
-pub mod view;
-pub mod mask;
-pub mod encoder;
 pub mod decoder;
-pub mod target;
+pub mod encoder;
 pub mod loss;
+pub mod mask;
+pub mod target;
+pub mod view;

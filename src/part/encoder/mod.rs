@@ -1,4 +1,4 @@
-pub mod position;
-pub mod embed;
 pub mod block;
+pub mod embed;
+pub mod position;
 pub mod vit;
