@@ -28,7 +28,7 @@ crate::trials![
     free_space_is_known_before_the_folder_is_there,
 ];
 
-fn local() -> (tempfile::TempDir, Store) {
+pub fn local() -> (tempfile::TempDir, Store) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let store = Store::open(folder.path().to_str().expect("UTF-8")).expect("a store");
     (folder, store)
@@ -195,14 +195,14 @@ fn free_space_is_known_before_the_folder_is_there() -> Outcome {
 
 /// A store in memory that answers falsely.
 #[derive(Debug)]
-struct Liar {
+pub struct Liar {
     inner: InMemory,
     lie: Lie,
     puts: AtomicUsize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Lie {
+pub enum Lie {
     /// The object is written and the answer lost.
     CommitThenFail,
     /// The object is written, the client asks again and meets its own object.
@@ -210,10 +210,12 @@ enum Lie {
     /// A conflict is reported though nothing is there.
     ConflictOnce,
     ReadsFail,
+    /// Only checkpoint parts cannot be read.
+    PartsFail,
 }
 
 impl Liar {
-    fn new(lie: Lie) -> Self {
+    pub fn new(lie: Lie) -> Self {
         Liar { inner: InMemory::new(), lie, puts: AtomicUsize::new(0) }
     }
 }
@@ -264,6 +266,9 @@ impl ObjectStore for Liar {
     fn get_opts<'a: 'c, 'b: 'c, 'c>(&'a self, from: &'b Key, options: GetOptions) -> Answer<'c, GetResult> {
         match self.lie {
             Lie::ReadsFail => Box::pin(async { Err(failure()) }),
+            Lie::PartsFail if from.as_ref().ends_with(".safetensors") && !options.head => {
+                Box::pin(async { Err(failure()) })
+            }
             _ => self.inner.get_opts(from, options),
         }
     }
@@ -274,7 +279,10 @@ impl ObjectStore for Liar {
         self.inner.list(prefix)
     }
     fn list_with_delimiter<'a: 'c, 'b: 'c, 'c>(&'a self, prefix: Option<&'b Key>) -> Answer<'c, ListResult> {
-        self.inner.list_with_delimiter(prefix)
+        match self.lie {
+            Lie::ReadsFail => Box::pin(async { Err(failure()) }),
+            _ => self.inner.list_with_delimiter(prefix),
+        }
     }
     fn copy_opts<'a: 'd, 'b: 'd, 'c: 'd, 'd>(
         &'a self,

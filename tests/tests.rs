@@ -4,11 +4,17 @@ mod support;
 
 mod rng;
 mod store;
+mod lease;
+mod checkpoint;
+mod full_disk;
 
 fn main() {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
     trials.extend(store::trials());
+    trials.extend(lease::trials());
+    trials.extend(checkpoint::trials());
+    trials.extend(full_disk::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
