@@ -6,6 +6,7 @@ mod rng;
 mod store;
 mod lease;
 mod checkpoint;
+mod damage;
 mod full_disk;
 
 fn main() {
@@ -15,6 +16,7 @@ fn main() {
     trials.extend(store::trials());
     trials.extend(lease::trials());
     trials.extend(checkpoint::trials());
+    trials.extend(damage::trials());
     trials.extend(full_disk::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
