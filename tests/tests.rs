@@ -3,7 +3,12 @@
 mod support;
 
 mod rng;
+mod store;
 mod mae;
+mod lease;
+mod checkpoint;
+mod damage;
+mod full_disk;
 mod watch;
 mod report;
 
@@ -11,7 +16,12 @@ fn main() {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
+    trials.extend(store::trials());
     trials.extend(mae::trials());
+    trials.extend(lease::trials());
+    trials.extend(checkpoint::trials());
+    trials.extend(damage::trials());
+    trials.extend(full_disk::trials());
     trials.extend(watch::trials());
     trials.extend(report::trials());
     libtest_mimic::run(&arguments, trials).exit();

@@ -1,0 +1,295 @@
+//! The store: what it promises about writing, reading, naming and failing.
+
+use crate::support::Outcome;
+use futures::stream::BoxStream;
+use object_store::memory::InMemory;
+use object_store::path::Path as Key;
+use object_store::*;
+use occlude::data::store::Store;
+use occlude::fault::Code;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+crate::trials![
+    what_is_put_is_what_is_got,
+    a_put_over_an_older_object_leaves_only_the_new_one,
+    of_many_creators_one_wins,
+    a_lost_answer_to_create_is_settled_by_reading_back,
+    a_false_conflict_is_tried_again,
+    a_listing_is_sorted_relative_and_recursive,
+    an_absent_object_is_told_apart_from_a_store_that_fails,
+    a_range_is_whole_or_a_fault,
+    a_path_cannot_climb_out_of_its_store,
+    urls_and_paths_open_the_same_folder,
+    a_foreign_scheme_is_refused_without_showing_secrets,
+    removing_a_folder_takes_what_no_listing_shows,
+    free_space_is_known_before_the_folder_is_there,
+];
+
+pub fn local() -> (tempfile::TempDir, Store) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path().to_str().expect("UTF-8")).expect("a store");
+    (folder, store)
+}
+
+fn what_is_put_is_what_is_got() -> Outcome {
+    let (_folder, store) = local();
+    let bytes: Vec<u8> = (0..100_000u32).map(|i| (i * 7 % 251) as u8).collect();
+    store.put("a/b.bin", &bytes)?;
+    assert_eq!(store.get("a/b.bin")?, bytes);
+    assert_eq!(store.at("a").get("b.bin")?, bytes);
+    assert_eq!(store.size("a/b.bin")?, Some(100_000));
+    store.put("empty", b"")?;
+    assert_eq!(store.get("empty")?, b"");
+    Ok(())
+}
+
+fn a_put_over_an_older_object_leaves_only_the_new_one() -> Outcome {
+    let (folder, store) = local();
+    store.put("x", b"a longer first version")?;
+    store.put("x", b"second")?;
+    assert_eq!(store.get("x")?, b"second");
+    assert_eq!(std::fs::read_dir(folder.path())?.count(), 1, "a staged file was left");
+    Ok(())
+}
+
+fn of_many_creators_one_wins() -> Outcome {
+    let (_folder, store) = local();
+    for round in 0..20 {
+        let path = format!("r/{round}");
+        let won: usize = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..4u8)
+                .map(|me| {
+                    scope.spawn({
+                        let (store, path) = (&store, &path);
+                        move || store.create(path, &[me]).expect("an answer")
+                    })
+                })
+                .collect();
+            racers.into_iter().map(|racer| usize::from(racer.join().expect("a racer"))).sum()
+        });
+        assert_eq!(won, 1, "round {round}");
+    }
+    Ok(())
+}
+
+fn a_lost_answer_to_create_is_settled_by_reading_back() -> Outcome {
+    let store = Store::over(Arc::new(Liar::new(Lie::CommitThenFail)), "memory://");
+    assert!(store.create("mine", b"nonce 1")?, "an own object was taken for another's");
+    assert!(!store.create("mine", b"nonce 2")?, "another's object was overwritten");
+    assert_eq!(store.get("mine")?, b"nonce 1");
+    let store = Store::over(Arc::new(Liar::new(Lie::CommitThenConflict)), "memory://");
+    assert!(store.create("mine", b"nonce 1")?, "an own object was taken for another's");
+    Ok(())
+}
+
+fn a_false_conflict_is_tried_again() -> Outcome {
+    let store = Store::over(Arc::new(Liar::new(Lie::ConflictOnce)), "memory://");
+    assert!(store.create("free", b"nonce")?);
+    assert_eq!(store.get("free")?, b"nonce");
+    Ok(())
+}
+
+fn a_listing_is_sorted_relative_and_recursive() -> Outcome {
+    let (_folder, store) = local();
+    for path in ["run/b/2", "run/b/1", "run/a/deep/x", "run/top", "other"] {
+        store.put(path, path.as_bytes())?;
+    }
+    let names = |rows: Vec<(String, u64)>| rows.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    assert_eq!(names(store.list("run")?), ["run/a/deep/x", "run/b/1", "run/b/2", "run/top"]);
+    assert_eq!(names(store.at("run").list("")?), ["a/deep/x", "b/1", "b/2", "top"]);
+    assert_eq!(store.at("run").list("b")?, [("b/1".to_owned(), 7), ("b/2".to_owned(), 7)]);
+    assert_eq!(store.folders("run")?, ["a", "b"]);
+    assert_eq!(store.list("nothing")?, []);
+    assert!(store.folders("nothing")?.is_empty());
+    Ok(())
+}
+
+fn an_absent_object_is_told_apart_from_a_store_that_fails() -> Outcome {
+    let (_folder, store) = local();
+    assert_eq!(store.get_if_there("no")?, None);
+    assert_eq!(store.size("no")?, None);
+    store.delete("no")?;
+    let fault = store.get("no").expect_err("it is absent");
+    assert_eq!(fault.code, Code::Usage);
+    assert!(fault.message.contains("no: not found"), "{fault}");
+    // A file where a folder should be is neither presence nor absence.
+    store.put("file", b"x")?;
+    assert_eq!(store.get_if_there("file/below").expect_err("not a folder").code, Code::Store);
+    let broken = Store::over(Arc::new(Liar::new(Lie::ReadsFail)), "memory://");
+    assert_eq!(broken.get_if_there("x").expect_err("reads fail").code, Code::Store);
+    assert_eq!(broken.size("x").expect_err("reads fail").code, Code::Store);
+    Ok(())
+}
+
+fn a_range_is_whole_or_a_fault() -> Outcome {
+    let (_folder, store) = local();
+    store.put("x", b"0123456789")?;
+    assert_eq!(store.get_range("x", 3..7)?, b"3456");
+    assert_eq!(store.get_range("x", 5..5)?, b"");
+    for beyond in [8..12, 10..11, 50..60] {
+        assert_eq!(store.get_range("x", beyond).expect_err("short").code, Code::Store);
+    }
+    Ok(())
+}
+
+fn a_path_cannot_climb_out_of_its_store() -> Outcome {
+    let (folder, store) = local();
+    let inside = store.at("inside");
+    for path in ["../x", "a/../../x", "a//b", "a\0b"] {
+        assert_eq!(inside.put(path, b"x").expect_err(path).code, Code::Usage, "{path:?}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path())?.count(), 0);
+    // An absolute path is read as relative to the store.
+    inside.put("/etc/x", b"x")?;
+    assert!(folder.path().join("inside/etc/x").exists());
+    Ok(())
+}
+
+fn urls_and_paths_open_the_same_folder() -> Outcome {
+    let (folder, store) = local();
+    let odd = store.at("a b%20ü#1");
+    odd.put("x", b"here")?;
+    assert!(folder.path().join("a b%20ü#1/x").exists());
+    assert_eq!(Store::open(&odd.url())?.get("x")?, b"here");
+    assert_eq!(odd.local(), Some(folder.path().canonicalize()?.join("a b%20ü#1")));
+    assert_eq!(Store::open(&format!("{}?token=secret", odd.url()))?.url(), odd.url());
+    assert_eq!(Store::open("some/new folder")?.local(), Some(std::env::current_dir()?.join("some/new folder")));
+    assert_eq!(Store::open("file://relative/x").expect_err("two slashes").code, Code::Usage);
+    assert_eq!(Store::open("/surely/not/../there").expect_err("it climbs").code, Code::Usage);
+    Ok(())
+}
+
+fn a_foreign_scheme_is_refused_without_showing_secrets() -> Outcome {
+    let fault = Store::open("gopher://user:hunter2@host/data?sig=hunter2").expect_err("unknown scheme");
+    assert_eq!(fault.code, Code::Usage);
+    assert!(fault.message.contains("file://") && fault.message.contains("gopher://host/data"), "{fault}");
+    assert!(!fault.message.contains("hunter2"), "{fault}");
+    Ok(())
+}
+
+fn removing_a_folder_takes_what_no_listing_shows() -> Outcome {
+    let (folder, store) = local();
+    store.put("gone/x", b"x")?;
+    std::fs::write(folder.path().join("gone/part.safetensors#1"), b"half")?;
+    assert_eq!(store.list("gone")?.len(), 1, "a half-written object was listed");
+    store.delete_folder("gone")?;
+    store.delete_folder("gone")?;
+    assert!(!folder.path().join("gone").exists());
+    let memory = Store::over(Arc::new(InMemory::new()), "memory://");
+    memory.put("gone/x", b"x")?;
+    memory.put("kept", b"x")?;
+    memory.delete_folder("gone")?;
+    assert_eq!(memory.list("")?, [("kept".to_owned(), 1)]);
+    Ok(())
+}
+
+fn free_space_is_known_before_the_folder_is_there() -> Outcome {
+    let (_folder, store) = local();
+    assert!(store.at("not/yet").free_bytes().is_some_and(|bytes| bytes > 0));
+    assert_eq!(Store::over(Arc::new(InMemory::new()), "memory://").free_bytes(), None);
+    Ok(())
+}
+
+/// A store in memory that answers falsely.
+#[derive(Debug)]
+pub struct Liar {
+    inner: InMemory,
+    lie: Lie,
+    puts: AtomicUsize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Lie {
+    /// The object is written and the answer lost.
+    CommitThenFail,
+    /// The object is written, the client asks again and meets its own object.
+    CommitThenConflict,
+    /// A conflict is reported though nothing is there.
+    ConflictOnce,
+    ReadsFail,
+    /// Only checkpoint parts cannot be read.
+    PartsFail,
+}
+
+impl Liar {
+    pub fn new(lie: Lie) -> Self {
+        Liar { inner: InMemory::new(), lie, puts: AtomicUsize::new(0) }
+    }
+}
+
+impl std::fmt::Display for Liar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Liar")
+    }
+}
+
+fn failure() -> Error {
+    Error::Generic { store: "Liar", source: "connection reset".into() }
+}
+
+fn conflict(path: &Key) -> Error {
+    Error::AlreadyExists { path: path.to_string(), source: "conflict".into() }
+}
+
+type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
+
+impl ObjectStore for Liar {
+    fn put_opts<'a: 'c, 'b: 'c, 'c>(
+        &'a self,
+        to: &'b Key,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> Answer<'c, PutResult> {
+        Box::pin(async move {
+            let first = self.puts.fetch_add(1, Ordering::Relaxed) == 0;
+            if first && self.lie == Lie::ConflictOnce {
+                return Err(conflict(to));
+            }
+            let written = self.inner.put_opts(to, payload, options).await?;
+            match self.lie {
+                Lie::CommitThenFail if first => Err(failure()),
+                Lie::CommitThenConflict if first => Err(conflict(to)),
+                _ => Ok(written),
+            }
+        })
+    }
+    fn put_multipart_opts<'a: 'c, 'b: 'c, 'c>(
+        &'a self,
+        to: &'b Key,
+        options: PutMultipartOptions,
+    ) -> Answer<'c, Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(to, options)
+    }
+    fn get_opts<'a: 'c, 'b: 'c, 'c>(&'a self, from: &'b Key, options: GetOptions) -> Answer<'c, GetResult> {
+        match self.lie {
+            Lie::ReadsFail => Box::pin(async { Err(failure()) }),
+            Lie::PartsFail if from.as_ref().ends_with(".safetensors") && !options.head => {
+                Box::pin(async { Err(failure()) })
+            }
+            _ => self.inner.get_opts(from, options),
+        }
+    }
+    fn delete_stream(&self, paths: BoxStream<'static, Result<Key>>) -> BoxStream<'static, Result<Key>> {
+        self.inner.delete_stream(paths)
+    }
+    fn list(&self, prefix: Option<&Key>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+    fn list_with_delimiter<'a: 'c, 'b: 'c, 'c>(&'a self, prefix: Option<&'b Key>) -> Answer<'c, ListResult> {
+        match self.lie {
+            Lie::ReadsFail => Box::pin(async { Err(failure()) }),
+            _ => self.inner.list_with_delimiter(prefix),
+        }
+    }
+    fn copy_opts<'a: 'd, 'b: 'd, 'c: 'd, 'd>(
+        &'a self,
+        from: &'b Key,
+        to: &'c Key,
+        options: CopyOptions,
+    ) -> Answer<'d, ()> {
+        self.inner.copy_opts(from, to, options)
+    }
+}
