@@ -2,7 +2,7 @@
 
 use crate::damage::flip;
 use crate::lease::forge;
-use crate::store::local;
+use crate::store::{Liar, Lie, local};
 use crate::support::Outcome;
 use occlude::data::store::Store;
 use occlude::fault::{Code, Fault};
@@ -20,6 +20,7 @@ crate::trials![
     a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint,
     a_failed_save_is_told_at_the_next_call_and_leaves_nothing,
     the_last_and_every_so_many_stay,
+    a_checkpoint_that_cannot_be_removed_whole_is_none_any_more,
     what_dead_attempts_left_is_collected,
     a_stale_writer_stops_and_its_checkpoint_is_ignored,
     a_frozen_writer_that_wakes_stops_with_73,
@@ -194,6 +195,16 @@ fn the_last_and_every_so_many_stay() -> Outcome {
             assert!(find(&run, Which::Step(step))?.is_some());
         }
     }
+    Ok(())
+}
+
+/// The manifest goes first, so that no half-removed checkpoint can be read; and the save that removes is no failure.
+fn a_checkpoint_that_cannot_be_removed_whole_is_none_any_more() -> Outcome {
+    let run = Store::over(Arc::new(Liar::new(Lie::PartsStay)), "memory://");
+    write(&run, Keep { last: 1, every: None }, &[10, 20])?;
+    assert_eq!(parts(&run, 10)?.len(), 2);
+    assert!(find(&run, Which::Step(10))?.is_none());
+    assert_eq!(latest(&run)?, Some(20));
     Ok(())
 }
 

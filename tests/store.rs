@@ -1,6 +1,7 @@
 //! The store: what it promises about writing, reading, naming and failing.
 
 use crate::support::Outcome;
+use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path as Key;
@@ -212,6 +213,8 @@ pub enum Lie {
     ReadsFail,
     /// Only checkpoint parts cannot be read.
     PartsFail,
+    /// Checkpoint parts cannot be removed.
+    PartsStay,
 }
 
 impl Liar {
@@ -273,7 +276,12 @@ impl ObjectStore for Liar {
         }
     }
     fn delete_stream(&self, paths: BoxStream<'static, Result<Key>>) -> BoxStream<'static, Result<Key>> {
-        self.inner.delete_stream(paths)
+        let stays = self.lie == Lie::PartsStay;
+        let tried = paths.map(move |path| match path {
+            Ok(path) if stays && path.as_ref().ends_with(".safetensors") => Err(failure()),
+            path => path,
+        });
+        self.inner.delete_stream(tried.boxed())
     }
     fn list(&self, prefix: Option<&Key>) -> BoxStream<'static, Result<ObjectMeta>> {
         self.inner.list(prefix)
