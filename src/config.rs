@@ -132,9 +132,6 @@ pub struct Log {
     /// Seconds between progress lines where there is no terminal.
     #[serde(default = "Log::every_s")]
     pub every_s: f64,
-    /// Write TensorBoard events.
-    #[serde(default = "Log::yes")]
-    pub tensorboard: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -181,9 +178,6 @@ impl Log {
     }
     fn every_s() -> f64 {
         10.0
-    }
-    fn yes() -> bool {
-        true
     }
 }
 impl World {
@@ -333,7 +327,7 @@ fn set(root: &mut Value, line: &str) -> Result<()> {
     let wrong = || Fault::usage(format!("--set {line}: wanted path.to.key=value, such as train.steps=100"));
     let (path, value) = line.split_once('=').ok_or_else(wrong)?;
     let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_string()));
-    let mut at = root;
+    let mut at = &mut *root;
     let mut keys = path.split('.').peekable();
     while let Some(key) = keys.next() {
         if key.is_empty() {

@@ -16,7 +16,7 @@ pub use guard::{Request, Requests, ground};
 pub use pulse::{Beat, Limits, Phase, Pulse};
 pub use world::{Channel, Pending, Reduce, World};
 
-use crate::fault::{Fault, Result};
+use crate::fault::{Code, Fault, Result};
 use std::sync::Arc;
 use std::time::Duration;
 use tch::Device;
@@ -30,6 +30,14 @@ pub fn join() -> Result<Arc<dyn World>> {
     }
     guard::die_with_parent()?;
     Ok(Arc::new(mpi::Mpi::join()?))
+}
+
+/// The end of a job's work: a fault on any rank ends all of them, told once; a stop on request is every rank's own.
+pub fn leave(world: &dyn World, result: Result<()>) -> Result<()> {
+    match result {
+        Err(fault) if fault.code != Code::Stopped => fail(world, &fault),
+        result => result,
+    }
 }
 
 /// Tells why and ends every rank of the job. A fault that all ranks share is told once: rank 0 speaks at once, the

@@ -1,1 +1,56 @@
-//! To come.
+//! A whole step on disk, so that any other implementation can be asked the same question.
+//!
+//! `dump/step-XXXXXXXX-rank-R.safetensors` under the run. Weights (fp32 masters before the step) and gradients (the mean
+//! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
+//! the mask; the losses and the optimizer's numbers. Micro-batches are joined along B.
+
+use super::{dialect::to_mae, step::Outcome, step::Stepper};
+use crate::fault::{Fault, Result};
+use crate::method::Batch;
+use std::path::Path;
+use tch::Tensor;
+
+#[allow(clippy::too_many_arguments)] // A record of a step names everything that went into it.
+pub fn write(
+    folder: &Path,
+    step: u64,
+    rank: usize,
+    stepper: &Stepper,
+    micro: &[Batch],
+    outcome: &Outcome,
+    lr: f64,
+    weight_decay: f64,
+) -> Result<()> {
+    let (flat, method) = (&stepper.flat, &stepper.method);
+    let mut tensors: Vec<(String, Tensor)> = Vec::new();
+    for (index, spec) in flat.specs.iter().enumerate() {
+        for (prefix, buffer) in [("weight", &flat.master), ("grad", &flat.gradient)] {
+            let (name, tensor) = to_mae(&spec.name, &flat.part(buffer, index), method.grid());
+            tensors.push((format!("{prefix}.{name}"), tensor));
+        }
+    }
+    if !micro.is_empty() {
+        let masks: Vec<_> = micro.iter().map(|batch| method.mask(batch)).collect();
+        let join = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
+        tensors.push(("input".into(), join(micro.iter().map(|batch| method.normalised(batch)).collect())));
+        tensors.push(("keep".into(), join(masks.iter().map(|mask| mask.keep.shallow_clone()).collect())));
+        tensors.push(("drop".into(), join(masks.iter().map(|mask| mask.drop.shallow_clone()).collect())));
+        tensors.push(("restore".into(), join(masks.iter().map(|mask| mask.restore()).collect())));
+    }
+    let ids: Vec<i64> = micro.iter().flat_map(|batch| &batch.origins).map(|origin| origin.id as i64).collect();
+    tensors.push(("sample_id".into(), Tensor::from_slice(&ids)));
+    let numbers = [
+        ("loss", outcome.loss),
+        ("loss_local", outcome.local_loss),
+        ("lr", lr),
+        ("weight_decay", weight_decay),
+        ("clip_scale", outcome.clip_scale),
+    ];
+    tensors.extend(numbers.map(|(name, value)| (name.to_string(), Tensor::from_slice(&[value]))));
+
+    let folder = folder.join("dump");
+    std::fs::create_dir_all(&folder).map_err(|error| Fault::disk(folder.display(), error))?;
+    let path = folder.join(format!("step-{step:08}-rank-{rank}.safetensors"));
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.contiguous())).collect();
+    Ok(Tensor::write_safetensors(&tensors, &path)?)
+}

@@ -13,3 +13,6 @@ pub mod reconstruct;
 pub mod report;
 pub mod step;
 pub mod train;
+pub mod bench;
+pub mod open;
+pub mod state;

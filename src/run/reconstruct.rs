@@ -1,1 +1,88 @@
-//! To come.
+//! Pictures of what a model guesses: masked | reconstructed | original.
+
+use super::picture::{self, Tile};
+use super::step::Stepper;
+use super::{checkpoint, state};
+use crate::data::decode::{Limits, decode};
+use crate::data::shard::IMAGE;
+use crate::fault::{Fault, Result};
+use crate::feed::Source;
+use crate::method::{Batch, Method, Reconstruction};
+use crate::op::shuffle::Origin;
+use crate::part::view::View;
+use crate::part::weights::Weights;
+use crate::rng;
+use image::RgbImage;
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor, no_grad};
+
+/// How many samples a training shows.
+const SHOWN: u64 = 8;
+const HEADINGS: [&str; 3] = ["masked", "reconstructed", "original"];
+
+/// The first samples of the training set under fixed masks, the same at every step.
+pub fn sheet(stepper: &Stepper, source: &Source, seed: u64) -> Result<RgbImage> {
+    let channels = source.shape[0] as u32;
+    let whole = View::default();
+    let mut samples = Vec::new();
+    for index in 0..SHOWN.min(source.set.len()) {
+        // A sample that cannot be read is the feed's to report; the sheet shows the next ones.
+        let (shard, row) = source.set.sample(index);
+        let Ok(bytes) = shard.read(row, IMAGE) else { continue };
+        let Ok(image) = decode(&bytes, channels, &source.limits) else { continue };
+        samples.push((source.set.id(index), whole.eval(stepper.method.grid(), &image)));
+    }
+    picture_of(stepper.method.as_ref(), &stepper.flat.weights(&stepper.flat.master), &samples, seed)
+}
+
+/// `occlude reconstruct`: a user's own files through a checkpoint's model, a sheet for each into `out`.
+pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>> {
+    let loaded = checkpoint::open(checkpoint)?;
+    let (config, method, flat) = state::model(&loaded, Device::Cpu)?;
+    let mut views = Vec::new();
+    for path in inputs {
+        let bytes = std::fs::read(path).map_err(|error| Fault::usage(format!("{}: {error}", path.display())))?;
+        let image = decode(&bytes, config.input.channels as u32, &Limits::default())
+            .map_err(|fault| Fault::usage(format!("{}: {}", path.display(), fault.message)))?;
+        views.push((path, config.view.eval(method.grid(), &image)));
+    }
+    std::fs::create_dir_all(out).map_err(|error| Fault::disk(out.display(), error))?;
+    let mut written = Vec::new();
+    for (number, (path, view)) in views.into_iter().enumerate() {
+        let id = rng::id(&[&path.display().to_string()]);
+        let sheet = picture_of(method.as_ref(), &flat.leaves, &[(id, view)], config.train.seed)?;
+        let stem = path.file_stem().map_or_else(|| "input".into(), |stem| stem.to_string_lossy());
+        let to = out.join(format!("{number:03}-{stem}.png"));
+        picture::save_png(&sheet, &to)?;
+        written.push(to);
+    }
+    Ok(written)
+}
+
+/// One row of pictures for each (id, [C, T, Y, X] uint8).
+fn picture_of(method: &dyn Method, weights: &Weights, samples: &[(u64, Vec<u8>)], seed: u64) -> Result<RgbImage> {
+    let shape = [&[samples.len() as i64][..], &method.grid().pixels()].concat();
+    let pixels: Vec<u8> = samples.iter().flat_map(|(_, view)| view).copied().collect();
+    let batch = Batch {
+        pixels: Tensor::f_from_data_size(&pixels, &shape, Kind::Uint8)?.to_device(weights.0[0].device()),
+        origins: samples.iter().map(|(id, _)| Origin { id: *id, epoch: 0, repeat: 0 }).collect(),
+        seed,
+    };
+    let Reconstruction { masked, guessed, original } = no_grad(|| method.reconstruct(weights, &batch))?;
+    let rows: Vec<Vec<Tile>> = (0..samples.len() as i64)
+        .map(|row| [&masked, &guessed, &original].iter().map(|all| tile(&all.get(row))).collect())
+        .collect();
+    Ok(picture::grid(&HEADINGS, &rows))
+}
+
+/// The first frame of [C, T, Y, X] in 0..1.
+fn tile(x: &Tensor) -> Tile {
+    let frame = (x.select(1, 0) * 255.0).round().to_kind(Kind::Uint8).to_device(Device::Cpu); // [C, Y, X]
+    let [channels, height, width] = crate::op::sizes(&frame);
+    let (width, height) = (width as u32, height as u32);
+    if channels == 3 {
+        let interleaved = frame.permute([1, 2, 0]).contiguous();
+        return Tile::rgb(width, height, crate::bridge::bytes(&interleaved).to_vec());
+    }
+    Tile::grey(width, height, crate::bridge::bytes(&frame.get(0).contiguous()))
+}

@@ -1,0 +1,250 @@
+//! Everything that a training needs before its first step: what the user got wrong ends here, before any work.
+
+use super::checkpoint::{self, Loaded, Which};
+use super::lease::{Lease, TIME_TO_LIVE};
+use super::log::Log;
+use super::state;
+use super::step::Stepper;
+use crate::config::Config;
+use crate::data::decode::Limits;
+use crate::data::order::Order;
+use crate::data::set::DataSet;
+use crate::data::store::Store;
+use crate::device::{self, Beat, Channel, Limits as Patience, Phase, Pulse, World};
+use crate::fault::{Code, Fault, Result};
+use crate::feed::Source;
+use crate::optim::flat::Flat;
+use crate::optim::schedule::Schedule;
+use crate::optim::update::Updater;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Tensor;
+
+/// Where to go on from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// From the run's newest whole checkpoint, else from the start.
+    Auto,
+    /// From the start, in a run that has no checkpoint yet.
+    Never,
+    /// From this checkpoint or run, which stays untouched.
+    From(String),
+}
+
+impl FromStr for Resume {
+    type Err = std::convert::Infallible;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "auto" => Resume::Auto,
+            "never" => Resume::Never,
+            url => Resume::From(url.to_string()),
+        })
+    }
+}
+
+/// A training, ready for step `first`.
+pub struct Opened {
+    pub store: Store,
+    pub folder: PathBuf,
+    pub stepper: Stepper,
+    pub schedule: Schedule,
+    pub source: Source,
+    pub order: Option<Order>,
+    /// Samples of the data set.
+    pub samples: u64,
+    pub first: u64,
+    pub steps: u64,
+    pub deadline: Duration,
+    /// Rank 0 only.
+    pub log: Option<Log>,
+    /// Rank 0 only.
+    pub lease: Option<Lease>,
+    pub beat: Beat,
+    pulse: Option<Pulse>,
+}
+
+impl Opened {
+    /// Tells the heartbeat where this rank is.
+    pub fn beat(&self, step: u64, phase: Phase) {
+        self.beat.at(step, phase);
+    }
+
+    /// Takes leave of the other ranks.
+    pub fn close(&mut self) {
+        if let Some(pulse) = self.pulse.take() {
+            pulse.finish();
+        }
+    }
+}
+
+pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>) -> Result<Opened> {
+    shares(config, world.size())?;
+    let set = Arc::new(DataSet::open(&config.data.train)?);
+    agree(config, &set, world.as_ref())?;
+    let deadline = Duration::from_secs_f64(config.world.deadline_s);
+    let patience = Duration::from_secs_f64(config.world.frozen_s);
+    let patience = Patience { silence: patience, ..Patience::default() }.with(Phase::Compute, deadline);
+    let pulse = Pulse::start(world, patience)?;
+    let beat = pulse.beat();
+
+    let store = Store::open(run)?;
+    let folder = store.local().ok_or_else(|| Fault::usage(format!("{run} is no local folder")))?;
+    let steps = config.steps(set.len());
+    let mut stepper = stepper(config, world, deadline)?;
+    let mut channel = world.channel("opening")?;
+    let mut lease = None;
+    let mut loaded = None;
+    if world.rank() == 0 {
+        writable(&store, &folder, state::bytes_needed(&stepper.flat, config.optim.ema.is_some()))?;
+        lease = Some(Lease::acquire(&store, TIME_TO_LIVE).map_err(early)?);
+        loaded = find(config, &store, resume)?;
+    }
+    let first = begin(&mut stepper, loaded.as_ref(), channel.as_mut(), deadline)?;
+    if first >= steps && world.rank() == 0 {
+        tracing::info!("{run} has done its {steps} steps already; nothing is left to train");
+    }
+    let log = match world.rank() {
+        0 => Some(begin_log(config, &folder, first, steps)?),
+        _ => None,
+    };
+    Ok(Opened {
+        schedule: config.optim.schedule(set.len(), config.train.global_batch, steps * config.train.global_batch),
+        source: source(config, set.clone(), world.as_ref(), &stepper),
+        order: Some(Order::new(&set.sizes(), config.train.seed, config.data.open_shards)),
+        samples: set.len(),
+        store,
+        folder,
+        stepper,
+        first,
+        steps,
+        deadline,
+        log,
+        lease,
+        beat,
+        pulse: Some(pulse),
+    })
+}
+
+/// A batch that the ranks can share.
+fn shares(config: &Config, world: usize) -> Result<()> {
+    let batch = config.train.global_batch;
+    if batch < world as u64 {
+        return Err(Fault::usage(format!(
+            "train.global_batch is {batch}, which {world} ranks cannot share; give at least {world}, or start fewer ranks"
+        )));
+    }
+    Ok(())
+}
+
+/// Ranks that differ in config, build or data would add up gradients that do not belong together.
+fn agree(config: &Config, set: &DataSet, world: &dyn World) -> Result<()> {
+    let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
+    let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
+    let texts = [
+        ("config", hash(config.resolved().to_string().as_bytes())),
+        ("build", format!("{} {}", env!("CARGO_PKG_VERSION"), hash(&program))),
+        ("data set", hash(&set.digest())),
+    ];
+    device::agree(world, &texts)
+}
+
+fn stepper(config: &Config, world: &Arc<dyn World>, deadline: Duration) -> Result<Stepper> {
+    let method = config.method.build(&config.input)?;
+    let flat = Flat::new(method.table(), config.train.seed, config.train.dtype.kind(), world.device())?;
+    let updater = Updater::new(&flat, &config.optim);
+    let bytes = (config.world.bucket_mb * 1e6) as usize;
+    Stepper::new(method, flat, updater, world.clone(), bytes, deadline)
+}
+
+/// The run can be written, and a checkpoint fits: told now, not after the first hour.
+fn writable(store: &Store, folder: &Path, needed: u64) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|error| {
+        Fault::usage(format!("{}: {error}; give --run a folder that can be written", folder.display()))
+    })?;
+    let probe = folder.join(".probe");
+    std::fs::write(&probe, b"probe").and_then(|()| std::fs::remove_file(&probe)).map_err(|error| {
+        Fault::usage(format!("{} cannot be written: {error}; give --run another folder", folder.display()))
+    })?;
+    match store.free_bytes() {
+        Some(free) if free < needed => Err(Fault::usage(format!(
+            "{} has {} MB free, and one checkpoint of this model takes {} MB; free some, or give --run another disk",
+            folder.display(),
+            free / 1_000_000,
+            needed.div_ceil(1_000_000)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// What fails before the first step for want of permission or space is for the user to mend.
+fn early(fault: Fault) -> Fault {
+    if fault.code == Code::Disk { Fault::usage(fault.message) } else { fault }
+}
+
+/// The checkpoint to go on from.
+fn find(config: &Config, store: &Store, resume: &Resume) -> Result<Option<Loaded>> {
+    let loaded = match resume {
+        Resume::Auto => checkpoint::find(store, Which::Latest)?,
+        Resume::From(url) => Some(checkpoint::open(url)?),
+        Resume::Never => match checkpoint::find(store, Which::Latest)? {
+            None => None,
+            Some(found) => {
+                return Err(Fault::usage(format!(
+                    "{} holds a checkpoint of step {} and --resume never was given; give another --run, or --resume auto \
+                     to go on",
+                    store.url(),
+                    found.manifest.step
+                )));
+            }
+        },
+    };
+    if let Some(loaded) = &loaded {
+        state::same(config, loaded)?;
+    }
+    Ok(loaded)
+}
+
+/// Rank 0 has read the checkpoint; everyone receives its buffers. Returns the first step.
+fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn Channel, deadline: Duration) -> Result<u64> {
+    let first = loaded.map_or(0, |loaded| loaded.manifest.step);
+    if let Some(loaded) = loaded {
+        state::restore(stepper, loaded)?;
+    }
+    let told = Tensor::from_slice(&[first as i64]);
+    let first = channel.broadcast(&told, 0).wait(deadline)?.int64_value(&[0]) as u64;
+    if first > 0 {
+        let flat = &stepper.flat;
+        let average = stepper.updater.average.iter();
+        for buffer in [&flat.master, &flat.first, &flat.second, &flat.steps].into_iter().chain(average) {
+            let _ = channel.broadcast(buffer, 0).wait(deadline)?;
+        }
+        stepper.flat.refresh();
+    }
+    Ok(first)
+}
+
+fn begin_log(config: &Config, folder: &Path, first: u64, steps: u64) -> Result<Log> {
+    let text = serde_json::to_string_pretty(&config.resolved()).expect("a config is JSON");
+    let path = folder.join("config.json");
+    std::fs::write(&path, text + "\n").map_err(|error| Fault::disk(path.display(), error))?;
+    Log::resume(folder, first, steps, config.log.every_s)
+}
+
+fn source(config: &Config, set: Arc<DataSet>, world: &dyn World, stepper: &Stepper) -> Source {
+    let grid = *stepper.method.grid();
+    let (view, seed) = (config.view.clone(), config.train.seed);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Source {
+        set,
+        view: Arc::new(move |image, id, epoch| view.train(&grid, image, seed, id, epoch, 0)),
+        shape: grid.pixels(),
+        limits: Limits::default(),
+        seed,
+        threads: config.data.threads.unwrap_or((cores / world.local_size()).max(1)),
+        prefetch_bytes: (config.data.prefetch_mb as usize) << 20,
+        max_bad_share: config.data.max_bad_share,
+    }
+}
+

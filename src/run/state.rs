@@ -1,0 +1,117 @@
+//! What a training leaves in a checkpoint, and back.
+
+use super::checkpoint::{Loaded, Named, Snapshot};
+use super::step::Stepper;
+use crate::bridge::bytes;
+use crate::config::{Config, differences};
+use crate::fault::{Fault, Result};
+use crate::method::Method;
+use crate::optim::flat::Flat;
+use safetensors::Dtype;
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+/// The buffers that make a training: name in the checkpoint, and the flat buffer.
+fn buffers(stepper: &Stepper) -> Vec<(&'static str, &Tensor)> {
+    let flat = &stepper.flat;
+    let mut all = vec![("weight", &flat.master), ("first", &flat.first), ("second", &flat.second)];
+    all.extend(stepper.updater.average.as_ref().map(|average| ("average", average)));
+    all
+}
+
+/// Bytes of one checkpoint.
+pub fn bytes_needed(flat: &Flat, average: bool) -> u64 {
+    flat.master.numel() as u64 * 4 * (3 + u64::from(average)) + 4 * flat.specs.len() as u64
+}
+
+/// Everything that a resumed run needs, copied while nothing moves.
+pub fn snapshot(stepper: &Stepper, step: u64, config: &Config, world: usize) -> Snapshot {
+    let flat = &stepper.flat;
+    let mut tensors = vec![named("steps".into(), &flat.steps)];
+    for (name, buffer) in buffers(stepper) {
+        for (index, spec) in flat.specs.iter().enumerate() {
+            tensors.push(named(format!("{name}.{}", spec.name), &flat.part(buffer, index)));
+        }
+    }
+    Snapshot {
+        step,
+        samples: step * config.train.global_batch,
+        world,
+        meta: json!({"config": config.resolved(), "program": env!("CARGO_PKG_VERSION")}),
+        tensors,
+    }
+}
+
+fn named(name: String, tensor: &Tensor) -> Named {
+    let tensor = tensor.to_device(Device::Cpu).contiguous();
+    let shape = tensor.size().iter().map(|&size| size as usize).collect();
+    Named { name, dtype: Dtype::F32, shape, bytes: bytes(&tensor).to_vec() }
+}
+
+/// Puts a checkpoint's tensors into the buffers of a fresh training.
+pub fn restore(stepper: &mut Stepper, loaded: &Loaded) -> Result<()> {
+    let n = stepper.flat.specs.len() as i64;
+    stepper.flat.steps.copy_(&tensor(loaded, "steps", &[n])?);
+    for (name, buffer) in buffers(stepper) {
+        fill(&stepper.flat, buffer, loaded, name)?;
+    }
+    stepper.flat.refresh();
+    Ok(())
+}
+
+/// The weights to evaluate with, into `flat`: the moving average where the run kept one.
+pub fn weights(flat: &mut Flat, loaded: &Loaded) -> Result<()> {
+    let averaged = loaded.tensors.keys().any(|name| name.starts_with("average."));
+    fill(flat, &flat.master, loaded, if averaged { "average" } else { "weight" })?;
+    flat.refresh();
+    Ok(())
+}
+
+fn fill(flat: &Flat, buffer: &Tensor, loaded: &Loaded, name: &str) -> Result<()> {
+    for (index, spec) in flat.specs.iter().enumerate() {
+        flat.part(buffer, index).copy_(&tensor(loaded, &format!("{name}.{}", spec.name), &spec.shape)?);
+    }
+    Ok(())
+}
+
+fn tensor(loaded: &Loaded, name: &str, shape: &[i64]) -> Result<Tensor> {
+    let other = |what: String| {
+        Fault::usage(format!("the checkpoint is of another model: {what}. Give the config that it was trained with."))
+    };
+    let found = loaded.tensors.get(name).ok_or_else(|| other(format!("it has no tensor {name}")))?;
+    if found.dtype != Dtype::F32 || found.shape.iter().map(|&size| size as i64).ne(shape.iter().copied()) {
+        return Err(other(format!("{name} is {:?} {:?} there and F32 {shape:?} here", found.dtype, found.shape)));
+    }
+    Ok(Tensor::f_from_data_size(&found.bytes, shape, Kind::Float)?)
+}
+
+/// The config that a checkpoint was written with.
+pub fn config(loaded: &Loaded) -> Result<Config> {
+    let value = loaded.manifest.meta.get("config").cloned().unwrap_or_default();
+    Config::parse(&value.to_string(), &[]).map_err(|fault| fault.at("the config in the checkpoint"))
+}
+
+/// Refuses to go on with other numbers than the run began with, naming them.
+pub fn same(config: &Config, loaded: &Loaded) -> Result<()> {
+    let before = self::config(loaded)?;
+    let changed = differences(&before.identity(), &config.identity());
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> =
+        changed.iter().map(|(path, was, is)| format!("  {path} was {was} and is now {is}")).collect();
+    Err(Fault::usage(format!(
+        "the run was begun with another config:\n{}\nGive the old values, another --run, or --resume never into an empty \
+         run.",
+        lines.join("\n")
+    )))
+}
+
+/// The model of a checkpoint with its weights, for reading only.
+pub fn model(loaded: &Loaded, device: Device) -> Result<(Config, Box<dyn Method>, Flat)> {
+    let config = config(loaded)?;
+    let method = config.method.build(&config.input)?;
+    let mut flat = Flat::new(method.table(), config.train.seed, Kind::Float, device)?;
+    weights(&mut flat, loaded)?;
+    Ok((config, method, flat))
+}
