@@ -157,7 +157,7 @@ impl Lane {
         let thread = thread.map_err(|error| Fault::failed(format!("channel {name}: no thread for it: {error}.")))?;
         let mut lane = Lane { name, size, jobs: Some(jobs), worker: Some(thread), gate, under_way, number: 0 };
         let label = Tensor::from_slice(&lane.name.as_bytes()[..lane.name.len().min(INLINE)]);
-        drop(lane.start(Act::Open, label).wait(deadline)?);
+        lane.start(Act::Open, label).done(deadline)?;
         Ok(lane)
     }
 
