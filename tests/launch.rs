@@ -15,10 +15,15 @@ crate::trials![
     a_killed_launcher_leaves_no_rank,
     a_rank_s_own_code_is_passed_on,
     restarts_stop_without_progress,
+    a_pinned_rank_is_widened_to_its_share,
 ];
 
 /// What a rank does in these tests: steps until it is asked to stop, then saves for 2 s and leaves with 75.
 pub fn case(name: &str) -> i32 {
+    if name == "ground" {
+        println!("threads {}, cores {}", occlude::device::ground(None), cores());
+        return 0;
+    }
     let requests = Requests::listen().expect("signals");
     let world = occlude::device::join().expect("a launcher");
     let limits = Limits { silence: Duration::from_secs(3), ..Limits::default() };
@@ -194,5 +199,27 @@ fn restarts_stop_without_progress() -> Outcome {
     assert_eq!(starts(":"), 4);
     let save = "d=$1/checkpoints/step-0000000$n; mkdir -p $d; touch $d/manifest.json";
     assert_eq!(starts(save), 6);
+    Ok(())
+}
+
+/// The processors that this process may use.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn a_pinned_rank_is_widened_to_its_share() -> Outcome {
+    if cores() == 1 {
+        return Ok(());
+    }
+    // Plain mpirun pins a single rank to one core.
+    let output = Command::new(root().join(".deps/venv/bin/mpirun"))
+        .args(["-n", "1", "--bind-to", "core"])
+        .arg(std::env::current_exe()?)
+        .env("OCCLUDE_CASE", "ground")
+        .env_remove("OMP_NUM_THREADS")
+        .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
+        .output()?;
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(told.trim(), format!("threads {0}, cores {0}", cores()), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
