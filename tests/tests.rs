@@ -3,6 +3,8 @@
 mod support;
 
 mod rng;
+mod device;
+mod launch;
 mod store;
 mod mae;
 mod lease;
@@ -13,9 +15,15 @@ mod watch;
 mod report;
 
 fn main() {
+    // Cases that want a process, or a world, of their own run this binary again.
+    if let Ok(case) = std::env::var("OCCLUDE_CASE") {
+        std::process::exit(device::case(&case));
+    }
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
+    trials.extend(device::trials());
+    trials.extend(launch::trials());
     trials.extend(store::trials());
     trials.extend(mae::trials());
     trials.extend(lease::trials());

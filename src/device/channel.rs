@@ -4,102 +4,19 @@
 //! An all_reduce gives each rank one chunk: all ranks send it theirs, it sums them in rank order, and the sums are
 //! gathered. The bits depend on the ranks and never on the wire.
 
+use super::call::{Act, Call, FRAME, HEADER, INLINE, compare, word};
 use super::fold::fold;
 use super::wire::{Gate, Halt, Wire};
 use super::world::{Channel, Pending, Reduce};
 use crate::bridge::{bytes, bytes_mut};
-use crate::fault::{Code, Fault, Result};
+use crate::fault::{Fault, Result};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
-
-/// What a collective does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Act {
-    Open,
-    AllReduce(Reduce),
-    AllGather,
-    ReduceScatter,
-    Broadcast(usize),
-    Barrier,
-}
-
-/// A collective as it is announced: equal on every rank, or the ranks disagree.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Call {
-    number: u64,
-    act: Act,
-    kind: Kind,
-    elements: usize,
-}
-
-impl fmt::Display for Call {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "collective {}, ", self.number)?;
-        match self.act {
-            Act::Open => return f.write_str("opening"),
-            Act::Barrier => return f.write_str("barrier"),
-            Act::AllReduce(Reduce::Sum) => f.write_str("all_reduce (sum)")?,
-            Act::AllReduce(Reduce::Max) => f.write_str("all_reduce (max)")?,
-            Act::AllGather => f.write_str("all_gather")?,
-            Act::ReduceScatter => f.write_str("reduce_scatter")?,
-            Act::Broadcast(root) => write!(f, "broadcast from rank {root}")?,
-        }
-        write!(f, ", of {} {} elements", self.elements, word(self.kind))
-    }
-}
-
-/// The kinds that travel, by their Rust names.
-const KINDS: [(Kind, &str); 5] =
-    [(Kind::Float, "f32"), (Kind::Double, "f64"), (Kind::BFloat16, "bf16"), (Kind::Int64, "i64"), (Kind::Uint8, "u8")];
-
-fn word(kind: Kind) -> &'static str {
-    KINDS.iter().find(|(k, _)| *k == kind).map_or("unknown", |(_, word)| word)
-}
-
-/// Every collective begins with one frame from each rank: the call, and small data along with it.
-const FRAME: usize = 256;
-const HEADER: usize = 24;
-const INLINE: usize = FRAME - HEADER;
-
-impl Call {
-    fn write(&self, frame: &mut [u8]) {
-        let (code, detail) = match self.act {
-            Act::Open => (0, 0),
-            Act::AllReduce(Reduce::Sum) => (1, 0),
-            Act::AllReduce(Reduce::Max) => (2, 0),
-            Act::AllGather => (3, 0),
-            Act::ReduceScatter => (4, 0),
-            Act::Broadcast(root) => (5, root as u32),
-            Act::Barrier => (6, 0),
-        };
-        let kind = KINDS.iter().position(|(kind, _)| *kind == self.kind).unwrap_or(KINDS.len());
-        frame[..8].copy_from_slice(&self.number.to_le_bytes());
-        frame[8..12].copy_from_slice(&[code, kind as u8, 0, 0]);
-        frame[12..16].copy_from_slice(&detail.to_le_bytes());
-        frame[16..24].copy_from_slice(&(self.elements as u64).to_le_bytes());
-    }
-    fn read(frame: &[u8]) -> Call {
-        let long = |at: usize| u64::from_le_bytes(frame[at..at + 8].try_into().expect("eight bytes"));
-        let detail = u32::from_le_bytes(frame[12..16].try_into().expect("four bytes"));
-        let act = match frame[8] {
-            0 => Act::Open,
-            1 => Act::AllReduce(Reduce::Sum),
-            2 => Act::AllReduce(Reduce::Max),
-            3 => Act::AllGather,
-            4 => Act::ReduceScatter,
-            5 => Act::Broadcast(detail as usize),
-            _ => Act::Barrier,
-        };
-        let kind = KINDS.get(usize::from(frame[9])).map_or(Kind::Uint8, |(kind, _)| *kind);
-        Call { number: long(0), act, kind, elements: long(16) as usize }
-    }
-}
 
 /// Refuses what no channel carries; the same on every world, so that a run of one rank finds the mistake too.
 pub fn check(tensor: &Tensor, reduced: bool) -> Result<()> {
@@ -157,7 +74,7 @@ impl Lane {
         let thread = thread.map_err(|error| Fault::failed(format!("channel {name}: no thread for it: {error}.")))?;
         let mut lane = Lane { name, size, jobs: Some(jobs), worker: Some(thread), gate, under_way, number: 0 };
         let label = Tensor::from_slice(&lane.name.as_bytes()[..lane.name.len().min(INLINE)]);
-        drop(lane.start(Act::Open, label).wait(deadline)?);
+        lane.start(Act::Open, label).done(deadline)?;
         Ok(lane)
     }
 
@@ -303,7 +220,7 @@ impl Worker {
 
     /// Sends the call, and the data if they are small, to every rank; returns all ranks' frames.
     fn announce(&mut self, call: &Call, data: &[u8]) -> Result<Vec<u8>, Halt> {
-        let mut own = [0; FRAME];
+        let mut own = vec![0; FRAME];
         call.write(&mut own);
         if data.len() <= INLINE {
             own[HEADER..HEADER + data.len()].copy_from_slice(data);
@@ -311,7 +228,8 @@ impl Worker {
         let mut frames = vec![0; FRAME * self.wire.size()];
         let sent = self.wire.all_gather(&own, &mut frames, &equal(self.wire.size(), FRAME));
         if sent.is_err() {
-            std::mem::forget(std::mem::take(&mut frames));
+            // As in `carry_out`.
+            std::mem::forget((own, std::mem::take(&mut frames)));
         }
         sent.map(|()| frames)
     }
@@ -405,26 +323,6 @@ fn grow(scratch: &mut Vec<u8>, length: usize) {
     if scratch.len() < length {
         scratch.resize(length, 0);
     }
-}
-
-/// A fault with exit code 76 unless every rank announced what this one did.
-fn compare(own: &Call, frames: &[u8], size: usize) -> Result<()> {
-    let heads: Vec<&[u8]> = frames.chunks(FRAME).collect();
-    let name = |rank: usize| String::from_utf8_lossy(&heads[rank][HEADER..]).trim_end_matches('\0').to_string();
-    let calls: Vec<Call> = heads.iter().map(|head| Call::read(head)).collect();
-    let differs = |rank: usize| calls[rank] != calls[0] || (own.act == Act::Open && name(rank) != name(0));
-    let Some(other) = (1..size).find(|&rank| differs(rank)) else { return Ok(()) };
-    let told = |rank: usize| match calls[rank].act {
-        Act::Open => format!("the opening of channel `{}`", name(rank)),
-        _ => calls[rank].to_string(),
-    };
-    let message = format!(
-        "ranks disagree about what to do next: rank 0 is at {}, rank {other} at {}. \
-         Every rank must run the same program with the same config.",
-        told(0),
-        told(other)
-    );
-    Err(Fault::new(Code::Disagree, message))
 }
 
 impl From<Halt> for Fault {

@@ -77,7 +77,7 @@ impl Requests {
 pub fn ground(threads: Option<usize>) -> usize {
     let pinned = sched_getaffinity(None).ok();
     let (rank, size) = local_place().unwrap_or((0, 1));
-    let mut node = pinned.clone();
+    let mut node = pinned;
     if launched()
         && let Some(all) = getppid().and_then(|parent: Pid| sched_getaffinity(Some(parent)).ok())
     {
@@ -103,7 +103,7 @@ fn share(node: &CpuSet, rank: usize, size: usize, budget: usize) -> CpuSet {
     let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&core| node.is_set(core)).collect();
     let part = &cores[rank * cores.len() / size..(rank + 1) * cores.len() / size];
     if part.len() < budget {
-        return node.clone();
+        return *node;
     }
     let mut set = CpuSet::new();
     part.iter().for_each(|&core| set.set(core));

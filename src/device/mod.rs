@@ -1,6 +1,7 @@
 //! Where tensors live and how ranks talk. A world is a value that is handed down; only `join` knows which there are.
 
 mod agree;
+mod call;
 mod channel;
 mod delayed;
 mod fold;

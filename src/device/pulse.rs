@@ -127,7 +127,10 @@ impl Watch {
         // Who was stopped itself has no right to a long silence of others.
         let passed = passed.min(2 * PERIOD);
         self.silence += passed;
-        self.standstill += passed;
+        // Standing still is held only against a rank whose pulses still come.
+        if self.silence <= 2 * PERIOD {
+            self.standstill += passed;
+        }
         match () {
             () if self.silence > self.limits.silence => Some(Trouble::Silent(self.silence)),
             () if self.standstill > self.limits.phase[self.at.1 as usize] => Some(Trouble::Stuck(self.standstill)),

@@ -71,7 +71,7 @@ impl Channel for Alone {
     }
     fn reduce_scatter(&mut self, tensor: &Tensor) -> Pending {
         let result = part_shape(tensor, 1).and_then(|_| check(tensor, true));
-        self.ready(result.and_then(|()| Ok(tensor.detach().copy())))
+        self.ready(result.map(|()| tensor.detach().copy()))
     }
     fn broadcast(&mut self, tensor: &Tensor, root: usize) -> Pending {
         let result = check(tensor, false).and_then(|()| match root {

@@ -93,4 +93,8 @@ impl Pending {
     pub fn wait(self, deadline: Duration) -> Result<Tensor> {
         (self.finish)(deadline)
     }
+    /// As `wait`, for collectives that work in place.
+    pub fn done(self, deadline: Duration) -> Result<()> {
+        self.wait(deadline).map(drop)
+    }
 }
