@@ -1,7 +1,13 @@
-//! From a store to a decoded sample: store → shard → order → decode; `pack` is the writer.
+//! From a store to a decoded sample: store → index, scan → shard → set → order → complete, decode; `pack` is the
+//! writer.
 
 pub mod store;
-pub mod shard;
-pub mod order;
-pub mod decode;
-pub mod pack;
+pub mod index; // the rows of a shard's members, and their file beside the tar
+pub mod scan; // the strict reading of a tar that has no index
+pub mod shard; // one tar of samples
+pub mod set; // all shards of one data set
+pub mod order; // which sample stands at which position
+pub mod complete; // does a file hold all of its picture
+pub mod decode; // bytes become pixels
+pub mod write; // a shard being written
+pub mod pack; // a folder of pictures becomes shards

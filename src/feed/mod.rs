@@ -1,1 +1,170 @@
-//! The conveyor.
+//! The conveyor: fetch | decode | view | batch.
+//!
+//! Worker threads make rows in any order; one thread lays them into steps and hands those over in order. The steps
+//! under way are bounded by their bytes. What a row holds depends on its position alone, never on threads, ranks or
+//! on where a training resumed: a sample that cannot be decoded is replaced by one drawn from its own stream.
+
+mod batch;
+mod row;
+
+use crate::data::decode::{Decoded, Limits};
+use crate::data::order::{self, Order};
+use crate::data::set::DataSet;
+use crate::fault::{Fault, Result};
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A sample's view: (decoded, id, epoch) → [C, T, Y, X], 8 bits.
+pub type ViewFn = Arc<dyn Fn(&Decoded, u64, u64) -> Vec<u8> + Send + Sync>;
+
+/// Which (epoch, sample) pairs this rank reads in a step, in the order of its rows.
+pub type Plan = Box<dyn Fn(u64) -> Vec<(u64, u64)> + Send>;
+
+/// What every feed needs.
+#[derive(Clone)]
+pub struct Source {
+    pub set: Arc<DataSet>,
+    pub view: ViewFn,
+    /// [C, T, Y, X] of what the view returns.
+    pub shape: [i64; 4],
+    pub limits: Limits,
+    pub seed: u64,
+    /// Worker threads; at least one.
+    pub threads: usize,
+    /// Bytes of pixels that may be under way; one step always may.
+    pub prefetch_bytes: usize,
+    /// Share of the data set's samples that may be undecodable before the feed gives up; three always may.
+    pub max_bad_share: f64,
+}
+
+impl Source {
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.shape.iter().product::<i64>() as usize
+    }
+}
+
+/// This rank's rows of one step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows {
+    pub step: u64,
+    pub ids: Vec<u64>,
+    pub epochs: Vec<u64>,
+    /// Classes; none where the data set has none.
+    pub labels: Option<Vec<i64>>,
+    /// [rows, C, T, Y, X], contiguous; empty where this rank has no row.
+    pub pixels: Vec<u8>,
+    /// How long the caller waited for it.
+    pub waited: Duration,
+}
+
+/// Threads that prepare steps.
+pub struct Feed {
+    steps: Receiver<Result<Rows>>,
+    /// Steps that the caller has not had yet.
+    left: u64,
+    taken: Option<Sender<()>>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Feed {
+    /// Training: in step s, rank r of W reads its rows of the positions s·G .. (s+1)·G of `order`.
+    pub fn train(
+        source: Source,
+        order: Order,
+        global_batch: u64,
+        rank: usize,
+        world: usize,
+        steps: Range<u64>,
+    ) -> Result<Feed> {
+        let rows = order::rows(global_batch, rank, world);
+        let plan = move |step: u64| rows.clone().map(|row| order.at(step * global_batch + row)).collect();
+        Feed::start(source, Box::new(plan), (rank, world), steps, true)
+    }
+
+    /// Evaluation: this rank's share of all samples, each once and in the order of the data set, `batch` rows a
+    /// step, the last step shorter. An undecodable sample is left out.
+    pub fn sweep(source: Source, batch: u64, rank: usize, world: usize) -> Result<Feed> {
+        let share = order::rows(source.set.len(), rank, world);
+        let batch = batch.max(1);
+        let steps = 0..(share.end - share.start).div_ceil(batch);
+        let plan = move |step: u64| {
+            let first = share.start + step * batch;
+            (first..(first + batch).min(share.end)).map(|index| (0, index)).collect()
+        };
+        Feed::start(source, Box::new(plan), (rank, world), steps, false)
+    }
+
+    fn start(source: Source, plan: Plan, rank: (usize, usize), steps: Range<u64>, replace: bool) -> Result<Feed> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (give, orders) = unbounded::<row::Order>();
+        let (done, rows) = unbounded::<row::Done>();
+        let (out, finished) = unbounded();
+        let (taken, returned) = unbounded();
+        let reader = Arc::new(row::Reader { source: source.clone(), labelled: source.set.labelled(), replace });
+        let left = steps.end.saturating_sub(steps.start);
+        let mut feed = Feed { steps: finished, left, taken: Some(taken), stop: stop.clone(), threads: Vec::new() };
+        let threads = source.threads.max(1);
+        let lines = batch::Lines { give, rows, out, taken: returned };
+        let belt = batch::Belt::new(source, plan, steps, lines, rank);
+        feed.spawn("feed-batch".into(), move || belt.run())?;
+        for number in 0..threads {
+            let (reader, orders, done, stop) = (reader.clone(), orders.clone(), done.clone(), stop.clone());
+            feed.spawn(format!("feed-{number}"), move || {
+                for order in orders {
+                    if stop.load(Ordering::Relaxed) || done.send(reader.row(order)).is_err() {
+                        break;
+                    }
+                }
+            })?;
+        }
+        Ok(feed)
+    }
+
+    fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new().name(name.clone()).spawn(body);
+        self.threads.push(thread.map_err(|error| Fault::failed(format!("thread {name} does not start: {error}")))?);
+        Ok(())
+    }
+}
+
+impl Iterator for Feed {
+    type Item = Result<Rows>;
+
+    /// The next step's rows; none after the last step. A fault is Code::Corrupt past the share of bad samples,
+    /// whatever reading a shard gave, or Code::Failed where a view panicked; it ends the feed, and asking on gives a
+    /// fault again, so that a broken feed is never taken for a finished one.
+    fn next(&mut self) -> Option<Result<Rows>> {
+        let began = Instant::now();
+        if self.left == 0 {
+            return None;
+        }
+        let step = self.steps.recv().unwrap_or_else(|_| {
+            let message = format!("the feed ended {} steps early; what it said before tells why", self.left);
+            Err(Fault::failed(message))
+        });
+        self.left -= u64::from(step.is_ok());
+        if let Some(taken) = &self.taken {
+            // The other end is gone once the last step is out; nobody needs the word then.
+            let _ = taken.send(());
+        }
+        Some(step.map(|rows| Rows { waited: began.elapsed(), ..rows }))
+    }
+}
+
+impl Drop for Feed {
+    /// Stops the threads; each ends after the sample in its hands.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.taken = None;
+        for thread in self.threads.drain(..) {
+            // A thread's panic was a fault of `next` already.
+            let _ = thread.join();
+        }
+    }
+}

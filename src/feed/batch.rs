@@ -1,0 +1,184 @@
+//! Rows laid into steps, on one thread: it plans as many steps ahead as memory allows, and hands steps over in order.
+
+use super::row::{Done, Order};
+use super::{Plan, Rows, Source};
+use crate::fault::{Code, Fault, Result};
+use crossbeam_channel::{Receiver, Sender, select};
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+/// How many bad samples a fault names.
+const NAMED: usize = 20;
+/// The most steps under way, for ranks whose steps are empty.
+const STEPS: usize = 1024;
+
+/// A step under way.
+struct Step {
+    step: u64,
+    /// What each row will hold; none until it is made, and for a row that is left out.
+    ids: Vec<Option<(u64, u64, Option<i64>)>>,
+    pixels: Vec<u8>,
+    missing: usize,
+}
+
+/// What the thread speaks through.
+pub struct Lines {
+    /// Rows to be made, to the workers.
+    pub give: Sender<Order>,
+    /// Rows, from the workers.
+    pub rows: Receiver<Done>,
+    /// Whole steps, to the caller.
+    pub out: Sender<Result<Rows>>,
+    /// A word for each step that the caller took.
+    pub taken: Receiver<()>,
+}
+
+/// The thread's state.
+pub struct Belt {
+    source: Source,
+    labelled: bool,
+    plan: Plan,
+    steps: Range<u64>,
+    lines: Lines,
+    /// Steps under way, the oldest in front.
+    open: VecDeque<Step>,
+    /// Steps handed over and not yet taken.
+    waiting: usize,
+    /// Bytes of the step planned last.
+    each: usize,
+    /// Bad samples by index, and how many there may be.
+    bad: BTreeMap<u64, String>,
+    allowed: usize,
+    /// This rank, and of how many; for messages.
+    rank: (usize, usize),
+}
+
+impl Belt {
+    pub fn new(source: Source, plan: Plan, steps: Range<u64>, lines: Lines, rank: (usize, usize)) -> Belt {
+        let labelled = source.set.labelled();
+        let allowed = ((source.set.len() as f64 * source.max_bad_share) as usize).max(3);
+        let (open, bad) = (VecDeque::new(), BTreeMap::new());
+        Belt { source, labelled, plan, steps, lines, open, waiting: 0, each: 0, bad, allowed, rank }
+    }
+
+    /// Until the last step is out, a fault is out, or nobody wants more.
+    pub fn run(mut self) {
+        if let Err(fault) = self.carry() {
+            // Nobody is left to hear it only when the feed was dropped.
+            let _ = self.lines.out.send(Err(fault));
+        }
+    }
+
+    fn carry(&mut self) -> Result<()> {
+        loop {
+            self.fill();
+            while self.open.front().is_some_and(|step| step.missing == 0) {
+                let step = self.open.pop_front().expect("a step in front");
+                if self.lines.out.send(Ok(self.finished(step))).is_err() {
+                    return Ok(());
+                }
+                self.waiting += 1;
+            }
+            if self.open.is_empty() && self.steps.is_empty() {
+                return Ok(());
+            }
+            select! {
+                recv(self.lines.rows) -> done => match done {
+                    Ok(done) => self.place(done)?,
+                    Err(_) => return Err(Fault::failed("the feed's workers are gone")),
+                },
+                recv(self.lines.taken) -> word => match word {
+                    Ok(()) => self.waiting -= 1,
+                    Err(_) => return Ok(()),
+                },
+            }
+        }
+    }
+
+    /// Orders rows of further steps while their bytes fit; one step always does.
+    fn fill(&mut self) {
+        while !self.steps.is_empty() {
+            let under_way = self.open.len() + self.waiting;
+            let held: usize = self.open.iter().map(|step| step.pixels.len()).sum();
+            let full = held + (self.waiting + 1) * self.each > self.source.prefetch_bytes || under_way >= STEPS;
+            if under_way > 0 && full {
+                return;
+            }
+            let step = self.steps.next().expect("a step is left");
+            let samples = (self.plan)(step);
+            let pixels = vec![0; samples.len() * self.source.row_bytes()];
+            self.each = pixels.len();
+            self.open.push_back(Step { step, ids: vec![None; samples.len()], pixels, missing: samples.len() });
+            for (row, (epoch, index)) in samples.into_iter().enumerate() {
+                // Workers only go when the feed stops, which the next turn of the belt sees.
+                let _ = self.lines.give.send(Order { step, row, epoch, index });
+            }
+        }
+    }
+
+    fn place(&mut self, done: Done) -> Result<()> {
+        for (index, fault) in done.bad {
+            if self.bad.contains_key(&index) {
+                continue;
+            }
+            tracing::warn!("sample {} (rank {}): {fault}", self.source.set.key(index), self.rank.0);
+            self.bad.insert(index, fault.message);
+        }
+        self.refuse_many()?;
+        let made = done.made?;
+        let first = self.open.front().expect("a step under way").step;
+        let step = &mut self.open[(done.step - first) as usize];
+        step.missing -= 1;
+        if let Some(row) = made {
+            let bytes = row.pixels.len();
+            step.pixels[done.row * bytes..(done.row + 1) * bytes].copy_from_slice(&row.pixels);
+            step.ids[done.row] = Some((row.id, row.epoch, row.label));
+        }
+        Ok(())
+    }
+
+    fn refuse_many(&self) -> Result<()> {
+        if self.bad.len() <= self.allowed {
+            return Ok(());
+        }
+        let named: Vec<&str> = self.bad.values().take(NAMED).map(String::as_str).collect();
+        let (total, name) = (self.source.set.len(), &self.source.set.name);
+        Err(Fault::new(
+            Code::Corrupt,
+            format!(
+                "rank {} of {} found {} undecodable samples among the {total} of {name}, {} are allowed; \
+                 fetch or pack the data again. They are: {}{}",
+                self.rank.0,
+                self.rank.1,
+                self.bad.len(),
+                self.allowed,
+                named.join("; "),
+                if self.bad.len() > NAMED { "; …" } else { "" }
+            ),
+        ))
+    }
+
+    /// Closes the gaps that left-out rows leave, and drops labels where the set has none.
+    fn finished(&self, step: Step) -> Rows {
+        let Step { step, ids, mut pixels, .. } = step;
+        let bytes = self.source.row_bytes();
+        let mut kept = 0;
+        for (row, _) in ids.iter().enumerate().filter(|(_, row)| row.is_some()) {
+            if kept != row {
+                pixels.copy_within(row * bytes..(row + 1) * bytes, kept * bytes);
+            }
+            kept += 1;
+        }
+        pixels.truncate(kept * bytes);
+        let rows: Vec<_> = ids.into_iter().flatten().collect();
+        Rows {
+            step,
+            ids: rows.iter().map(|row| row.0).collect(),
+            epochs: rows.iter().map(|row| row.1).collect(),
+            labels: self.labelled.then(|| rows.iter().filter_map(|row| row.2).collect()),
+            pixels,
+            waited: Duration::ZERO,
+        }
+    }
+}
