@@ -13,11 +13,13 @@ use occlude::part::view::View;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 crate::trials![
     any_number_of_ranks_reads_the_same_batch,
     threads_and_memory_change_nothing,
+    what_is_under_way_keeps_to_its_bytes,
     a_feed_goes_on_where_another_stopped,
     a_sweep_reads_every_sample_once,
     a_bad_sample_is_replaced_alike_everywhere,
@@ -106,6 +108,31 @@ fn threads_and_memory_change_nothing() -> Outcome {
     let one = run(1, 0)?;
     assert_eq!(one.len(), 12);
     assert!(run(4, 1 << 20)? == one);
+    Ok(())
+}
+
+fn what_is_under_way_keeps_to_its_bytes() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let set = set(folder.path())?;
+    let views = Arc::new(AtomicUsize::new(0));
+    let (inner, count) = (source(&set).view, views.clone());
+    let view = Arc::new(move |image: &_, id, epoch| {
+        count.fetch_add(1, Ordering::SeqCst);
+        inner(image, id, epoch)
+    });
+    // Room for two steps of five rows and a half.
+    let narrow = Source { view, prefetch_bytes: 12 * 192, ..source(&set) };
+    let mut feed = Feed::train(narrow, order(&set), 5, 0, 1, 0..20)?;
+    for taken in 0..3 {
+        let due = 10 + 5 * taken;
+        let began = Instant::now();
+        while views.load(Ordering::SeqCst) < due && began.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        std::thread::sleep(Duration::from_millis(60));
+        assert_eq!(views.load(Ordering::SeqCst), due, "rows made once {taken} steps were taken");
+        feed.next().expect("a step")?;
+    }
     Ok(())
 }
 
