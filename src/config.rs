@@ -208,7 +208,10 @@ impl Config {
     /// Reads a file, applies `path.to.key=value` overrides in order, refuses what is unknown or out of range.
     pub fn read(path: &Path, overrides: &[String]) -> Result<Config> {
         let text = std::fs::read_to_string(path).map_err(|error| {
-            Fault::usage(format!("{}: {error}; give a config such as configs/tiny/mae.json with --config", path.display()))
+            Fault::usage(format!(
+                "{}: {error}; give a config such as configs/tiny/mae.json with --config",
+                path.display()
+            ))
         })?;
         Self::parse(&text, overrides).map_err(|fault| fault.at(path.display()))
     }
@@ -216,7 +219,8 @@ impl Config {
     /// As `read`, from text.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Config> {
         let stripped = json_comments::StripComments::new(text.as_bytes());
-        let mut value: Value = serde_json::from_reader(stripped).map_err(|error| Fault::usage(format!("not JSON: {error}")))?;
+        let mut value: Value =
+            serde_json::from_reader(stripped).map_err(|error| Fault::usage(format!("not JSON: {error}")))?;
         for line in overrides {
             set(&mut value, line)?;
         }
@@ -288,7 +292,9 @@ impl Config {
         for section in ["about", "checkpoint", "log", "world"] {
             root.remove(section);
         }
-        for (section, keys) in [("train", &["bad_steps", "micro_batch"][..]), ("data", &["threads", "prefetch_mb", "max_bad_share"][..])] {
+        for (section, keys) in
+            [("train", &["bad_steps", "micro_batch"][..]), ("data", &["threads", "prefetch_mb", "max_bad_share"][..])]
+        {
             for key in keys {
                 root[section].as_object_mut().expect("a section").remove(*key);
             }
@@ -343,12 +349,9 @@ fn set(root: &mut Value, line: &str) -> Result<()> {
         at = object.entry(key).or_insert_with(|| Value::Object(Default::default()));
     }
     // Two ways to say one thing exclude each other: the one that is set now wins.
-    for (path_set, other) in [
-        ("train.steps", "epochs"),
-        ("train.epochs", "steps"),
-        ("optim.lr", "base_lr"),
-        ("optim.base_lr", "lr"),
-    ] {
+    for (path_set, other) in
+        [("train.steps", "epochs"), ("train.epochs", "steps"), ("optim.lr", "base_lr"), ("optim.base_lr", "lr")]
+    {
         if path == path_set
             && let Some(section) = root[path.split('.').next().expect("a section")].as_object_mut()
         {
@@ -372,7 +375,8 @@ fn explain(error: serde_path_to_error::Error<serde_json::Error>) -> Fault {
     let (Some(unknown), valid) = (quoted.first(), quoted.get(1..).unwrap_or_default()) else {
         return Fault::usage(format!("at {place}: {text}"));
     };
-    let nearest = valid.iter().max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
+    let nearest =
+        valid.iter().max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
     let hint = nearest.map_or(String::new(), |name| format!("; did you mean `{name}`?"));
     Fault::usage(format!("at {place}: unknown {what} `{unknown}`{hint} Valid: {}", valid.join(", ")))
 }

@@ -1,12 +1,12 @@
 //! Opens the ground, parses, joins the world, runs the verb.
 
 use clap::{Parser, Subcommand};
+use occlude::bridge;
 use occlude::config::{self, Config};
 use occlude::data::pack;
 use occlude::device::{self, Requests};
-use occlude::fault::Result;
+use occlude::fault::{Fault, Result};
 use occlude::run::{bench, doctor, evaluate, open::Resume, reconstruct, report, train};
-use occlude::bridge;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -150,7 +150,9 @@ fn main() -> ExitCode {
     match run(verb) {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault) => {
-            eprintln!("occlude: {fault}");
+            if !fault.message.is_empty() {
+                eprintln!("occlude: {fault}");
+            }
             ExitCode::from(fault.code as u8)
         }
     }
@@ -163,8 +165,12 @@ fn run(verb: Verb) -> Result<()> {
             let world = device::join()?;
             let requests = Requests::listen()?;
             let order = train::Order { run: a.run, resume: a.resume, dump_steps: a.dump_steps };
-            let result = config.and_then(|config| train::train(&config, &order, &world, &requests));
-            device::leave(world.as_ref(), result)
+            let work = || train::train(&config?, &order, &world, &requests);
+            // A stop on request is every rank's, and one rank tells it.
+            device::together(world.as_ref(), work).map_err(|fault| match world.rank() {
+                0 => fault,
+                _ => Fault { message: String::new(), ..fault },
+            })
         }
         Verb::Pack(a) => {
             let PackArguments { source, url, name, samples_per_shard, test_share } = a;

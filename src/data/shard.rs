@@ -68,19 +68,23 @@ impl Shard {
             Fault::new(Code::Corrupt, message)
         })?;
         let bytes = bytes(&self.path, member.offset, member.length)?;
-        match (member.digest, index::digest(&bytes)) {
-            (Some(wanted), got) if wanted != got => Err(Fault::new(
-                Code::Corrupt,
-                format!(
-                    "{}: the bytes of {} changed: digest {}, the index says {}",
-                    self.path.display(),
-                    member.name,
-                    index::hex(&got),
-                    index::hex(&wanted)
-                ),
-            )),
-            _ => Ok(bytes),
+        let Some(wanted) = member.digest else {
+            return Ok(bytes);
+        };
+        let got = index::digest(&bytes);
+        if got == wanted {
+            return Ok(bytes);
         }
+        Err(Fault::new(
+            Code::Corrupt,
+            format!(
+                "{}: the bytes of {} changed: digest {}, the index says {}; fetch or pack the shard again",
+                self.path.display(),
+                member.name,
+                index::hex(&got),
+                index::hex(&wanted)
+            ),
+        ))
     }
 
     /// The class of sample `row`: its member `.cls`, a whole number in ASCII; none where there is no such member.

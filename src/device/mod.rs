@@ -18,6 +18,7 @@ pub use pulse::{Beat, Limits, Phase, Pulse};
 pub use world::{Channel, Pending, Reduce, World};
 
 use crate::fault::{Code, Fault, Result};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 use tch::Device;
@@ -33,11 +34,15 @@ pub fn join() -> Result<Arc<dyn World>> {
     Ok(Arc::new(mpi::Mpi::join()?))
 }
 
-/// The end of a job's work: a fault on any rank ends all of them, told once; a stop on request is every rank's own.
-pub fn leave(world: &dyn World, result: Result<()>) -> Result<()> {
+/// Runs a job's work to its end on every rank. A fault or a panic on any rank ends all of them, told once; a stop on
+/// request is all ranks' own and is returned on each.
+pub fn together(world: &dyn World, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let result = catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(Fault::failed("a panic ended the training; the message above says where")));
     match result {
         Err(fault) if fault.code != Code::Stopped => fail(world, &fault),
-        result => result,
+        // The ranks come here within the time of one save of each other.
+        result => world.leave(Duration::from_secs(600)).and(result),
     }
 }
 

@@ -247,4 +247,3 @@ fn source(config: &Config, set: Arc<DataSet>, world: &dyn World, stepper: &Stepp
         max_bad_share: config.data.max_bad_share,
     }
 }
-

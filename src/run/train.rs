@@ -50,7 +50,9 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         let micro = micro_batches(config, &rows, world, &run)?;
         let lr = run.schedule.at(step * config.train.global_batch);
         let outcome = run.stepper.step(&micro, lr, |stepper, outcome| match step < dump_until {
-            true => dump::write(&run.folder, step, world.rank(), stepper, &micro, outcome, lr, config.optim.weight_decay),
+            true => {
+                dump::write(&run.folder, step, world.rank(), stepper, &micro, outcome, lr, config.optim.weight_decay)
+            }
             false => Ok(()),
         })?;
         refused = judge(&outcome, refused, step, config, world.as_ref())?;

@@ -1,0 +1,64 @@
+"""torchvision's boxes and pixels.
+
+crop.py boxes CASES.json    [{width, height, scale, ratio, uniform: [...]}] -> [[top, left, height, width]]
+crop.py resize FILE.png JOBS.json OUT    jobs [{box: [left, top, width, height] or null, size: [w, h], how, share}];
+                                         writes the pixels of all jobs, [h, w, c] uint8, one after another
+"""
+
+import json
+import sys
+
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional
+
+HOW = {"bicubic": functional.InterpolationMode.BICUBIC, "bilinear": functional.InterpolationMode.BILINEAR}
+
+
+class Given:
+    """Stands for torch's generator: hands out the given uniform numbers in order."""
+
+    def __init__(self, numbers):
+        self.numbers = iter(numbers)
+
+    def empty(self, *_):
+        return self
+
+    def uniform_(self, low, high):
+        low, high = float(low), float(high)
+        return torch.tensor(low + (high - low) * next(self.numbers))
+
+    def randint(self, low, high, size):
+        return torch.tensor([low + int(next(self.numbers) * (high - low))])
+
+
+def boxes(path):
+    torch.set_default_dtype(torch.float64)
+    out = []
+    for case in json.load(open(path)):
+        given = Given(case["uniform"])
+        torch.empty, torch.randint = given.empty, given.randint
+        image = Image.new("L", (case["width"], case["height"]))
+        out.append(transforms.RandomResizedCrop.get_params(image, case["scale"], case["ratio"]))
+    json.dump(out, sys.stdout)
+
+
+def resize(path, jobs, out):
+    image = Image.open(path)
+    with open(out, "wb") as file:
+        for job in json.load(open(jobs)):
+            width, height = job["size"]
+            if job["box"]:
+                left, top, w, h = job["box"]
+                view = functional.resized_crop(image, top, left, h, w, [height, width], HOW[job["how"]])
+            else:
+                view = functional.resize(image, int(width / job["share"]), HOW[job["how"]])
+                view = functional.center_crop(view, [height, width])
+            file.write(view.tobytes())
+
+
+if sys.argv[1] == "boxes":
+    boxes(sys.argv[2])
+else:
+    resize(*sys.argv[2:5])

@@ -1,0 +1,361 @@
+//! Shards: what we write others read, what others write we read, what is damaged is refused.
+
+use crate::support::{Outcome, oracle};
+use occlude::data::index::Index;
+use occlude::data::pack::{Options, Packed, pack};
+use occlude::data::set::DataSet;
+use occlude::data::shard::{IMAGE, Shard};
+use occlude::fault::Code;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+crate::trials![
+    webdataset_reads_what_we_pack,
+    we_read_what_webdataset_writes,
+    a_damaged_tar_is_refused_and_named,
+    a_flipped_bit_is_found_by_its_digest,
+    an_index_that_does_not_fit_is_refused,
+    any_flipped_bit_of_an_index_is_found,
+    repeated_keys_are_refused,
+    a_hostile_tar_is_refused_at_once,
+    packing_is_the_same_every_time,
+    packing_leaves_out_what_is_unreadable,
+    an_output_in_use_is_refused,
+    a_missing_data_set_is_told_with_a_remedy,
+    the_test_part_is_a_share_and_no_more,
+];
+
+/// A folder of `classes` × `each` PNGs of 12 × 10 pixels, every one different.
+pub fn pictures(folder: &Path, classes: usize, each: usize) -> Result<(), libtest_mimic::Failed> {
+    for class in 0..classes {
+        let place = folder.join(format!("class.{class}"));
+        fs::create_dir_all(&place)?;
+        for number in 0..each {
+            let value = |x: u32, y: u32, c: u32| ((x * 7 + y * 13 + c * 50) as usize + class * 31 + number * 3) as u8;
+            let picture = image::RgbImage::from_fn(12, 10, |x, y| image::Rgb([0, 1, 2].map(|c| value(x, y, c))));
+            picture.save(place.join(format!("p.{number:03}.png")))?;
+        }
+    }
+    Ok(())
+}
+
+/// The pictures packed into `out`, `per_shard` samples a shard.
+pub fn packed(source: &Path, out: &Path, per_shard: u64) -> Result<Packed, libtest_mimic::Failed> {
+    Ok(pack(source, out, &Options { name: Some("small".into()), samples_per_shard: per_shard, ..Options::default() })?)
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().expect("UTF-8").to_owned()
+}
+
+/// A packed set of 3 × 8 pictures in shards of 5: its folder and its tars.
+fn small() -> Result<(tempfile::TempDir, PathBuf, Vec<PathBuf>), libtest_mimic::Failed> {
+    let folder = tempfile::tempdir()?;
+    pictures(&folder.path().join("in"), 3, 8)?;
+    let out = folder.path().join("out");
+    packed(&folder.path().join("in"), &out, 5)?;
+    let tars = (0..5).map(|n| out.join(format!("small-{n:06}.tar"))).collect();
+    Ok((folder, out, tars))
+}
+
+fn webdataset_reads_what_we_pack() -> Outcome {
+    let (folder, out, tars) = small()?;
+    let names: Vec<String> = tars.iter().map(|tar| text(tar)).collect();
+    let arguments: Vec<&str> = std::iter::once("read").chain(names.iter().map(String::as_str)).collect();
+    let theirs: BTreeMap<String, BTreeMap<String, String>> =
+        serde_json::from_str(&oracle("webdataset_read.py", &arguments)?)?;
+    let set = DataSet::open(&text(&out))?;
+    assert_eq!((set.len(), set.sizes(), &set.name[..]), (24, vec![5, 5, 5, 5, 4], "small"));
+    assert_eq!(set.classes, ["class.0", "class.1", "class.2"]);
+    let ours: BTreeSet<&str> = (0..24).map(|index| set.key(index)).collect();
+    assert_eq!(theirs.keys().map(String::as_str).collect::<BTreeSet<_>>(), ours);
+    for index in 0..24 {
+        let (shard, row) = set.sample(index);
+        let key = shard.key(row);
+        assert_eq!(theirs[key].keys().collect::<Vec<_>>(), ["cls", "png"], "{key}");
+        let class = shard.label(row)?.expect("a label");
+        assert!(key.starts_with(&format!("class-{class}_p-")), "{key} has label {class}");
+        let number = &key[key.len() - 3..];
+        let original = fs::read(folder.path().join(format!("in/class.{class}/p.{number}.png")))?;
+        assert_eq!(shard.read(row, IMAGE)?, original, "{key}");
+        assert_eq!(set.id(index), occlude::rng::id(&["small", key]));
+    }
+    let brace = DataSet::open(&text(&out.join("small-{000001..000002}.tar")))?;
+    assert_eq!((brace.len(), &brace.name[..]), (10, "small"));
+    Ok(())
+}
+
+fn we_read_what_webdataset_writes() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let tar = folder.path().join("theirs.tar");
+    oracle("webdataset_read.py", &["write", &text(&tar), "6"])?;
+    let shard = Shard::open(&tar)?;
+    assert_eq!(shard.samples(), 6);
+    for row in 0..6 {
+        let prefix = if row == 0 { format!("deep.folder/{}/", "long".repeat(30)) } else { "deep.folder/".into() };
+        assert_eq!(shard.key(row), format!("{prefix}s{row:03}"));
+        assert_eq!(shard.label(row)?, Some(row as i64 % 7));
+        assert_eq!(shard.read(row, IMAGE)?, vec![row as u8; row * 97]);
+        assert_eq!(shard.read(row, &["seg.png"])?, b"x");
+        assert_eq!(shard.read(row, &["wav"]).expect_err("no such member").code, Code::Corrupt);
+    }
+    Ok(())
+}
+
+fn a_damaged_tar_is_refused_and_named() -> Outcome {
+    let (folder, _, tars) = small()?;
+    let whole = fs::read(&tars[0])?;
+    let index = Shard::open(&tars[0])?.index().clone();
+    let boundary = index.members[4].offset as usize - 512;
+    let zeroed = |from: usize| {
+        let mut bytes = whole.clone();
+        bytes[from..from + 512].fill(0);
+        bytes
+    };
+    let flipped = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x10;
+        bytes
+    };
+    for (what, bytes) in [
+        ("cut at a member's boundary", whole[..boundary].to_vec()),
+        ("cut inside a member", whole[..boundary + 600].to_vec()),
+        ("cut inside a header", whole[..boundary + 100].to_vec()),
+        ("one block of zeros at the end", whole[..whole.len() - 512].to_vec()),
+        ("a header zeroed", zeroed(boundary)),
+        ("a header flipped", flipped(boundary + 130)),
+        ("rubbish behind the end", [&whole[..], &[1; 512]].concat()),
+        ("nothing", Vec::new()),
+    ] {
+        let tar = folder.path().join("damaged.tar");
+        fs::write(&tar, bytes)?;
+        let fault = Shard::open(&tar).expect_err(what);
+        assert_eq!(fault.code, Code::Corrupt, "{what}: {fault}");
+        assert!(fault.message.contains("damaged.tar"), "{what}: {fault}");
+    }
+    // And the whole one, without its index, is the same shard.
+    let tar = folder.path().join("whole.tar");
+    fs::write(&tar, &whole)?;
+    let scanned = Shard::open(&tar)?.index().clone();
+    let known: Vec<_> = index.members.iter().map(|m| (&m.name, m.offset, m.length)).collect();
+    assert_eq!(scanned.members.iter().map(|m| (&m.name, m.offset, m.length)).collect::<Vec<_>>(), known);
+    Ok(())
+}
+
+fn a_flipped_bit_is_found_by_its_digest() -> Outcome {
+    let (_folder, _, tars) = small()?;
+    let mut bytes = fs::read(&tars[1])?;
+    let shard = Shard::open(&tars[1])?;
+    let member = shard.index().members.iter().find(|member| member.name.ends_with(".png")).expect("a picture").clone();
+    bytes[member.offset as usize + 20] ^= 1;
+    fs::write(&tars[1], bytes)?;
+    let fault = shard.read(0, IMAGE).expect_err("a flipped bit");
+    assert_eq!(fault.code, Code::Corrupt);
+    for part in ["small-000001.tar", shard.key(0), &occlude::data::index::hex(&member.digest.expect("known"))] {
+        assert!(fault.message.contains(part), "{part} is not named: {fault}");
+    }
+    assert!(shard.read(1, IMAGE).is_ok(), "its neighbour is whole");
+    Ok(())
+}
+
+fn an_index_that_does_not_fit_is_refused() -> Outcome {
+    let (_folder, _, tars) = small()?;
+    fs::copy(&tars[4], &tars[0])?;
+    let fault = Shard::open(&tars[0]).expect_err("another tar's index");
+    assert_eq!(fault.code, Code::Usage);
+    assert!(fault.message.contains("pack again") && fault.message.contains(".idx"), "{fault}");
+    fs::remove_file(Index::path(&tars[0]))?;
+    assert_eq!(Shard::open(&tars[0])?.samples(), 4);
+    Ok(())
+}
+
+fn any_flipped_bit_of_an_index_is_found() -> Outcome {
+    let (_folder, _, tars) = small()?;
+    let bytes = fs::read(Index::path(&tars[0]))?;
+    let index = Index::from_bytes(&bytes)?;
+    assert_eq!(index.to_bytes(), bytes);
+    for at in 0..bytes.len() {
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 0x40;
+        assert!(Index::from_bytes(&flipped).is_err(), "byte {at}");
+        assert!(Index::from_bytes(&bytes[..at]).is_err(), "cut at {at}");
+    }
+    Ok(())
+}
+
+/// A tar of these members.
+fn tar_of(path: &Path, members: &[(&str, &[u8])]) -> Outcome {
+    let mut builder = tar::Builder::new(fs::File::create(path)?);
+    for (name, bytes) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, *bytes)?;
+    }
+    builder.into_inner()?;
+    Ok(())
+}
+
+fn repeated_keys_are_refused() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let tar = folder.path().join("t.tar");
+    for members in [
+        &[("a.jpg", &b"1"[..]), ("a.JPG", b"2")][..],
+        &[("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3")],
+        &[("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3")],
+    ] {
+        tar_of(&tar, members)?;
+        assert_eq!(Shard::open(&tar).expect_err("a repeated key").code, Code::Corrupt, "{members:?}");
+    }
+    tar_of(
+        &tar,
+        &[("__meta__", b"x"), ("dir/x.y/a.B.Jpg", b"1"), ("README", b"x"), (".hidden", b"x"), ("b.jpg", b"2")],
+    )?;
+    let shard = Shard::open(&tar)?;
+    assert_eq!((shard.samples(), shard.key(0), shard.key(1)), (2, "dir/x.y/a", "b"));
+    assert_eq!(shard.read(0, &["b.jpg"])?, b"1");
+    Ok(())
+}
+
+fn a_hostile_tar_is_refused_at_once() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("t.tar");
+    let header = |name: &[u8], size: u64, kind: u8| {
+        let mut header = tar::Header::new_ustar();
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name);
+        header.set_size(size);
+        header.set_mode(0o444);
+        header.set_entry_type(tar::EntryType::new(kind));
+        header.set_cksum();
+        header.as_bytes().to_vec()
+    };
+    let end = vec![0; 1024];
+    let block = |text: &str| [text.as_bytes(), &vec![0; 512 - text.len()]].concat();
+    let long = "a".repeat(300) + ".jpg";
+    for (what, bytes) in [
+        ("a member of 1 TiB", [header(b"a.jpg", 1 << 40, b'0'), end.clone()].concat()),
+        (
+            "a PAX size",
+            [header(b"p", 11, b'x'), block("11 size=99\n"), header(b"a.jpg", 3, b'0'), block("abc"), end.clone()]
+                .concat(),
+        ),
+        ("a PAX header of 1 GiB", [header(b"p", 1 << 30, b'x'), end.clone()].concat()),
+        (
+            "a long name",
+            [header(b"l", long.len() as u64, b'L'), block(&long), header(b"a.jpg", 0, b'0'), end.clone()].concat(),
+        ),
+        ("a name that is not UTF-8", [header(b"\xff\xfe.jpg", 0, b'0'), end.clone()].concat()),
+    ] {
+        fs::write(&path, bytes)?;
+        let fault = Shard::open(&path).expect_err(what);
+        assert_eq!(fault.code, Code::Corrupt, "{what}: {fault}");
+    }
+    // Names are keys and never paths; a link is no member.
+    let bytes = [header(b"../../x.jpg", 0, b'0'), header(b"link.jpg", 0, b'2'), end].concat();
+    fs::write(&path, bytes)?;
+    let shard = Shard::open(&path)?;
+    assert_eq!((shard.samples(), shard.key(0)), (1, "../../x"));
+    Ok(())
+}
+
+fn packing_is_the_same_every_time() -> Outcome {
+    let (folder, out, tars) = small()?;
+    let before: Vec<Vec<u8>> = tars.iter().map(fs::read).collect::<Result<_, _>>()?;
+    let again = folder.path().join("again");
+    packed(&folder.path().join("in"), &again, 5)?;
+    for (tar, bytes) in tars.iter().zip(&before) {
+        assert_eq!(&fs::read(again.join(tar.file_name().unwrap()))?, bytes);
+    }
+    assert!(packed(&folder.path().join("in"), &out, 5)?.untouched, "the same again has nothing to do");
+    // An unfinished pack is begun again: no manifest, one shard half written, one too many.
+    fs::remove_file(out.join("dataset.json"))?;
+    fs::rename(&tars[3], out.join("small-000003.tar.partial"))?;
+    fs::write(out.join("small-000009.tar"), b"of an earlier try")?;
+    assert!(!packed(&folder.path().join("in"), &out, 5)?.untouched);
+    let found: BTreeSet<_> = fs::read_dir(&out)?.map(|entry| entry.expect("an entry").file_name()).collect();
+    assert_eq!(found.len(), 11, "5 tars, 5 indices, one manifest: {found:?}");
+    for (tar, bytes) in tars.iter().zip(&before) {
+        assert_eq!(&fs::read(tar)?, bytes);
+    }
+    // Neighbours are of many classes.
+    let set = DataSet::open(&text(&out))?;
+    let classes: BTreeSet<_> = (0..5).map(|row| set.shards[0].label(row).expect("a label")).collect();
+    assert!(classes.len() > 1, "a shard of one class");
+    Ok(())
+}
+
+fn packing_leaves_out_what_is_unreadable() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let source = folder.path().join("in");
+    pictures(&source, 2, 60)?;
+    let bad = source.join("class.1/p.007.png");
+    fs::write(&bad, &fs::read(&bad)?[..50])?;
+    let packed_set = packed(&source, &folder.path().join("out"), 1000)?;
+    assert_eq!(packed_set.sets[0].1.samples, 119);
+    assert_eq!(packed_set.bad.iter().map(|(path, _)| path.clone()).collect::<Vec<_>>(), [bad]);
+    fs::write(source.join("class.0/p.001.png"), b"no picture")?;
+    let options = Options { name: Some("small".into()), ..Options::default() };
+    let fault = pack(&source, &folder.path().join("more"), &options).expect_err("2 of 120 is more than 1 %");
+    assert_eq!(fault.code, Code::Corrupt);
+    assert!(fault.message.contains("p.001.png") && fault.message.contains("p.007.png"), "{fault}");
+    assert!(
+        DataSet::open(&text(&folder.path().join("more"))).is_ok_and(|set| set.len() == 118)
+            || !folder.path().join("more/dataset.json").exists()
+    );
+    Ok(())
+}
+
+fn an_output_in_use_is_refused() -> Outcome {
+    let (folder, out, _) = small()?;
+    fs::write(folder.path().join("in/class.0/p.900.png"), fs::read(folder.path().join("in/class.0/p.000.png"))?)?;
+    let options = Options { name: Some("small".into()), samples_per_shard: 5, ..Options::default() };
+    let fault = pack(&folder.path().join("in"), &out, &options).expect_err("another data set stands there");
+    assert_eq!(fault.code, Code::Usage, "{fault}");
+    let homes = folder.path().join("home");
+    fs::create_dir(&homes)?;
+    fs::write(homes.join("thesis.txt"), b"years of work")?;
+    let fault = pack(&folder.path().join("in"), &homes, &options).expect_err("a folder with other files");
+    assert!(fault.message.contains("thesis.txt"), "{fault}");
+    assert!(homes.join("thesis.txt").exists());
+    Ok(())
+}
+
+fn a_missing_data_set_is_told_with_a_remedy() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let empty = folder.path().join("empty");
+    fs::create_dir(&empty)?;
+    tar_of(&folder.path().join("none.tar"), &[("__meta__", b"x")])?;
+    for url in [
+        text(&empty),
+        text(&folder.path().join("nowhere")),
+        text(&folder.path().join("none.tar")),
+        text(&empty.join("a-{3..1}.tar")),
+    ] {
+        let fault = DataSet::open(&url).expect_err(&url);
+        assert_eq!(fault.code, Code::Usage, "{fault}");
+    }
+    let (_folder, out, tars) = small()?;
+    fs::remove_file(&tars[2])?;
+    let fault = DataSet::open(&text(&out)).expect_err("a shard is missing");
+    assert!(fault.message.contains("19 samples in 4 shards") && fault.message.contains("24 in 5"), "{fault}");
+    Ok(())
+}
+
+fn the_test_part_is_a_share_and_no_more() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    pictures(&folder.path().join("in"), 2, 100)?;
+    let out = folder.path().join("out");
+    let options = Options { name: Some("digits".into()), test_share: 0.2, ..Options::default() };
+    pack(&folder.path().join("in"), &out, &options)?;
+    let (train, test) = (DataSet::open(&text(&out.join("train")))?, DataSet::open(&text(&out.join("test")))?);
+    assert_eq!((&train.name[..], &test.name[..]), ("digits-train", "digits-test"));
+    assert_eq!(train.len() + test.len(), 200);
+    // 200 draws of 0.2 have a standard deviation of 5.7.
+    assert!((18..=62).contains(&test.len()), "{} of 200", test.len());
+    assert_eq!(train.classes, test.classes);
+    let keys: BTreeSet<_> = (0..train.len()).map(|i| train.key(i)).collect();
+    assert!((0..test.len()).all(|index| !keys.contains(test.key(index))));
+    assert_ne!(train.digest(), test.digest());
+    Ok(())
+}
