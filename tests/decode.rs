@@ -46,12 +46,8 @@ fn pixels_are_pillows() -> Outcome {
             let differences = ours.pixels.iter().zip(theirs).map(|(&a, &b)| u32::from(a.abs_diff(b)));
             let (most, sum) = differences.fold((0, 0), |(most, sum), d| (most.max(d), sum + d));
             let mean = f64::from(sum) / theirs.len() as f64;
-            // JPEG decoders round differently; from CMYK each multiplies in its own way. PNG and WebP are exact.
-            let (most_allowed, mean_allowed) = match name.as_str() {
-                "cmyk.jpg" => (6, 1.0),
-                name if name.ends_with(".jpg") => (4, 0.6),
-                _ => (0, 0.0),
-            };
+            // JPEG decoders round differently; measured: mean 0.016, at most 3. PNG and WebP are exact.
+            let (most_allowed, mean_allowed) = if name.ends_with(".jpg") { (4, 0.05) } else { (0, 0.0) };
             assert!(most <= most_allowed && mean <= mean_allowed, "{name} to {mode}: max {most}, mean {mean:.3}");
         }
         assert!(rest.is_empty(), "pictures of other sizes");

@@ -102,7 +102,8 @@ fn resized_pixels_are_torchvisions() -> Outcome {
             let differences = ours.iter().zip(now).map(|(&a, &b)| u32::from(a.abs_diff(b)));
             let (most, sum) = differences.fold((0, 0), |(most, sum), d| (most.max(d), sum + d));
             let mean = f64::from(sum) / ours.len() as f64;
-            assert!(mean <= 1.0 && most <= 5, "{job}: mean {mean:.3}, max {most}");
+            // Both resizers work in fixed point with other numbers of bits; measured: mean 0.27, at most 2.
+            assert!(mean <= 0.35 && most <= 3, "{job}: mean {mean:.3}, max {most}");
         }
         assert!(theirs.is_empty());
     }

@@ -2,7 +2,7 @@
 //!
 //! Upright as the camera's EXIF entry says; 16 bits scaled to 8; alpha dropped and grey made as Pillow's `convert`
 //! does. Sizes are checked on the header, before anything of that size is allocated. Pixels of a JPEG differ from
-//! libjpeg's by rounding (mean 0.25 of 255 on photographs).
+//! libjpeg's by rounding, more where colour is subsampled.
 
 use super::complete::complete;
 use crate::fault::{Code, Fault, Result};
