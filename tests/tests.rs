@@ -18,6 +18,7 @@ mod damage;
 mod full_disk;
 mod watch;
 mod report;
+mod architecture;
 
 fn main() {
     // Cases that want a process, or a world, of their own run this binary again.
@@ -42,5 +43,6 @@ fn main() {
     trials.extend(full_disk::trials());
     trials.extend(watch::trials());
     trials.extend(report::trials());
+    trials.extend(architecture::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -3,17 +3,16 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <dlfcn.h>
+#include <malloc.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -92,48 +91,54 @@ struct Hook : torch::autograd::PostAccumulateGradHook {
 // ---- memory --------------------------------------------------------------------------------------------------------
 // A training step asks for the same blocks again and again; the C library gives large ones back to the kernel each
 // time, which then clears their pages anew. This allocator keeps blocks of one megabyte and more for the next request
-// of the same size, as libtorch does on CUDA, and hands smaller ones on.
+// of the same size, as libtorch does on CUDA, and hands smaller ones on. What it keeps is never more than was once in
+// use at a time.
 
 struct Keeper : c10::Allocator {
   static constexpr size_t least = size_t(1) << 20;
   static inline std::mutex lock;
   static inline std::unordered_map<size_t, std::vector<void*>> idle;  // by size
-  static inline std::unordered_map<void*, size_t> sizes;             // of blocks handed out
-
-  static size_t rounded(size_t bytes) { return (bytes + least - 1) / least * least; }
+  static inline std::unordered_map<void*, size_t> sizes;              // of blocks in use
+  static inline size_t in_use = 0, most_in_use = 0, kept = 0;         // bytes
 
   static void release(void* block) {
     if (block == nullptr) return;
-    std::unique_lock<std::mutex> guard(lock);
-    const auto found = sizes.find(block);
-    if (found == sizes.end()) {
-      guard.unlock();
-      c10::free_cpu(block);
-      return;
+    {
+      const std::lock_guard<std::mutex> guard(lock);
+      const auto found = sizes.find(block);
+      if (found != sizes.end()) {
+        const size_t size = found->second;
+        sizes.erase(found);
+        in_use -= size;
+        if (kept + size <= most_in_use) {
+          idle[size].push_back(block);
+          kept += size;
+          return;
+        }
+      }
     }
-    idle[found->second].push_back(block);
-    sizes.erase(found);
+    c10::free_cpu(block);
+  }
+
+  static void* keep(size_t size) {
+    const std::lock_guard<std::mutex> guard(lock);
+    auto& same = idle[size];
+    void* block = nullptr;
+    if (same.empty()) {
+      block = c10::alloc_cpu(size);
+    } else {
+      block = same.back();
+      same.pop_back();
+      kept -= size;
+    }
+    sizes[block] = size;
+    in_use += size;
+    most_in_use = std::max(most_in_use, in_use);
+    return block;
   }
 
   c10::DataPtr allocate(size_t bytes) override {
-    void* block = nullptr;
-    if (bytes < least) {
-      block = c10::alloc_cpu(bytes);
-    } else {
-      const size_t size = rounded(bytes);
-      std::unique_lock<std::mutex> guard(lock);
-      auto& same = idle[size];
-      if (!same.empty()) {
-        block = same.back();
-        same.pop_back();
-        sizes[block] = size;
-      } else {
-        guard.unlock();
-        block = c10::alloc_cpu(size);
-        guard.lock();
-        sizes[block] = size;
-      }
-    }
+    void* block = bytes < least ? c10::alloc_cpu(bytes) : keep((bytes + least - 1) / least * least);
     return {block, block, &release, at::DeviceType::CPU};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -158,18 +163,11 @@ const char* occlude_reason() { return reason.c_str(); }
 // The linker drops libtorch_cuda, since nothing refers to it; opened here it registers its kernels.
 bool occlude_open_cuda() { return dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr; }
 
-void occlude_keep_memory() { c10::SetCPUAllocator(&keeper, 1); }
-
-// Idle blocks back to the system; the bytes freed.
-size_t occlude_free_idle_memory() {
-  std::lock_guard<std::mutex> guard(Keeper::lock);
-  size_t bytes = 0;
-  for (auto& [size, blocks] : Keeper::idle) {
-    bytes += size * blocks.size();
-    for (void* block : blocks) c10::free_cpu(block);
-  }
-  Keeper::idle.clear();
-  return bytes;
+void occlude_keep_memory() {
+  c10::SetCPUAllocator(&keeper, 1);
+  // Smaller blocks stay with the C library, which is told not to give them back either.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 512 << 20);
 }
 
 bool occlude_linear(at::Tensor** out, const at::Tensor* x, const at::Tensor* w, const at::Tensor* b) {

@@ -11,7 +11,6 @@ unsafe extern "C" {
     fn occlude_reason() -> *const c_char;
     fn occlude_open_cuda() -> bool;
     fn occlude_keep_memory();
-    fn occlude_free_idle_memory() -> usize;
     fn occlude_linear(out: *mut *mut C_tensor, x: *const C_tensor, w: *const C_tensor, b: *const C_tensor) -> bool;
     fn occlude_on_gradient(
         leaf: *const C_tensor,
@@ -56,12 +55,6 @@ pub fn open_cuda() -> bool {
 pub fn keep_memory() {
     // SAFETY: installs an allocator that lives as long as the process.
     unsafe { occlude_keep_memory() }
-}
-
-/// Gives idle blocks back to the system, when the shapes are about to change; returns the bytes freed.
-pub fn free_idle_memory() -> usize {
-    // SAFETY: touches only blocks that nobody holds.
-    unsafe { occlude_free_idle_memory() }
 }
 
 /// x [.., K] · w [N, K]ᵀ + b [N] → [.., N] on a CPU through oneDNN, with its gradients.
