@@ -23,7 +23,7 @@ fn made_up(dir: &Path, name: &str, ratio: f64, steps: u64) -> Result<PathBuf, li
     let run = dir.join(name);
     std::fs::create_dir_all(&run)?;
     let config = json!({
-        "about": "ViT-Tiny on handwritten digits.",
+        "about": {"title": "ViT-Tiny on handwritten digits", "measured": "never"},
         "method": {"mae": {"mask": {"ratio": ratio}, "encoder": {"depth": 12}}},
         "train": {"steps": steps, "global_batch": 32, "seed": 0},
     });

@@ -48,9 +48,9 @@ fn html(runs: &[Run]) -> String {
 fn about(runs: &[Run]) -> Section {
     let paragraph = |class: &str, text: &str| format!("<p{class}>{}</p>\n", escape(text));
     let same = runs.iter().all(|run| run.about() == runs[0].about());
-    let mut body = runs[0].about().filter(|_| same).map_or(String::new(), |about| paragraph("", about));
+    let mut body = runs[0].about().filter(|_| same).map_or(String::new(), |about| paragraph("", &about));
     for (number, run) in runs.iter().enumerate() {
-        let mut own = run.about().filter(|_| !same).map_or(String::new(), |about| paragraph("", about));
+        let mut own = run.about().filter(|_| !same).map_or(String::new(), |about| paragraph("", &about));
         own.extend(run.notes.iter().map(|note| paragraph(" class=\"note\"", note)));
         if runs.len() > 1 && !own.is_empty() {
             body += &format!("<h3>{}{}</h3>\n", page::swatch(number), escape(&run.name));

@@ -124,7 +124,7 @@ fn differing(runs: &[Run]) -> Vec<(String, Vec<Option<Value>>)> {
         })
         .collect();
     let paths: std::collections::BTreeSet<_> =
-        flat.iter().flat_map(BTreeMap::keys).filter(|path| *path != "about").collect();
+        flat.iter().flat_map(BTreeMap::keys).filter(|path| *path != "about" && !path.starts_with("about.")).collect();
     let row = |path: &String| (path.clone(), flat.iter().map(|run| run.get(path).cloned()).collect::<Vec<_>>());
     paths.into_iter().map(row).filter(|(_, values)| values.iter().any(|value| *value != values[0])).collect()
 }

@@ -42,9 +42,22 @@ const PICTURES: usize = 12;
 const LARGEST_PICTURE: u64 = 8 << 20;
 
 impl Run {
-    /// The config's own words.
-    pub fn about(&self) -> Option<&str> {
-        self.config.as_ref()?.get("about")?.as_str()
+    /// The config's own words: title, source, what was reported and measured, a sentence each.
+    pub fn about(&self) -> Option<String> {
+        match self.config.as_ref()?.get("about")? {
+            Value::String(text) => Some(text.clone()),
+            Value::Object(parts) => Some(
+                parts
+                    .iter()
+                    .filter_map(|(name, text)| match (name.as_str(), text.as_str()?) {
+                        ("title", text) => Some(format!("{text}.")),
+                        (name, text) => Some(format!("{name}: {text}.")),
+                    })
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            ),
+            _ => None,
+        }
     }
     /// A number of the config by its dotted path.
     pub fn number(&self, path: &str) -> Option<f64> {
