@@ -1,146 +1,15 @@
 //! Opens the ground, parses, joins the world, runs the verb.
 
-use clap::{Parser, Subcommand};
-use occlude::bridge;
-use occlude::config::{self, Config};
+mod arguments;
+
+use arguments::{Arguments, EvaluateArguments, PackArguments, Verb};
+use clap::Parser;
 use occlude::data::pack;
 use occlude::device::{self, Requests};
 use occlude::fault::{Fault, Result};
-use occlude::run::{bench, doctor, evaluate, open::Resume, reconstruct, report, train};
-use std::path::PathBuf;
+use occlude::run::{bench, doctor, evaluate, reconstruct, report, train};
+use occlude::{bridge, config};
 use std::process::ExitCode;
-
-/// Pre-trains masked autoencoders.
-#[derive(Parser)]
-#[command(version, max_term_width = 100)]
-struct Arguments {
-    #[command(subcommand)]
-    verb: Verb,
-}
-
-#[derive(Subcommand)]
-enum Verb {
-    /// Write a folder of images as shards that training reads
-    Pack(PackArguments),
-    /// Train a model; under mpirun, on all of its ranks
-    Train(TrainArguments),
-    /// Judge a checkpoint's frozen encoder on labelled shards; the last line is one JSON object
-    Evaluate(EvaluateArguments),
-    /// Draw what a checkpoint's model makes of your own files
-    Reconstruct(ReconstructArguments),
-    /// Rebuild report.html of one run, or compare several
-    Report(ReportArguments),
-    /// Time the step of a config on made-up input
-    Bench(BenchArguments),
-    /// Say what this machine has and what it lacks
-    Doctor,
-    /// Print the JSON Schema of a config
-    Schema,
-}
-
-#[derive(clap::Args)]
-struct ConfigArguments {
-    /// The config, such as configs/tiny/mae.json
-    #[arg(long)]
-    config: PathBuf,
-    /// Override a key: --set train.steps=100
-    #[arg(long, value_name = "PATH=VALUE")]
-    set: Vec<String>,
-}
-
-impl ConfigArguments {
-    fn read(&self) -> Result<Config> {
-        Config::read(&self.config, &self.set)
-    }
-}
-
-#[derive(clap::Args)]
-struct TrainArguments {
-    #[command(flatten)]
-    config: ConfigArguments,
-    /// The run's folder
-    #[arg(long, default_value = "runs/run")]
-    run: String,
-    /// auto, never, or the checkpoint or run to begin from
-    #[arg(long, default_value = "auto")]
-    resume: Resume,
-    /// Write the first so many steps whole, for comparison with other implementations
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    dump_steps: u64,
-}
-
-#[derive(clap::Args)]
-struct PackArguments {
-    /// A folder of images; its sub-folders are classes
-    source: PathBuf,
-    /// Where the shards go
-    url: PathBuf,
-    /// The data set's name, part of every sample's identity; the output folder's name when left out
-    #[arg(long)]
-    name: Option<String>,
-    #[arg(long, default_value_t = 10_000)]
-    samples_per_shard: u64,
-    /// Put this share of the samples into test/ and the others into train/
-    #[arg(long, default_value_t = 0.0)]
-    test_share: f64,
-}
-
-#[derive(clap::Args)]
-struct EvaluateArguments {
-    /// A run or a checkpoint
-    #[arg(long)]
-    checkpoint: String,
-    /// Labelled shards that the probe learns from
-    #[arg(long)]
-    train: String,
-    /// Labelled shards that it is judged on
-    #[arg(long)]
-    test: String,
-    #[arg(long, value_enum)]
-    protocol: evaluate::Protocol,
-    #[arg(long, value_enum, default_value = "class")]
-    feature: evaluate::Feature,
-    /// Judge the same encoder with freshly drawn weights instead
-    #[arg(long)]
-    random: bool,
-    /// Seed of the probe and of freshly drawn weights; the run's own when left out
-    #[arg(long)]
-    seed: Option<u64>,
-}
-
-#[derive(clap::Args)]
-struct ReconstructArguments {
-    /// A run or a checkpoint
-    #[arg(long)]
-    checkpoint: String,
-    /// Image files
-    #[arg(long, num_args = 1.., required = true)]
-    input: Vec<PathBuf>,
-    /// The folder for the pictures
-    #[arg(long)]
-    out: PathBuf,
-}
-
-#[derive(clap::Args)]
-struct ReportArguments {
-    /// Run folders
-    #[arg(required = true)]
-    runs: Vec<PathBuf>,
-    /// The page to write; report.html in the first run when left out
-    #[arg(long)]
-    out: Option<PathBuf>,
-}
-
-#[derive(clap::Args)]
-struct BenchArguments {
-    #[command(flatten)]
-    config: ConfigArguments,
-    #[arg(long, default_value_t = 20)]
-    steps: usize,
-    /// One step for every line on standard input instead
-    #[arg(long)]
-    by_turns: bool,
-}
 
 fn main() -> ExitCode {
     bridge::open_cuda();

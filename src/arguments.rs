@@ -1,0 +1,139 @@
+//! The command line: what may be typed, and its help.
+
+use clap::{Parser, Subcommand};
+use occlude::config::Config;
+use occlude::fault::Result;
+use occlude::run::{evaluate, open::Resume};
+use std::path::PathBuf;
+
+/// Pre-trains masked autoencoders.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Subcommand)]
+pub enum Verb {
+    /// Write a folder of images as shards that training reads
+    Pack(PackArguments),
+    /// Train a model; under mpirun, on all of its ranks
+    Train(TrainArguments),
+    /// Judge a checkpoint's frozen encoder on labelled shards; the last line is one JSON object
+    Evaluate(EvaluateArguments),
+    /// Draw what a checkpoint's model makes of your own files
+    Reconstruct(ReconstructArguments),
+    /// Rebuild report.html of one run, or compare several
+    Report(ReportArguments),
+    /// Time the step of a config on made-up input
+    Bench(BenchArguments),
+    /// Say what this machine has and what it lacks
+    Doctor,
+    /// Print the JSON Schema of a config
+    Schema,
+}
+
+#[derive(clap::Args)]
+pub struct ConfigArguments {
+    /// The config, such as configs/tiny/mae.json
+    #[arg(long)]
+    pub config: PathBuf,
+    /// Override a key: --set train.steps=100
+    #[arg(long, value_name = "PATH=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl ConfigArguments {
+    pub fn read(&self) -> Result<Config> {
+        Config::read(&self.config, &self.set)
+    }
+}
+
+#[derive(clap::Args)]
+pub struct TrainArguments {
+    #[command(flatten)]
+    pub config: ConfigArguments,
+    /// The run's folder
+    #[arg(long, default_value = "runs/run")]
+    pub run: String,
+    /// auto, never, or the checkpoint or run to begin from
+    #[arg(long, default_value = "auto")]
+    pub resume: Resume,
+    /// Write the first so many steps whole, for comparison with other implementations
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub dump_steps: u64,
+}
+
+#[derive(clap::Args)]
+pub struct PackArguments {
+    /// A folder of images; its sub-folders are classes
+    pub source: PathBuf,
+    /// Where the shards go
+    pub url: PathBuf,
+    /// The data set's name, part of every sample's identity; the output folder's name when left out
+    #[arg(long)]
+    pub name: Option<String>,
+    #[arg(long, default_value_t = 10_000)]
+    pub samples_per_shard: u64,
+    /// Put this share of the samples into test/ and the others into train/
+    #[arg(long, default_value_t = 0.0)]
+    pub test_share: f64,
+}
+
+#[derive(clap::Args)]
+pub struct EvaluateArguments {
+    /// A run or a checkpoint
+    #[arg(long)]
+    pub checkpoint: String,
+    /// Labelled shards that the probe learns from
+    #[arg(long)]
+    pub train: String,
+    /// Labelled shards that it is judged on
+    #[arg(long)]
+    pub test: String,
+    #[arg(long, value_enum)]
+    pub protocol: evaluate::Protocol,
+    #[arg(long, value_enum, default_value = "class")]
+    pub feature: evaluate::Feature,
+    /// Judge the same encoder with freshly drawn weights instead
+    #[arg(long)]
+    pub random: bool,
+    /// Seed of the probe and of freshly drawn weights; the run's own when left out
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+#[derive(clap::Args)]
+pub struct ReconstructArguments {
+    /// A run or a checkpoint
+    #[arg(long)]
+    pub checkpoint: String,
+    /// Image files
+    #[arg(long, num_args = 1.., required = true)]
+    pub input: Vec<PathBuf>,
+    /// The folder for the pictures
+    #[arg(long)]
+    pub out: PathBuf,
+}
+
+#[derive(clap::Args)]
+pub struct ReportArguments {
+    /// Run folders
+    #[arg(required = true)]
+    pub runs: Vec<PathBuf>,
+    /// The page to write; report.html in the first run when left out
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+pub struct BenchArguments {
+    #[command(flatten)]
+    pub config: ConfigArguments,
+    #[arg(long, default_value_t = 20)]
+    pub steps: usize,
+    /// One step for every line on standard input instead
+    #[arg(long)]
+    pub by_turns: bool,
+}
