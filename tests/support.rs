@@ -69,3 +69,11 @@ pub fn write(path: &Path, tensors: &[(String, tch::Tensor)]) -> Result<(), Faile
 pub fn distance(a: &tch::Tensor, b: &tch::Tensor) -> f64 {
     (a - b).norm().double_value(&[])
 }
+
+/// Standard normal values, the same for the same seed whatever else runs.
+#[allow(dead_code)]
+pub fn normal(seed: u64, shape: &[i64]) -> tch::Tensor {
+    let mut draw = occlude::rng::Draw::new(seed, 77, 0, occlude::rng::Purpose::Init, 0);
+    let values: Vec<f32> = (0..shape.iter().product::<i64>()).map(|_| draw.normal() as f32).collect();
+    tch::Tensor::from_slice(&values).view(shape)
+}

@@ -3,8 +3,10 @@
 mod support;
 
 mod rng;
+mod bridge;
 mod device;
 mod launch;
+mod op;
 mod store;
 mod shard;
 mod order;
@@ -12,6 +14,9 @@ mod decode;
 mod view;
 mod feed;
 mod mae;
+mod optim;
+mod config;
+mod step;
 mod lease;
 mod checkpoint;
 mod damage;
@@ -23,13 +28,15 @@ mod architecture;
 fn main() {
     // Cases that want a process, or a world, of their own run this binary again.
     if let Ok(case) = std::env::var("OCCLUDE_CASE") {
-        std::process::exit(device::case(&case));
+        std::process::exit(bridge::case(&case));
     }
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
+    trials.extend(bridge::trials());
     trials.extend(device::trials());
     trials.extend(launch::trials());
+    trials.extend(op::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());
     trials.extend(order::trials());
@@ -37,6 +44,9 @@ fn main() {
     trials.extend(view::trials());
     trials.extend(feed::trials());
     trials.extend(mae::trials());
+    trials.extend(optim::trials());
+    trials.extend(config::trials());
+    trials.extend(step::trials());
     trials.extend(lease::trials());
     trials.extend(checkpoint::trials());
     trials.extend(damage::trials());

@@ -129,6 +129,10 @@ pub fn adamw(
 ) -> Result<()> {
     let n = weights.len();
     assert!([gradients.len(), first.len(), second.len(), steps.len()].iter().all(|&l| l == n), "lists of one length");
+    if n == 0 {
+        // libtorch finds no kernel for lists of nothing.
+        return Ok(());
+    }
     let handles = |tensors: &[Tensor]| tensors.iter().map(|t| t.as_ptr()).collect::<Vec<_>>();
     let [w, g, m, v, s] = [weights, gradients, first, second, steps].map(handles);
     // SAFETY: five arrays of `n` live handles.
