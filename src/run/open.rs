@@ -5,7 +5,7 @@ use super::lease::{Lease, TIME_TO_LIVE};
 use super::log::Log;
 use super::state;
 use super::step::Stepper;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::data::decode::Limits;
 use crate::data::order::Order;
 use crate::data::set::DataSet;
@@ -142,11 +142,12 @@ fn shares(config: &Config, world: usize) -> Result<()> {
 fn agree(config: &Config, set: &DataSet, world: &dyn World) -> Result<()> {
     let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
     let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
-    let texts = [
-        ("config", hash(config.resolved().to_string().as_bytes())),
+    let settings = config::leaves(&config.resolved());
+    let mut texts = vec![
         ("build", format!("{} {}", env!("CARGO_PKG_VERSION"), hash(&program))),
         ("data set", hash(&set.digest())),
     ];
+    texts.extend(settings.iter().map(|(path, value)| (path.as_str(), value.to_string())));
     device::agree(world, &texts)
 }
 
