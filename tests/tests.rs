@@ -1,5 +1,6 @@
 //! The one test binary: the modules below, in travel order.
 
+mod job;
 mod support;
 
 mod rng;
@@ -18,6 +19,12 @@ mod damage;
 mod full_disk;
 mod watch;
 mod report;
+mod resume;
+mod asked;
+mod elsewhere;
+mod trouble;
+mod refuse;
+mod small_disk;
 
 fn main() {
     // Cases that want a process, or a world, of their own run this binary again.
@@ -42,5 +49,13 @@ fn main() {
     trials.extend(full_disk::trials());
     trials.extend(watch::trials());
     trials.extend(report::trials());
-    libtest_mimic::run(&arguments, trials).exit();
+    trials.extend(resume::trials());
+    trials.extend(asked::trials());
+    trials.extend(elsewhere::trials());
+    trials.extend(trouble::trials());
+    trials.extend(refuse::trials());
+    trials.extend(small_disk::trials());
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    job::clean();
+    conclusion.exit();
 }
