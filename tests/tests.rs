@@ -25,6 +25,7 @@ mod elsewhere;
 mod trouble;
 mod refuse;
 mod small_disk;
+mod verbs;
 
 fn main() {
     // Cases that want a process, or a world, of their own run this binary again.
@@ -55,6 +56,7 @@ fn main() {
     trials.extend(trouble::trials());
     trials.extend(refuse::trials());
     trials.extend(small_disk::trials());
+    trials.extend(verbs::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     job::clean();
     conclusion.exit();
