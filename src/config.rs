@@ -308,6 +308,16 @@ pub fn schema() -> Value {
     serde_json::to_value(schemars::schema_for!(Config)).expect("a schema is JSON")
 }
 
+/// Every value of a config with its dotted path.
+pub fn leaves(value: &Value) -> Vec<(String, Value)> {
+    let Value::Object(object) = value else { return vec![(String::new(), value.clone())] };
+    let below = |(key, value): (&String, &Value)| {
+        let join = |(path, leaf): (String, Value)| (format!("{key}.{path}").trim_end_matches('.').to_string(), leaf);
+        leaves(value).into_iter().map(join).collect::<Vec<_>>()
+    };
+    object.iter().flat_map(below).collect()
+}
+
 /// Dotted paths at which two JSON values differ, with both values.
 pub fn differences(a: &Value, b: &Value) -> Vec<(String, Value, Value)> {
     fn walk(path: &str, a: &Value, b: &Value, out: &mut Vec<(String, Value, Value)>) {

@@ -18,14 +18,21 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// A small file system in memory, which only root can make.
-struct Tmpfs(tempfile::TempDir);
+pub struct Tmpfs(tempfile::TempDir);
 
 impl Tmpfs {
-    fn mount(size: &str) -> Option<Tmpfs> {
+    pub fn mount(size: &str) -> Option<Tmpfs> {
         let folder = tempfile::tempdir().ok()?;
         let options = format!("size={size}");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder.path()).output();
         mounted.is_ok_and(|output| output.status.success()).then_some(Tmpfs(folder))
+    }
+    pub fn path(&self) -> &std::path::Path {
+        self.0.path()
+    }
+    pub fn read_only(&self) -> Outcome {
+        let mounted = Command::new("mount").args(["-o", "remount,ro"]).arg(self.path()).status()?;
+        mounted.success().then_some(()).ok_or_else(|| "the tmpfs stayed writable".into())
     }
 }
 

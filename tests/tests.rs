@@ -1,5 +1,6 @@
 //! The one test binary: the modules below, in travel order.
 
+mod job;
 mod support;
 
 mod rng;
@@ -23,6 +24,13 @@ mod damage;
 mod full_disk;
 mod watch;
 mod report;
+mod resume;
+mod asked;
+mod elsewhere;
+mod trouble;
+mod refuse;
+mod small_disk;
+mod verbs;
 mod architecture;
 
 fn main() {
@@ -53,6 +61,15 @@ fn main() {
     trials.extend(full_disk::trials());
     trials.extend(watch::trials());
     trials.extend(report::trials());
+    trials.extend(resume::trials());
+    trials.extend(asked::trials());
+    trials.extend(elsewhere::trials());
+    trials.extend(trouble::trials());
+    trials.extend(refuse::trials());
+    trials.extend(small_disk::trials());
+    trials.extend(verbs::trials());
     trials.extend(architecture::trials());
-    libtest_mimic::run(&arguments, trials).exit();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    job::clean();
+    conclusion.exit();
 }

@@ -5,7 +5,7 @@ use super::lease::{Lease, TIME_TO_LIVE};
 use super::log::Log;
 use super::state;
 use super::step::Stepper;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::data::decode::Limits;
 use crate::data::order::Order;
 use crate::data::set::DataSet;
@@ -29,7 +29,8 @@ pub enum Resume {
     Auto,
     /// From the start, in a run that has no checkpoint yet.
     Never,
-    /// From this checkpoint or run, which stays untouched.
+    /// From this checkpoint or run, which stays untouched. A run that has checkpoints of its own goes on from them, for
+    /// a scheduler gives the same command again; it is taken back only by one of its own.
     From(String),
 }
 
@@ -142,11 +143,10 @@ fn shares(config: &Config, world: usize) -> Result<()> {
 fn agree(config: &Config, set: &DataSet, world: &dyn World) -> Result<()> {
     let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
     let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
-    let texts = [
-        ("config", hash(config.resolved().to_string().as_bytes())),
-        ("build", format!("{} {}", env!("CARGO_PKG_VERSION"), hash(&program))),
-        ("data set", hash(&set.digest())),
-    ];
+    let settings = config::leaves(&config.resolved());
+    let mut texts =
+        vec![("build", format!("{} {}", env!("CARGO_PKG_VERSION"), hash(&program))), ("data set", hash(&set.digest()))];
+    texts.extend(settings.iter().map(|(path, value)| (path.as_str(), value.to_string())));
     device::agree(world, &texts)
 }
 
@@ -187,7 +187,14 @@ fn early(fault: Fault) -> Fault {
 fn find(config: &Config, store: &Store, resume: &Resume) -> Result<Option<Loaded>> {
     let loaded = match resume {
         Resume::Auto => checkpoint::find(store, Which::Latest)?,
-        Resume::From(url) => Some(checkpoint::open(url)?),
+        Resume::From(url) => Some(match checkpoint::find(store, Which::Latest)? {
+            Some(own) if !within(&Store::open(url)?, store) => {
+                let (run, step) = (store.url(), own.manifest.step);
+                tracing::info!("{run} has begun from {url} before; it goes on from its own checkpoint of step {step}");
+                own
+            }
+            _ => checkpoint::open(url)?,
+        }),
         Resume::Never => match checkpoint::find(store, Which::Latest)? {
             None => None,
             Some(found) => {
@@ -204,6 +211,11 @@ fn find(config: &Config, store: &Store, resume: &Resume) -> Result<Option<Loaded
         state::same(config, loaded)?;
     }
     Ok(loaded)
+}
+
+/// Whether `inner` is `outer` or lies in it.
+fn within(inner: &Store, outer: &Store) -> bool {
+    format!("{}/", inner.url()).starts_with(&format!("{}/", outer.url()))
 }
 
 /// Rank 0 has read the checkpoint; everyone receives its buffers. Returns the first step.

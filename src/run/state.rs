@@ -1,6 +1,6 @@
 //! What a training leaves in a checkpoint, and back.
 
-use super::checkpoint::{Loaded, Named, Snapshot};
+use super::checkpoint::{Loaded, Named, Snapshot, required_bytes};
 use super::step::Stepper;
 use crate::bridge::bytes;
 use crate::config::{Config, differences};
@@ -19,9 +19,11 @@ fn buffers(stepper: &Stepper) -> Vec<(&'static str, &Tensor)> {
     all
 }
 
-/// Bytes of one checkpoint.
+/// Bytes of one checkpoint, as the saver will ask for them.
 pub fn bytes_needed(flat: &Flat, average: bool) -> u64 {
-    flat.master.numel() as u64 * 4 * (3 + u64::from(average)) + 4 * flat.specs.len() as u64
+    let buffers = 3 + usize::from(average);
+    let each = (0..buffers).flat_map(|_| flat.specs.iter().map(|spec| 4 * spec.numel() as u64));
+    required_bytes(each.chain([4 * flat.specs.len() as u64]))
 }
 
 /// Everything that a resumed run needs, copied while nothing moves.

@@ -12,50 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from official import load, official
+
 request, reply, text = sys.argv[1:4]
 asked, numbers = load_file(request), json.loads(text)
 steps, lr, weight_decay, size = (numbers.pop(k) for k in ("steps", "lr", "weight_decay", "size"))
 torch.manual_seed(0)
 model = ViTMAEForPreTraining(ViTMAEConfig(**numbers, layer_norm_eps=1e-6, attn_implementation="eager")).train()
 
-
-PARTS = ("query", "key", "value")
-
-
-def rename(name):
-    """A parameter's official name, and which third of the packed projection it is (None if it is no third)."""
-    for ours, theirs in (
-        ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"), ("vit.embeddings.cls_token", "cls_token"),
-        ("decoder.mask_token", "mask_token"), ("vit.encoder.layer.", "blocks."), ("vit.layernorm.", "norm."),
-        ("decoder.decoder_layers.", "decoder_blocks."), ("decoder.decoder_", "decoder_"),
-        ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("attention.output.dense", "attn.proj"),
-        ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
-    ):
-        name = name.replace(ours, theirs)
-    for third, part in enumerate(PARTS):
-        if f"attention.attention.{part}" in name:
-            return name.replace(f"attention.attention.{part}", "attn.qkv"), third
-    return name, None
-
-
-def load(model):
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.requires_grad:
-                name, third = rename(name)
-                given = asked["weight." + name]
-                value.copy_((given if third is None else given.chunk(3)[third]).reshape(value.shape))
-
-
-def official(pairs, prefix):
-    """Tensors under their official names, the three projections stacked."""
-    out = {}
-    for name, value in pairs:
-        out.setdefault(prefix + rename(name)[0], []).append(value.detach().clone())
-    return {name: torch.cat(values) for name, values in out.items()}
-
-
-load(model)
+load(model, asked)
 height, width = size
 rows, cols = height // numbers["patch_size"], width // numbers["patch_size"]
 interpolate = height != width
