@@ -51,6 +51,7 @@ fn judge(what: &str, ours: &Tensor, plain: &Tensor, exact: &Tensor) {
 }
 
 type Op = dyn Fn(&[Tensor]) -> Tensor;
+type View = fn(&Tensor) -> Tensor;
 
 /// The output, and the gradients of the inputs under a random gradient of the output.
 fn pass(inputs: &[Tensor], op: &Op) -> Vec<Tensor> {
@@ -110,10 +111,10 @@ fn linear_agrees_in_bf16() -> Outcome {
 
 fn linear_takes_strided_and_expanded_input() -> Outcome {
     let leaves = inputs(2, &[&[13, 2, 21], &[9, 21], &[9]], Kind::Float);
-    let through = |view: fn(&Tensor) -> Tensor, op: fn(&[Tensor]) -> Tensor| {
+    let through = |view: View, op: fn(&[Tensor]) -> Tensor| {
         move |x: &[Tensor]| op(&[view(&x[0]), x[1].shallow_clone(), x[2].shallow_clone()])
     };
-    let views: [(&str, fn(&Tensor) -> Tensor); 3] = [
+    let views: [(&str, View); 3] = [
         ("transposed", |x| x.transpose(0, 1)),
         ("narrowed", |x| x.narrow(0, 3, 7)),
         ("expanded", |x| x.narrow(1, 0, 1).expand([13, 4, 21], false)),

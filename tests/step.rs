@@ -6,7 +6,7 @@ use occlude::bridge::bytes;
 use occlude::data::order::rows;
 use occlude::device::solo::{Solo, threads};
 use occlude::device::world::Delayed;
-use occlude::device::{Channel, World};
+use occlude::device::{Channel, Reduce, World};
 use occlude::fault::{Code, Result};
 use occlude::grid::{Grid, Input};
 use occlude::method::{Batch, Features, Method, Reconstruction, Term, mae};
@@ -386,6 +386,15 @@ fn a_tensor_that_one_rank_uses_moves_on_all_and_one_that_none_uses_on_none() -> 
         assert_eq!([0, 1, 2].map(moved), [true, true, false], "rank {}", world.rank());
         let counts = [0, 1, 2].map(|i| stepper.flat.steps.double_value(&[i]));
         assert_eq!(counts, [1.0, 1.0, 0.0], "rank {}: updates of the unused are not counted", world.rank());
+        // What a step uses, the next one may leave alone.
+        let second = bytes(&stepper.flat.part(&stepper.flat.master, 1)).to_vec();
+        stepper.step(&[toy_batch(0)], LR, |_, _| Ok(())).expect("a step");
+        assert!(
+            bytes(&stepper.flat.part(&stepper.flat.master, 1)) == second,
+            "rank {}: used once, for good",
+            world.rank()
+        );
+        assert_eq!(stepper.flat.steps.double_value(&[0]), 2.0);
         state(&stepper)
     });
     assert!(all[0] == all[1] && all[0] == all[2], "all ranks hold the same");
@@ -485,34 +494,40 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Only the last bucket, which completes as backward ends, has to be waited for: one of seven.
+/// Only the last bucket, which completes as backward ends, has to be waited for: one of seven. A busy machine blurs the
+/// times of single steps, so up to four times as many pairs are taken as a quiet one needs.
 fn seven_tenths_of_a_slow_network_are_hidden() -> Outcome {
     let rows = calibrated();
-    let mut told = String::new();
-    for _ in 0..3 {
-        let hidden = threads(2, |world| {
-            let slow = Arc::new(Delayed::new(world.clone(), DELAY));
-            let slow = Arc::new(Split { gradients: slow, rest: world.clone() });
-            let mut plain = stepper(eight(), world.clone(), Kind::Float, BLOCK);
-            let mut delayed = stepper(eight(), slow, Kind::Float, BLOCK);
-            let mut meeting = world.channel("meeting").expect("a channel");
-            let count = plain.bucket_count();
-            assert!((4..=12).contains(&count), "{count} buckets");
-            let mut together = |stepper: &mut Stepper, rows: i64| {
-                meeting.barrier().done(SOON).expect("a barrier");
-                timed(stepper, rows)
-            };
-            together(&mut plain, 8);
-            together(&mut delayed, 8);
-            let added = (0..5).map(|_| together(&mut delayed, rows) - together(&mut plain, rows)).collect();
-            let injected = DELAY.as_secs_f64() * count as f64;
-            (1.0 - median(added) / injected, injected)
-        });
-        let (share, injected) = hidden[0];
-        if share >= 0.7 {
-            return Ok(());
+    let shares = threads(2, |world| {
+        let slow = Arc::new(Delayed::new(world.clone(), DELAY));
+        let slow = Arc::new(Split { gradients: slow, rest: world.clone() });
+        let mut plain = stepper(eight(), world.clone(), Kind::Float, BLOCK);
+        let mut delayed = stepper(eight(), slow, Kind::Float, BLOCK);
+        let mut meeting = world.channel("meeting").expect("a channel");
+        let count = plain.bucket_count();
+        assert!((4..=12).contains(&count), "{count} buckets");
+        let injected = DELAY.as_secs_f64() * count as f64;
+        // Seconds of the slower rank, the same number on both.
+        let mut together = |stepper: &mut Stepper| {
+            meeting.barrier().done(SOON).expect("a barrier");
+            let slower = meeting.all_reduce(&Tensor::from_slice(&[timed(stepper, rows)]), Reduce::Max);
+            slower.wait(SOON).expect("a maximum").double_value(&[0])
+        };
+        together(&mut plain);
+        together(&mut delayed);
+        let (mut added, mut shares) = (Vec::new(), Vec::new());
+        while shares.len() < 4 && shares.last().is_none_or(|&share| share < 0.7) {
+            for pair in 0..5 {
+                // In turns, so that a drift of the machine favours neither.
+                let before = (pair % 2 == 0).then(|| together(&mut plain));
+                let slow = together(&mut delayed);
+                added.push(slow - before.unwrap_or_else(|| together(&mut plain)));
+            }
+            shares.push(1.0 - median(added.clone()) / injected);
         }
-        told += &format!("{:.0} % of {injected:.2} s hidden; ", 100.0 * share);
-    }
-    Err(format!("less than 70 % of the delay is hidden: {told}").into())
+        shares
+    });
+    let share = shares[0].last().copied().unwrap_or_default();
+    assert!(share >= 0.7, "of the delay, {:.0} % is hidden; after 5, 10, .. pairs: {:.2?}", 100.0 * share, shares[0]);
+    Ok(())
 }

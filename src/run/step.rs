@@ -33,7 +33,8 @@ pub struct Outcome {
     pub local_loss: f64,
     pub grad_norm: f64,
     pub clip_scale: f64,
-    /// Ranks whose loss or gradient was not finite; if there are any, nothing has moved.
+    /// Ranks whose loss was not finite, or all of them where only the summed gradient is not; if there are any, nothing
+    /// has moved.
     pub bad_ranks: Vec<usize>,
     pub comm_wait: Duration,
 }
