@@ -285,7 +285,8 @@ impl Config {
         serde_json::to_value(self).expect("a config is JSON")
     }
 
-    /// What must not change when a run is resumed: everything but how long, how often and how fast.
+    /// What must not change when a run is resumed: everything but how often and how fast. The length counts, for the
+    /// learning rate falls over the whole of it.
     pub fn identity(&self) -> Value {
         let mut value = self.resolved();
         let root = value.as_object_mut().expect("an object");

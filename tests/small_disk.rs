@@ -6,7 +6,9 @@ use crate::refuse::{text, train};
 use crate::support::{Outcome, skipped, trial};
 use libtest_mimic::Trial;
 
-const CASES: [(&str, fn() -> Outcome); 3] = [
+type Case = (&'static str, fn() -> Outcome);
+
+const CASES: [Case; 3] = [
     ("a_run_folder_that_cannot_be_written_is_refused", a_run_folder_that_cannot_be_written_is_refused),
     ("a_disk_too_small_for_one_checkpoint_is_refused", a_disk_too_small_for_one_checkpoint_is_refused),
     ("a_disk_that_fills_up_keeps_the_last_checkpoint_whole", a_disk_that_fills_up_keeps_the_last_checkpoint_whole),

@@ -18,6 +18,7 @@ mod mae;
 mod optim;
 mod config;
 mod step;
+mod overlap;
 mod lease;
 mod checkpoint;
 mod damage;
@@ -55,6 +56,7 @@ fn main() {
     trials.extend(optim::trials());
     trials.extend(config::trials());
     trials.extend(step::trials());
+    trials.extend(overlap::trials());
     trials.extend(lease::trials());
     trials.extend(checkpoint::trials());
     trials.extend(damage::trials());

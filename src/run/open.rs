@@ -209,6 +209,7 @@ fn find(config: &Config, store: &Store, resume: &Resume) -> Result<Option<Loaded
     };
     if let Some(loaded) = &loaded {
         state::same(config, loaded)?;
+        tracing::info!("going on after step {}", loaded.manifest.step);
     }
     Ok(loaded)
 }
