@@ -209,7 +209,6 @@ fn find(config: &Config, store: &Store, resume: &Resume) -> Result<Option<Loaded
     };
     if let Some(loaded) = &loaded {
         state::same(config, loaded)?;
-        tracing::info!("going on after step {}", loaded.manifest.step);
     }
     Ok(loaded)
 }
