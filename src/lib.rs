@@ -13,6 +13,6 @@ pub mod data; // store, shard, order, decode, pack
 pub mod part; // what methods are composed of, in travel order
 pub mod feed; // the conveyor: fetch | decode | view | batch
 pub mod method; // one paper a file
-pub mod optim; // groups, flat buffers, schedule, update
+pub mod optim; // flat buffers, buckets, schedule, update
 pub mod config; // reads, refuses, resolves
 pub mod run; // the verbs
