@@ -7,8 +7,9 @@
 use crate::data::decode::Decoded;
 use crate::fault::{Fault, Result};
 use crate::rng::Draw;
-use fast_image_resize::images::{CroppedImage, Image, ImageRef};
-use fast_image_resize::{FilterType, IntoImageView, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::{U8, U8x3};
+use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -105,10 +106,7 @@ impl Crop {
 
 /// The box of `image`, resized to `width` × `height`: [height, width, channels].
 pub fn resize(image: &Decoded, region: Region, width: u32, height: u32, how: Interpolation) -> Vec<u8> {
-    let whole = view_of(image);
-    let Region { left, top, width: w, height: h } = region;
-    let part = CroppedImage::new(&whole, left, top, w, h).expect("a box inside the picture");
-    run(&part, width, height, &options(how))
+    run(image, region, [width, height], &options(how))
 }
 
 /// Evaluation's view: the picture, resized so that it just covers `width / share` × `height / share`, cut to its
@@ -127,7 +125,8 @@ pub fn resize_center(image: &Decoded, width: u32, height: u32, share: f64, how: 
     let (x, y) = (w / new_w, h / new_h);
     // Rounding may carry the far edge past the picture by a part of 10¹⁶; the resizer would refuse that.
     let (box_w, box_h) = ((f64::from(width) * x).min(w - left * x), (f64::from(height) * y).min(h - top * y));
-    run(&view_of(image), width, height, &options(how).crop(left * x, top * y, box_w, box_h))
+    let whole = Region { left: 0, top: 0, width: image.width, height: image.height };
+    run(image, whole, [width, height], &options(how).crop(left * x, top * y, box_w, box_h))
 }
 
 /// Mirrors [height, width, channels] left to right, in place.
@@ -141,11 +140,6 @@ pub fn mirror(pixels: &mut [u8], width: usize, channels: usize) {
     }
 }
 
-fn view_of(image: &Decoded) -> ImageRef<'_> {
-    let kind = if image.channels == 1 { PixelType::U8 } else { PixelType::U8x3 };
-    ImageRef::new(image.width, image.height, &image.pixels, kind).expect("as many pixels as width and height say")
-}
-
 fn options(how: Interpolation) -> ResizeOptions {
     let filter = match how {
         Interpolation::Bicubic => FilterType::CatmullRom,
@@ -154,12 +148,24 @@ fn options(how: Interpolation) -> ResizeOptions {
     ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter))
 }
 
-fn run(source: &impl IntoImageView, width: u32, height: u32, options: &ResizeOptions) -> Vec<u8> {
+/// The typed face of the resizer: its other one compiles every kernel for sixteen kinds of pixel.
+fn run(image: &Decoded, part: Region, size: [u32; 2], options: &ResizeOptions) -> Vec<u8> {
+    let mut out = vec![0; (size[0] * size[1] * image.channels) as usize];
+    match image.channels {
+        1 => typed::<U8>(image, part, size, &mut out, options),
+        _ => typed::<U8x3>(image, part, size, &mut out, options),
+    }
+    out
+}
+
+fn typed<P: PixelTrait>(image: &Decoded, part: Region, size: [u32; 2], out: &mut [u8], options: &ResizeOptions) {
     // The resizer keeps its scratch between pictures; one for each thread of the feed.
     thread_local!(static RESIZER: RefCell<Resizer> = RefCell::new(Resizer::new()));
-    let mut out = Image::new(width, height, source.pixel_type().expect("8-bit pixels"));
+    let whole = TypedImageRef::<P>::from_buffer(image.width, image.height, &image.pixels).expect("whole pixels");
+    let Region { left, top, width, height } = part;
+    let part = TypedCroppedImage::from_ref(&whole, left, top, width, height).expect("a box inside the picture");
+    let mut out = TypedImage::<P>::from_buffer(size[0], size[1], out).expect("as many pixels as the size says");
     RESIZER
-        .with_borrow_mut(|resizer| resizer.resize(source, &mut out, options))
-        .expect("a box inside the picture, one kind of pixel");
-    out.into_vec()
+        .with_borrow_mut(|resizer| resizer.resize_typed(&part, &mut out, options))
+        .expect("a box inside the picture");
 }
