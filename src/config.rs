@@ -1,6 +1,7 @@
 //! The config: JSON (comments allowed), each part's numbers owned by that part. Reading refuses unknown keys with the
 //! nearest valid name; checking refuses what cannot work, with the remedy, before any work begins.
 
+use crate::data::mix;
 use crate::fault::{Fault, Result};
 use crate::grid::Input;
 use crate::method::catalog;
@@ -52,8 +53,15 @@ pub struct About {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
-    /// The training set: a folder of shards, one shard, or a pattern such as `dir/train-{000000..000009}.tar`.
-    pub train: String,
+    /// The training set: a folder of shards, one shard, or a pattern such as `dir/train-{000000..000009}.tar`, as a
+    /// path or as a URL (s3://, gs://, az://, http://, https://); or several of them with weights.
+    pub train: Sources,
+    /// Keeps what is fetched from a store on this machine's disk, for later epochs and for the other ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
+    /// How long a store may be away before the run ends.
+    #[serde(default = "Data::patience_s")]
+    pub patience_s: f64,
     /// Decoding threads of each rank; as many as its share of the cores when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
@@ -66,6 +74,34 @@ pub struct Data {
     /// The greatest share of samples that may be unreadable; they are named, counted and replaced.
     #[serde(default = "Data::max_bad_share")]
     pub max_bad_share: f64,
+}
+
+/// One training set, or a mixture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Sources {
+    One(String),
+    Several(Vec<mix::Source>),
+}
+
+impl Sources {
+    /// Each with its weight.
+    pub fn list(&self) -> Vec<mix::Source> {
+        match self {
+            Sources::One(url) => vec![mix::Source { url: url.clone(), weight: 1.0 }],
+            Sources::Several(sources) => sources.clone(),
+        }
+    }
+}
+
+/// Bytes kept on this machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Cache {
+    /// A folder on a fast local disk; processes may share it.
+    pub folder: String,
+    /// The most that it holds.
+    pub limit_gb: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -151,6 +187,9 @@ pub struct World {
 impl Data {
     fn prefetch_mb() -> u64 {
         256
+    }
+    fn patience_s() -> f64 {
+        300.0
     }
     fn open_shards() -> usize {
         16
@@ -255,6 +294,11 @@ impl Config {
         }
         at_least("data.prefetch_mb", self.data.prefetch_mb as f64, 1.0, 1e6)?;
         at_least("data.open_shards", self.data.open_shards as f64, 1.0, 1e6)?;
+        at_least("data.patience_s", self.data.patience_s, 0.0, 1e6)?;
+        if let Some(cache) = &self.data.cache {
+            at_least("data.cache.limit_gb", cache.limit_gb, 0.01, 1e6)?;
+        }
+        self.check_sources()?;
         at_least("data.max_bad_share", self.data.max_bad_share, 0.0, 1.0)?;
         if let Some(threads) = self.data.threads {
             at_least("data.threads", threads as f64, 1.0, 1024.0)?;
@@ -268,6 +312,24 @@ impl Config {
         at_least("world.bucket_mb", self.world.bucket_mb, 1e-4, 1e5)?;
         at_least("world.frozen_s", self.world.frozen_s, 1.0, 1e6)?;
         at_least("world.deadline_s", self.world.deadline_s, 1.0, 1e6)
+    }
+
+    fn check_sources(&self) -> Result<()> {
+        let sources = self.data.train.list();
+        let whole: f64 = sources.iter().map(|source| source.weight).sum();
+        if sources.is_empty() {
+            return Err(Fault::usage(
+                "data.train names no data set; give a path, a URL, or a list of them with weights",
+            ));
+        }
+        // An order shares out 4,096 positions at a time.
+        match sources.iter().find(|source| !(source.weight >= whole / 4096.0 && source.weight.is_finite())) {
+            Some(source) => Err(Fault::usage(format!(
+                "data.train: {} has weight {} of {whole} in all; a weight is positive, and at least 1/4096 of the sum",
+                source.url, source.weight
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Steps of the whole run over a data set of `samples`.
@@ -293,9 +355,10 @@ impl Config {
         for section in ["about", "checkpoint", "log", "world"] {
             root.remove(section);
         }
-        for (section, keys) in
-            [("train", &["bad_steps", "micro_batch"][..]), ("data", &["threads", "prefetch_mb", "max_bad_share"][..])]
-        {
+        for (section, keys) in [
+            ("train", &["bad_steps", "micro_batch"][..]),
+            ("data", &["threads", "prefetch_mb", "max_bad_share", "cache", "patience_s"][..]),
+        ] {
             for key in keys {
                 root[section].as_object_mut().expect("a section").remove(*key);
             }

@@ -16,6 +16,7 @@ pub enum Purpose {
     Init = 4,
     Replace = 5,
     Probe = 6,
+    Mix = 7,
 }
 
 /// One stream of numbers.

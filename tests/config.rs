@@ -1,7 +1,7 @@
 //! Configs are read, refused with the remedy, and resolved.
 
 use crate::support::{Outcome, root};
-use occlude::config::{self, Config, differences};
+use occlude::config::{self, Config, Sources, differences};
 use occlude::fault::{Code, Fault};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -184,7 +184,7 @@ fn a_value_is_json_or_else_a_string() -> Outcome {
         ("data.train=dir/train-{000000..000009}.tar", "dir/train-{000000..000009}.tar"),
         ("data.train=\"2024\"", "2024"),
     ] {
-        assert_eq!(with(&[line])?.data.train, wanted, "{line}");
+        assert_eq!(with(&[line])?.data.train, Sources::One(wanted.into()), "{line}");
     }
     assert_eq!(with(&["train.dtype=bf16"])?.resolved()["train"]["dtype"], "bf16");
     assert_eq!(with(&["train.epochs=0.25"])?.train.epochs, Some(0.25));
@@ -210,7 +210,7 @@ fn comments_are_allowed() -> Outcome {
     }
     text = text.replace("\"data/mnist/train\"", "\"s3://bucket/*not a comment*/x\" /* here */");
     let config = Config::parse(&text, &[])?;
-    assert_eq!(config.data.train, "s3://bucket/*not a comment*/x", "a string is no comment");
+    assert_eq!(config.data.train, Sources::One("s3://bucket/*not a comment*/x".into()), "a string is no comment");
     let mut plain = with(&[])?;
     plain.data.train = config.data.train.clone();
     assert_eq!(config, plain);

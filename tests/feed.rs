@@ -3,9 +3,10 @@
 use crate::shard::{packed, pictures};
 use crate::support::Outcome;
 use occlude::data::decode::Limits;
-use occlude::data::index::Index;
+use occlude::data::mix::Mix;
 use occlude::data::order::Order;
 use occlude::data::set::DataSet;
+use occlude::data::shard::Found;
 use occlude::fault::Code;
 use occlude::feed::{Feed, Rows, Source};
 use occlude::grid::Grid;
@@ -30,17 +31,18 @@ crate::trials![
 ];
 
 /// 30 pictures of two classes in shards of 8.
-fn set(folder: &Path) -> Result<Arc<DataSet>, libtest_mimic::Failed> {
+fn set(folder: &Path) -> Result<Arc<Mix>, libtest_mimic::Failed> {
     pictures(&folder.join("in"), 2, 15)?;
     packed(&folder.join("in"), &folder.join("out"), 8)?;
-    Ok(Arc::new(DataSet::open(folder.join("out").to_str().expect("UTF-8"))?))
+    Ok(Arc::new(Mix::one(DataSet::open(folder.join("out").to_str().expect("UTF-8"))?)))
 }
 
-fn source(set: &Arc<DataSet>) -> Source {
+fn source(set: &Arc<Mix>) -> Source {
     let grid = Grid { frames: 1, rows: 2, cols: 2, channels: 3, patch_frames: 1, patch: 4 };
     let view = View::default();
     Source {
         set: set.clone(),
+        cache: None,
         view: Arc::new(move |image, id, epoch| view.train(&grid, image, 11, id, epoch, 0)),
         shape: grid.pixels(),
         limits: Limits::default(),
@@ -51,8 +53,8 @@ fn source(set: &Arc<DataSet>) -> Source {
     }
 }
 
-fn order(set: &DataSet) -> Order {
-    Order::new(&set.sizes(), 11, 2)
+fn order(set: &Mix) -> Order {
+    Order::mixed(&set.sizes(), 11, 2)
 }
 
 /// All steps of a feed, what is measured set to nothing.
@@ -88,7 +90,7 @@ fn any_number_of_ranks_reads_the_same_batch() -> Outcome {
     assert!(one.iter().all(|rows| rows.ids.len() == 3 && rows.pixels.len() == 3 * 3 * 8 * 8));
     let mut first: Vec<u64> = one[..10].iter().flat_map(|rows| rows.ids.clone()).collect();
     first.sort_unstable();
-    let mut ids: Vec<u64> = (0..30).map(|index| set.id(index)).collect();
+    let mut ids: Vec<u64> = (0..30).map(|index| set.id(index)).collect::<Result<_, _>>()?;
     ids.sort_unstable();
     assert_eq!(first, ids, "ten steps of three are an epoch");
     assert_eq!((one[9].epochs[2], one[10].epochs[0]), (0, 1));
@@ -149,7 +151,7 @@ fn a_feed_goes_on_where_another_stopped() -> Outcome {
 fn a_sweep_reads_every_sample_once() -> Outcome {
     let folder = tempfile::tempdir()?;
     let set = set(folder.path())?;
-    let ids: Vec<u64> = (0..30).map(|index| set.id(index)).collect();
+    let ids: Vec<u64> = (0..30).map(|index| set.id(index)).collect::<Result<_, _>>()?;
     for world in 1..=4 {
         let ranks =
             (0..world).map(|rank| all(Feed::sweep(source(&set), 4, rank, world)?)).collect::<Result<Vec<_>, _>>()?;
@@ -163,14 +165,13 @@ fn a_sweep_reads_every_sample_once() -> Outcome {
 }
 
 /// Flips a byte in the pictures of the first `count` samples.
-fn damage(set: &DataSet, count: u64) -> Outcome {
+fn damage(set: &Mix, count: u64) -> Outcome {
     for index in 0..count {
-        let (shard, row) = set.sample(index);
-        let name = format!("{}.png", shard.key(row));
-        let member = shard.index().members.iter().find(|member| member.name == name).expect("a picture");
-        let mut bytes = fs::read(shard.path())?;
+        let (shard, row) = set.sample(index)?;
+        let member = shard.wanted(row, &["png"])?;
+        let mut bytes = fs::read(shard.name())?;
         bytes[member.offset as usize + 30] ^= 1;
-        fs::write(shard.path(), bytes)?;
+        fs::write(shard.name(), bytes)?;
     }
     Ok(())
 }
@@ -185,7 +186,7 @@ fn a_bad_sample_is_replaced_alike_everywhere() -> Outcome {
     let before = run(1)?;
     damage(&set, 2)?;
     let after = run(1)?;
-    let lost = [set.id(0), set.id(1)];
+    let lost = [set.id(0)?, set.id(1)?];
     let mut replaced = 0;
     for (before, after) in before.iter().zip(&after) {
         assert_eq!(after.ids.len(), 5);
@@ -199,7 +200,11 @@ fn a_bad_sample_is_replaced_alike_everywhere() -> Outcome {
     assert!(run(3)? == after, "three ranks replace otherwise");
     let swept = all(Feed::sweep(source(&set), 7, 0, 1)?)?;
     let ids: Vec<u64> = swept.iter().flat_map(|rows| rows.ids.clone()).collect();
-    assert_eq!(ids, (2..30).map(|index| set.id(index)).collect::<Vec<_>>(), "a sweep leaves bad samples out");
+    assert_eq!(
+        ids,
+        (2..30).map(|index| set.id(index)).collect::<Result<Vec<_>, _>>()?,
+        "a sweep leaves bad samples out"
+    );
     assert!(swept.iter().all(|rows| rows.pixels.len() == rows.ids.len() * 192));
     Ok(())
 }
@@ -214,7 +219,8 @@ fn too_many_bad_samples_end_the_feed() -> Outcome {
     let fault = all(Feed::train(source(&set), order(&set), 5, 0, 1, 0..6)?).expect_err("4 of 30 are bad, 3 may be");
     assert_eq!(fault.code, Code::Corrupt);
     for index in 0..4 {
-        assert!(fault.message.contains(set.key(index)), "{} is not named: {fault}", set.key(index));
+        let key = set.key(index)?;
+        assert!(fault.message.contains(&key), "{key} is not named: {fault}");
     }
     let tolerant = Source { max_bad_share: 0.2, ..source(&set) };
     all(Feed::train(tolerant, order(&set), 5, 0, 1, 0..6)?)?;
@@ -224,8 +230,9 @@ fn too_many_bad_samples_end_the_feed() -> Outcome {
 fn a_lost_shard_is_no_bad_sample() -> Outcome {
     let folder = tempfile::tempdir()?;
     let set = set(folder.path())?;
-    fs::remove_file(set.shards[1].path())?;
-    assert!(Index::path(set.shards[1].path()).exists());
+    let lost = set.sets()[0].shards()[1].name();
+    fs::remove_file(&lost)?;
+    assert!(Path::new(&Found::index_of(&lost)).exists());
     let fault = all(Feed::train(source(&set), order(&set), 5, 0, 1, 0..6)?).expect_err("a shard is gone");
     assert_eq!(fault.code, Code::Disk, "{fault}");
     assert!(fault.message.contains("small-000001.tar"), "{fault}");
@@ -235,7 +242,7 @@ fn a_lost_shard_is_no_bad_sample() -> Outcome {
 fn a_panic_of_a_view_names_the_sample() -> Outcome {
     let folder = tempfile::tempdir()?;
     let set = set(folder.path())?;
-    let (cursed, inner) = (set.id(7), source(&set).view);
+    let (cursed, inner) = (set.id(7)?, source(&set).view);
     let view = Arc::new(move |image: &_, id, epoch| {
         assert!(id != cursed, "the seventh sample is cursed");
         inner(image, id, epoch)
@@ -249,7 +256,7 @@ fn a_panic_of_a_view_names_the_sample() -> Outcome {
         }
     };
     assert_eq!(fault.code, Code::Failed);
-    for part in [set.key(7), &format!("{cursed:016x}"), "cursed"] {
+    for part in [&set.key(7)?, &format!("{cursed:016x}"), "cursed"] {
         assert!(fault.message.contains(part), "{part} is not named: {fault}");
     }
     assert!(feed.next().is_some_and(|rows| rows.is_err()), "after a fault the feed does not read as finished");

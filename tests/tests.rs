@@ -14,6 +14,8 @@ mod order;
 mod decode;
 mod view;
 mod feed;
+mod server;
+mod stream;
 mod mae;
 mod optim;
 mod config;
@@ -52,6 +54,7 @@ fn main() {
     trials.extend(decode::trials());
     trials.extend(view::trials());
     trials.extend(feed::trials());
+    trials.extend(stream::trials());
     trials.extend(mae::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());

@@ -6,6 +6,8 @@ pub mod index; // the rows of a shard's members, and their file beside the tar
 pub mod scan; // the strict reading of a tar that has no index
 pub mod shard; // one tar of samples
 pub mod set; // all shards of one data set
+pub mod mix; // several data sets, weighted
+pub mod cache; // pieces of shards, kept on this machine
 pub mod order; // which sample stands at which position
 pub mod complete; // does a file hold all of its picture
 pub mod decode; // bytes become pixels

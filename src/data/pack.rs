@@ -8,6 +8,7 @@ use super::decode::{Limits, probe};
 use super::index;
 use super::set::{Listed, Manifest};
 use super::shard::IMAGE;
+use super::store::Store;
 use super::write::{Writer, commit};
 use crate::fault::{Code, Fault, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -252,7 +253,7 @@ fn standing(folders: &[(PathBuf, String)], made_from: &str) -> Result<Option<Vec
             let remedy = "choose another output, or remove it";
             Fault::usage(format!("{} holds {what}; {remedy}", folder.display()))
         };
-        if let Some(manifest) = Manifest::read(folder)? {
+        if let Some(manifest) = Manifest::read(&Store::open(&folder.to_string_lossy())?)? {
             if manifest.source.as_deref() != Some(made_from) {
                 return Err(taken(format!("the data set {} already, from other pictures or settings", manifest.name)));
             }

@@ -1,57 +1,169 @@
-//! One shard: a WebDataset tar, with its index (`index.rs`) beside it or scanned (`scan.rs`).
+//! One shard: a WebDataset tar in a store, and its index (`index.rs`), which lies beside it, or was made by a scan
+//! (`scan.rs`) when the tar was first seen.
 //!
-//! Adjacent members with one key are a sample; every other repetition of a key is damage. Bytes are read from the
-//! file at each call, with the member's digest checked where the index knows it, and nothing stays open between
-//! calls: a data set may have more shards than a process may have files.
+//! Bytes are fetched at each call, with the member's digest checked where the index knows it, and nothing stays open
+//! between calls: a data set may have more shards than a process may have files.
 
-use super::index::{self, Index, Member};
+use super::index::{self, HEADER, Header, Index, Row};
 use super::scan;
+use super::store::Store;
 use crate::fault::{Code, Fault, Result};
-use std::collections::HashSet;
-use std::fs::File;
-use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// The extensions of pictures that `decode` reads.
 pub const IMAGE: &[&str] = &["jpg", "jpeg", "png", "webp"];
 
+/// Where the index of a tar is to be had.
+#[derive(Clone, Debug)]
+enum Place {
+    /// Beside the tar.
+    Beside,
+    /// In this machine's cache of scans.
+    Scanned(PathBuf),
+    /// Here: the tar was scanned and the cache cannot be written.
+    Here(Arc<Index>),
+}
+
+/// A tar of which the header of its index has been read: how many samples it holds, not yet which.
+#[derive(Clone, Debug)]
+pub struct Found {
+    store: Store,
+    file: String,
+    header: Header,
+    place: Place,
+}
+
+impl Found {
+    /// The name of the index of a tar.
+    pub fn index_of(file: &str) -> String {
+        format!("{file}.idx")
+    }
+
+    /// Reads the header of the index of `file`, a tar of `bytes` bytes, or scans the tar where it has none. Faults:
+    /// Code::Usage where index and tar do not belong together, Code::Corrupt where one is damaged.
+    pub fn find(store: &Store, file: &str, bytes: u64, indexed: bool) -> Result<Found> {
+        let listed = |header, place| Found { store: store.clone(), file: file.to_owned(), header, place };
+        if !indexed {
+            let (index, place) = scanned(store, file, bytes).map_err(|fault| fault.at(store.name(file)))?;
+            return Ok(listed(*index.header(), place));
+        }
+        let beside = Self::index_of(file);
+        let at = |fault: Fault| fault.at(store.name(&beside));
+        let header = store.get_range(&beside, 0..HEADER as u64).and_then(|bytes| Header::read(&bytes)).map_err(at)?;
+        if header.shard_bytes != bytes {
+            return Err(Fault::usage(format!(
+                "{} was made for a tar of {} bytes, {} has {bytes}; pack again, or delete the index to have the tar \
+                 scanned",
+                store.name(&beside),
+                header.shard_bytes,
+                store.name(file),
+            )));
+        }
+        Ok(listed(header, Place::Beside))
+    }
+
+    /// What the index's header says.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The tar's name, for messages.
+    pub fn name(&self) -> String {
+        self.store.name(&self.file)
+    }
+
+    /// Whether its bytes travel over a network.
+    pub fn remote(&self) -> bool {
+        self.store.local().is_none()
+    }
+
+    /// The whole index, checked.
+    pub fn open(&self) -> Result<Shard> {
+        let index = match &self.place {
+            Place::Here(index) => index.clone(),
+            Place::Beside => {
+                let beside = Self::index_of(&self.file);
+                let read = self.store.get(&beside).and_then(Index::from_bytes);
+                Arc::new(read.map_err(|fault| fault.at(self.store.name(&beside)))?)
+            }
+            Place::Scanned(path) => {
+                let bytes = std::fs::read(path).map_err(|error| Fault::disk(path.display(), error))?;
+                Arc::new(Index::from_bytes(bytes).map_err(|fault| fault.at(path.display()))?)
+            }
+        };
+        if index.header() != &self.header {
+            return Err(Fault::new(
+                Code::Corrupt,
+                format!("{}: its index was replaced while the program ran; start again", self.name()),
+            ));
+        }
+        Ok(Shard { store: self.store.clone(), file: self.file.clone(), index })
+    }
+}
+
+/// The index of a tar that has none: from the cache of scans, or by a scan, which is then kept there. A tar's scan is
+/// known by its URL and length; several processes wait for the first that scans.
+fn scanned(store: &Store, file: &str, bytes: u64) -> Result<(Arc<Index>, Place)> {
+    let name = store.name(file);
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    let scan = || {
+        tracing::info!("{name} has no index: scanning it");
+        scan::scan(store, file, bytes)
+    };
+    // Files on this machine change under their name, and are scanned in no time.
+    let (Some(base), None) = (base, store.local()) else {
+        let index = Arc::new(scan()?);
+        return Ok((index.clone(), Place::Here(index)));
+    };
+    let id = index::hex(&index::digest(format!("{name}\0{bytes}").as_bytes()));
+    let path = base.join("occlude/scans").join(format!("{id}.idx"));
+    let locked = || -> std::io::Result<std::fs::File> {
+        std::fs::create_dir_all(path.parent().expect("a folder"))?;
+        let lock = std::fs::File::create(path.with_extension("lock"))?;
+        lock.lock()?;
+        Ok(lock)
+    };
+    let _lock = locked();
+    if let Ok(index) = std::fs::read(&path).map_err(|_| ()).and_then(|bytes| Index::from_bytes(bytes).map_err(drop)) {
+        return Ok((Arc::new(index), Place::Scanned(path)));
+    }
+    let index = Arc::new(scan()?);
+    let partial = path.with_extension("partial");
+    let place = match std::fs::write(&partial, index.bytes()).and_then(|()| std::fs::rename(&partial, &path)) {
+        Ok(()) => Place::Scanned(path),
+        Err(_) => Place::Here(index.clone()),
+    };
+    Ok((index, place))
+}
+
 /// One tar of samples.
 #[derive(Debug)]
 pub struct Shard {
-    path: PathBuf,
-    index: Index,
-    /// The members of each sample.
-    samples: Vec<Range<u32>>,
+    store: Store,
+    file: String,
+    index: Arc<Index>,
 }
 
 impl Shard {
-    /// Opens the tar at `path` by its index, or by a scan where there is none. Faults: Code::Usage where index and
-    /// tar do not belong together, Code::Corrupt where one is damaged, Code::Disk where one cannot be read.
-    pub fn open(path: &Path) -> Result<Shard> {
-        let beside = Index::path(path);
-        let index = match std::fs::read(&beside) {
-            Ok(bytes) => indexed(path, &beside, &bytes)?,
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                tracing::info!("{} has no index: scanning it", path.display());
-                scan::scan(path)?
-            }
-            Err(error) => return Err(Fault::disk(beside.display(), error)),
-        };
-        let samples = group(&index.members).map_err(|fault| fault.at(path.display()))?;
-        Ok(Shard { path: path.to_owned(), index, samples })
+    /// Opens one tar, by its index or by a scan.
+    pub fn open(store: &Store, file: &str) -> Result<Shard> {
+        let absent = || Fault::usage(format!("{}: not found. Check the path.", store.name(file)));
+        let bytes = store.size(file)?.ok_or_else(absent)?;
+        let indexed = store.size(&Found::index_of(file))?.is_some();
+        Found::find(store, file, bytes, indexed)?.open()
     }
 
     /// How many samples it holds.
     pub fn samples(&self) -> usize {
-        self.samples.len()
+        self.index.samples()
     }
 
     /// The key of sample `row`.
     pub fn key(&self, row: usize) -> &str {
-        let name = &self.index.members[self.samples[row].start as usize].name;
-        scan::split(name).expect("indexed names have a key").0
+        self.index.sample(row).next().expect("a sample has a member").split().0
     }
 
     /// Whether sample `row` has a member with the extension.
@@ -59,27 +171,45 @@ impl Shard {
         self.member(row, &[extension]).is_some()
     }
 
+    /// The first member of sample `row` that has one of the extensions.
+    pub fn member(&self, row: usize, extensions: &[&str]) -> Option<Row<'_>> {
+        self.index.sample(row).find(|member| {
+            let (_, extension) = member.split();
+            extensions.iter().any(|wanted| wanted.eq_ignore_ascii_case(extension))
+        })
+    }
+
     /// The bytes of the first member of sample `row` that has one of the extensions. Faults with Code::Corrupt where
     /// there is none, where the tar is shorter than its index says, or where the digest differs.
     pub fn read(&self, row: usize, extensions: &[&str]) -> Result<Vec<u8>> {
-        let member = self.member(row, extensions).ok_or_else(|| {
-            let message =
-                format!("{}: sample {} has no member .{}", self.path.display(), self.key(row), extensions.join(", ."));
-            Fault::new(Code::Corrupt, message)
-        })?;
-        let bytes = bytes(&self.path, member.offset, member.length)?;
+        let member = self.wanted(row, extensions)?;
+        let bytes = self.store.get_range(&self.file, member.offset..member.end())?;
+        self.whole(&member, &bytes)?;
+        Ok(bytes)
+    }
+
+    /// As [`Shard::member`]; a sample without it is Code::Corrupt.
+    pub fn wanted(&self, row: usize, extensions: &[&str]) -> Result<Row<'_>> {
+        self.member(row, extensions).ok_or_else(|| {
+            let (name, key) = (self.name(), self.key(row));
+            Fault::new(Code::Corrupt, format!("{name}: sample {key} has no member .{}", extensions.join(", .")))
+        })
+    }
+
+    /// Whether `bytes` are the member's: Code::Corrupt where the index knows their digest and it is another.
+    pub fn whole(&self, member: &Row, bytes: &[u8]) -> Result<()> {
         let Some(wanted) = member.digest else {
-            return Ok(bytes);
+            return Ok(());
         };
-        let got = index::digest(&bytes);
+        let got = index::digest(bytes);
         if got == wanted {
-            return Ok(bytes);
+            return Ok(());
         }
         Err(Fault::new(
             Code::Corrupt,
             format!(
                 "{}: the bytes of {} changed: digest {}, the index says {}; fetch or pack the shard again",
-                self.path.display(),
+                self.name(),
                 member.name,
                 index::hex(&got),
                 index::hex(&wanted)
@@ -92,87 +222,34 @@ impl Shard {
         if !self.has(row, "cls") {
             return Ok(None);
         }
-        let text = self.read(row, &["cls"])?;
-        let label = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
-        label.map(Some).ok_or_else(|| {
-            let message = format!("{}: {}.cls is not a whole number", self.path.display(), self.key(row));
+        self.class(row, &self.read(row, &["cls"])?).map(Some)
+    }
+
+    /// The class that the bytes of a `.cls` member say.
+    pub fn class(&self, row: usize, bytes: &[u8]) -> Result<i64> {
+        let label = std::str::from_utf8(bytes).ok().and_then(|text| text.trim().parse().ok());
+        label.ok_or_else(|| {
+            let message = format!("{}: {}.cls is not a whole number", self.name(), self.key(row));
             Fault::new(Code::Corrupt, message)
         })
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// A run of the tar's bytes, for many requests in flight.
+    pub async fn fetch(&self, range: Range<u64>) -> Result<bytes::Bytes> {
+        self.store.fetch(&self.file, range).await
+    }
+
+    /// Whether its bytes travel over a network.
+    pub fn remote(&self) -> bool {
+        self.store.local().is_none()
+    }
+
+    /// The tar's name, for messages.
+    pub fn name(&self) -> String {
+        self.store.name(&self.file)
     }
 
     pub fn index(&self) -> &Index {
         &self.index
     }
-
-    fn member(&self, row: usize, extensions: &[&str]) -> Option<&Member> {
-        let members = &self.index.members[self.samples[row].start as usize..self.samples[row].end as usize];
-        members.iter().find(|member| {
-            let (_, extension) = scan::split(&member.name).expect("indexed names have a key");
-            extensions.iter().any(|wanted| wanted.eq_ignore_ascii_case(extension))
-        })
-    }
-}
-
-/// The index at `beside`, once it fits the tar.
-fn indexed(path: &Path, beside: &Path, bytes: &[u8]) -> Result<Index> {
-    let index = Index::from_bytes(bytes).map_err(|fault| fault.at(beside.display()))?;
-    let length = std::fs::metadata(path).map_err(|error| Fault::disk(path.display(), error))?.len();
-    if index.shard_bytes != length {
-        return Err(Fault::usage(format!(
-            "{} was made for a tar of {} bytes, {} has {length}; pack again, or delete the index to have the tar scanned",
-            beside.display(),
-            index.shard_bytes,
-            path.display(),
-        )));
-    }
-    for member in &index.members {
-        if u64::from(member.length) > length.saturating_sub(member.offset) || scan::split(&member.name).is_none() {
-            let message = format!("{}: the row of {} points outside the tar", beside.display(), member.name);
-            return Err(Fault::new(Code::Corrupt, message));
-        }
-    }
-    Ok(index)
-}
-
-/// Runs of members with one key. A key that comes again later, or an extension twice in one sample, is damage.
-fn group(members: &[Member]) -> Result<Vec<Range<u32>>> {
-    let damaged = |what: String| Fault::new(Code::Corrupt, format!("{what}; pack the samples again"));
-    let mut keys: HashSet<&str> = HashSet::new();
-    let mut extensions: HashSet<String> = HashSet::new();
-    let mut samples: Vec<Range<u32>> = Vec::new();
-    let mut current = "";
-    for (at, member) in (0u32..).zip(members) {
-        let (key, extension) = scan::split(&member.name).expect("checked when indexed");
-        if key == current {
-            samples.last_mut().expect("a current sample").end = at + 1;
-        } else {
-            if !keys.insert(key) {
-                return Err(damaged(format!("the members of sample {key} are not adjacent, or it comes twice")));
-            }
-            extensions.clear();
-            samples.push(at..at + 1);
-            current = key;
-        }
-        if !extensions.insert(extension.to_ascii_lowercase()) {
-            return Err(damaged(format!("sample {key} has the extension .{extension} twice")));
-        }
-    }
-    Ok(samples)
-}
-
-/// A run of bytes of a file: the one place where the bytes of samples are fetched.
-fn bytes(path: &Path, offset: u64, length: u32) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|error| Fault::disk(path.display(), error))?;
-    let mut bytes = vec![0; length as usize];
-    file.read_exact_at(&mut bytes, offset).map_err(|error| match error.kind() {
-        ErrorKind::UnexpectedEof => {
-            Fault::new(Code::Corrupt, format!("{}: it ends before byte {}", path.display(), offset + u64::from(length)))
-        }
-        _ => Fault::disk(path.display(), error),
-    })?;
-    Ok(bytes)
 }

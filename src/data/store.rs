@@ -3,19 +3,40 @@
 //!
 //! Calls block. They run on a small runtime of the process, so they must not be made from inside an async task.
 
+mod cloud;
+mod patience;
+mod place;
+mod profile;
+mod words;
+
 use crate::fault::{Code, Fault, Result};
-use futures::TryStreamExt;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path as Key;
-use object_store::{Error, GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use object_store::{
+    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart,
+};
+use patience::Patience;
+use place::{absolute, path_of_file_url, split_scheme};
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+use words::Kind;
 
 /// The URL schemes that this build reads, for messages.
-const SCHEMES: &str = "file:// (or a plain path)";
+const SCHEMES: &str = "file:// (or a plain path), s3://, gs://, az://, http:// and https://";
 
 /// How often `create` asks again after an answer that settles nothing.
 const CREATE_ATTEMPTS: usize = 4;
+
+/// How long a store may be away before a program gives up, where nobody says otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// An object larger than this travels in parts of this size, several at a time.
+const PART: u64 = 16 << 20;
+const PARTS_AT_A_TIME: usize = 8;
 
 static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_multi_thread()
@@ -26,14 +47,22 @@ static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
         .expect("two threads for the store")
 });
 
+/// Runs a transfer in the background, on the threads of the stores. It must not compute.
+pub fn spawn(transfer: impl Future<Output = ()> + Send + 'static) {
+    RUNTIME.spawn(transfer);
+}
+
 /// A folder in an object store. Cheap to clone; clones share connections.
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
+    /// For uploads in parts: the same store, its client asking again by itself.
+    bulk: Arc<dyn ObjectStore>,
     root: Key,
     /// Scheme and authority, in front of every URL shown.
     origin: String,
     on_disk: bool,
+    patience: Arc<Patience>,
 }
 
 impl std::fmt::Debug for Store {
@@ -44,23 +73,30 @@ impl std::fmt::Debug for Store {
 
 impl Store {
     /// Opens a plain path (absolute or relative) or a URL. Nothing is read or made yet: a folder that is not there
-    /// reads as empty and appears with its first object.
+    /// reads as empty and appears with its first object. For a cloud's store the credentials are looked for now
+    /// (Code::Credentials where there are none), by the cloud's usual chain.
     pub fn open(url_or_path: &str) -> Result<Store> {
+        Self::open_patiently(url_or_path, PATIENCE)
+    }
+
+    /// As [`Store::open`]; the store may be away for so long before a call faults with Code::Store.
+    pub fn open_patiently(url_or_path: &str, limit: Duration) -> Result<Store> {
         let (scheme, rest) = split_scheme(url_or_path);
         match scheme {
             None => Self::on_disk(Path::new(rest)),
             Some("file") => Self::on_disk(&path_of_file_url(rest)?),
-            Some(other) => Err(Fault::usage(format!(
-                "{}: this build reads {SCHEMES}, not {other}://. Copy the data to a local folder, or use a build \
-                 with that scheme.",
-                without_query(url_or_path)
-            ))),
+            Some(_) => {
+                let cloud::Opened { quick, bulk, root, origin } = cloud::open(url_or_path)?;
+                let patience = Arc::new(Patience::new(&origin, limit));
+                Ok(Store { inner: quick, bulk, root, origin, on_disk: false, patience })
+            }
         }
     }
 
     /// A store over a given backend; `origin` (such as `memory://`) names it in messages.
     pub fn over(inner: Arc<dyn ObjectStore>, origin: &str) -> Store {
-        Store { inner, root: Key::default(), origin: origin.to_owned(), on_disk: false }
+        let patience = Arc::new(Patience::new(origin, Duration::ZERO));
+        Store { bulk: inner.clone(), inner, root: Key::default(), origin: origin.to_owned(), on_disk: false, patience }
     }
 
     fn on_disk(path: &Path) -> Result<Store> {
@@ -70,7 +106,9 @@ impl Store {
         })?;
         let root = Key::parse(text).map_err(|e| Fault::usage(format!("{text}: not usable as a store's path: {e}")))?;
         let inner = Arc::new(object_store::local::LocalFileSystem::new().with_fsync(true));
-        Ok(Store { inner, root, origin: "file:///".to_owned(), on_disk: true })
+        // A disk that fails is not waited for.
+        let (origin, patience) = ("file:///".to_owned(), Arc::new(Patience::new("file:///", Duration::ZERO)));
+        Ok(Store { bulk: inner.clone(), inner, root, origin, on_disk: true, patience })
     }
 
     /// The sub-folder `child` (which may hold slashes).
@@ -96,38 +134,90 @@ impl Store {
     /// The whole object, or None when the store says that it is not there. Any other trouble is a fault.
     pub fn get_if_there(&self, path: &str) -> Result<Option<Vec<u8>>> {
         let key = self.key(path)?;
-        let answer = RUNTIME.block_on(async {
-            let answer = self.inner.get_opts(&key, GetOptions::default()).await?;
-            let size = answer.meta.size;
-            Ok((size, answer.bytes().await?))
-        });
+        let answer = RUNTIME.block_on(self.patience.over(|| self.whole(&key)));
         match answer {
             Err(Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.reading(path, error)),
-            Ok((size, bytes)) if bytes.len() as u64 == size => Ok(Some(bytes.into())),
+            Ok((size, bytes)) if bytes.len() as u64 == size => Ok(Some(bytes)),
             Ok((size, bytes)) => Err(self.short(path, bytes.len(), size)),
         }
     }
 
+    /// An object and the size that the store gives for it: in one request, or in several at a time where it is large.
+    async fn whole(&self, key: &Key) -> object_store::Result<(u64, Vec<u8>)> {
+        let answer = self.inner.get_opts(key, GetOptions::default()).await?;
+        let (size, tag) = (answer.meta.size, answer.meta.e_tag.clone());
+        if self.on_disk || size <= PART {
+            return Ok((size, answer.bytes().await?.into()));
+        }
+        drop(answer);
+        let parts = (0..size.div_ceil(PART)).map(|part| part * PART..((part + 1) * PART).min(size));
+        // Every part is of the object that was asked about first, or there is an error.
+        let options =
+            |range| GetOptions { range: Some(GetRange::Bounded(range)), if_match: tag.clone(), ..Default::default() };
+        let fetch = |range: Range<u64>| {
+            let options = options(range);
+            self.patience.over(move || {
+                let options = options.clone();
+                async move { self.inner.get_opts(key, options).await?.bytes().await }
+            })
+        };
+        let parts = futures::stream::iter(parts.map(fetch)).buffered(PARTS_AT_A_TIME);
+        let bytes = parts.try_fold(Vec::new(), |mut bytes, part| async move {
+            bytes.extend_from_slice(&part);
+            Ok(bytes)
+        });
+        Ok((size, bytes.await?))
+    }
+
     /// Bytes `range` of the object, all of them: a range beyond the object's end is a fault.
     pub fn get_range(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        match self.on_disk {
+            true => self.read_range(path, range),
+            false => RUNTIME.block_on(self.fetch(path, range)).map(Into::into),
+        }
+    }
+
+    /// As [`Store::get_range`], for many requests in flight: to be awaited in what is given to [`spawn`].
+    pub async fn fetch(&self, path: &str, range: Range<u64>) -> Result<Bytes> {
         if range.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Bytes::new());
         }
         let key = self.key(path)?;
-        let bytes = RUNTIME
-            .block_on(self.inner.get_range(&key, range.clone()))
-            .map_err(|error| self.reading(&format!("{path} bytes {}..{}", range.start, range.end), error))?;
-        match bytes.len() as u64 == range.end - range.start {
-            true => Ok(bytes.into()),
-            false => Err(self.short(path, bytes.len(), range.end - range.start)),
+        let wanted = range.end - range.start;
+        let mut again = true;
+        loop {
+            let bytes = self.patience.over(|| self.inner.get_range(&key, range.clone())).await;
+            let bytes =
+                bytes.map_err(|error| self.reading(&format!("{path} bytes {}..{}", range.start, range.end), error))?;
+            // A store or a proxy may end an answer early and call it whole; once is bad luck.
+            match bytes.len() as u64 == wanted {
+                true => return Ok(bytes),
+                false if again => again = false,
+                false => return Err(self.short(path, bytes.len(), wanted)),
+            }
         }
+    }
+
+    /// A run of bytes of a file on this machine, without a detour.
+    fn read_range(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        self.key(path)?;
+        let file = self.name(path);
+        let open = std::fs::File::open(&file).map_err(|error| Fault::disk(&file, error))?;
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        open.read_exact_at(&mut bytes, range.start).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                Fault::new(Code::Corrupt, format!("{file}: it ends before byte {}", range.end))
+            }
+            _ => Fault::disk(&file, error),
+        })?;
+        Ok(bytes)
     }
 
     /// The object's size in bytes, or None when it is not there.
     pub fn size(&self, path: &str) -> Result<Option<u64>> {
         let key = self.key(path)?;
-        match RUNTIME.block_on(self.inner.head(&key)) {
+        match RUNTIME.block_on(self.patience.over(|| self.inner.head(&key))) {
             Ok(meta) => Ok(Some(meta.size)),
             Err(Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.reading(path, error)),
@@ -144,8 +234,26 @@ impl Store {
     pub fn put_owned(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
         let key = self.key(path)?;
         let length = bytes.len();
-        let put = self.inner.put_opts(&key, PutPayload::from(bytes), PutOptions::default());
-        RUNTIME.block_on(put).map(drop).map_err(|error| self.writing(path, length, error))
+        let payload = Bytes::from(bytes);
+        let put = async {
+            if !self.on_disk && length as u64 > 4 * PART {
+                return self.in_parts(&key, payload).await;
+            }
+            let put = || self.inner.put_opts(&key, PutPayload::from(payload.clone()), PutOptions::default());
+            self.patience.over(put).await.map(drop)
+        };
+        RUNTIME.block_on(put).map_err(|error| self.writing(path, length, error))
+    }
+
+    /// Uploads parts, several at a time; the object appears with the last word, whole.
+    async fn in_parts(&self, key: &Key, mut bytes: Bytes) -> object_store::Result<()> {
+        let upload = self.patience.over(|| self.bulk.put_multipart(key)).await?;
+        let mut parts = WriteMultipart::new_with_chunk_size(upload, PART as usize);
+        while !bytes.is_empty() {
+            parts.wait_for_capacity(PARTS_AT_A_TIME).await?;
+            parts.put(bytes.split_to(bytes.len().min(PART as usize)));
+        }
+        parts.finish().await.map(drop)
     }
 
     /// Writes the object only if none is there: true when these bytes are now the object, false when another's are.
@@ -176,8 +284,9 @@ impl Store {
     /// All objects below `prefix`, as (path relative to this store, bytes), sorted by path.
     pub fn list(&self, prefix: &str) -> Result<Vec<(String, u64)>> {
         let key = self.key(prefix)?;
-        let found: Vec<_> =
-            RUNTIME.block_on(self.inner.list(Some(&key)).try_collect()).map_err(|error| self.reading(prefix, error))?;
+        let found: Vec<_> = RUNTIME
+            .block_on(self.patience.over(|| self.inner.list(Some(&key)).try_collect()))
+            .map_err(|error| self.reading(prefix, error))?;
         let mut rows: Vec<_> = found.iter().map(|meta| (self.relative(&meta.location), meta.size)).collect();
         rows.sort();
         Ok(rows)
@@ -187,7 +296,7 @@ impl Store {
     pub fn folders(&self, prefix: &str) -> Result<Vec<String>> {
         let key = self.key(prefix)?;
         let found = RUNTIME
-            .block_on(self.inner.list_with_delimiter(Some(&key)))
+            .block_on(self.patience.over(|| self.inner.list_with_delimiter(Some(&key))))
             .map_err(|error| self.reading(prefix, error))?;
         let mut names: Vec<_> = found.common_prefixes.iter().filter_map(|k| k.filename().map(str::to_owned)).collect();
         names.sort();
@@ -197,7 +306,7 @@ impl Store {
     /// Removes the object. One that is not there is no fault.
     pub fn delete(&self, path: &str) -> Result<()> {
         let key = self.key(path)?;
-        match RUNTIME.block_on(self.inner.delete(&key)) {
+        match RUNTIME.block_on(self.patience.over(|| self.inner.delete(&key))) {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(self.writing(path, 0, error)),
         }
@@ -267,8 +376,24 @@ impl Store {
         full.strip_prefix(self.root.as_ref()).unwrap_or(full).trim_start_matches('/').to_owned()
     }
 
+    /// Whether the store can be asked what it holds.
+    pub fn lists(&self) -> bool {
+        !self.origin.starts_with("http")
+    }
+
+    /// The last part of the URL: the folder's own name, or the bucket's.
+    pub fn folder_name(&self) -> String {
+        let bucket = || self.origin.trim_end_matches('/').rsplit('/').next().filter(|name| !name.is_empty());
+        self.root.filename().or_else(bucket).unwrap_or("data").to_owned()
+    }
+
+    /// How often a call was made again because the store was away.
+    pub fn repeats(&self) -> u64 {
+        self.patience.repeats()
+    }
+
     /// How a message names an object.
-    fn name(&self, path: &str) -> String {
+    pub fn name(&self, path: &str) -> String {
         match self.local() {
             Some(folder) => folder.join(path).display().to_string(),
             None => format!("{}/{path}", self.url().trim_end_matches('/')),
@@ -285,29 +410,43 @@ impl Store {
 
     fn reading(&self, path: &str, error: Error) -> Fault {
         let name = self.name(path);
-        match error {
-            Error::NotFound { .. } => {
+        match words::kind(&error) {
+            Kind::Absent => {
                 Fault::usage(format!("{name}: not found. Check the path, and that the data were written there."))
             }
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
-                Fault::new(Code::Credentials, format!("{name}: the store refused the credentials: {error}"))
-            }
-            _ => Fault::new(Code::Store, format!("{name}: cannot be read: {error}")),
+            Kind::Refused => self.refused(&name, &error),
+            _ => self.away(&name, "read", &error),
         }
     }
 
     fn writing(&self, path: &str, bytes: usize, error: Error) -> Fault {
         let name = self.name(path);
-        if matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) {
-            return Fault::new(Code::Credentials, format!("{name}: the store refused the credentials: {error}"));
+        if words::kind(&error) == Kind::Refused {
+            return self.refused(&name, &error);
         }
         match disk_error(&error) {
             Some(cause) => Fault::new(
                 Code::Disk,
                 format!("{name}: cannot write {bytes} bytes: {cause}. Free space there, or choose another place."),
             ),
-            None => Fault::new(Code::Store, format!("{name}: cannot write {bytes} bytes: {error}")),
+            None => self.away(&name, &format!("written ({bytes} bytes)"), &error),
         }
+    }
+
+    fn refused(&self, name: &str, error: &Error) -> Fault {
+        let why = words::shortly(error);
+        // A clock that is off looks like a wrong key to a store that checks signatures.
+        let hint =
+            if why.contains("TimeTooSkewed") { "set this machine's clock" } else { "check them, and their rights" };
+        Fault::new(Code::Credentials, format!("{name}: the store refused the credentials: {why}; {hint}"))
+    }
+
+    fn away(&self, name: &str, what: &str, error: &Error) -> Fault {
+        let waited = match words::kind(error) == Kind::Passing && !self.patience.limit().is_zero() {
+            true => format!(" after {} s of trying", self.patience.limit().as_secs()),
+            false => String::new(),
+        };
+        Fault::new(Code::Store, format!("{name}: cannot be {what}{waited}: {}", words::shortly(error)))
     }
 }
 
@@ -324,59 +463,4 @@ fn disk_error(error: &Error) -> Option<&std::io::Error> {
         cause = here.source();
     }
     None
-}
-
-/// `scheme://rest`, or no scheme and the text itself.
-fn split_scheme(text: &str) -> (Option<&str>, &str) {
-    match text.split_once("://") {
-        Some((scheme, rest))
-            if scheme.starts_with(|c: char| c.is_ascii_alphabetic())
-                && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c)) =>
-        {
-            (Some(scheme), rest)
-        }
-        _ => (None, text),
-    }
-}
-
-/// A URL fit for a message: without its query and without a user's name and password.
-fn without_query(url: &str) -> String {
-    let bare = url.split(['?', '#']).next().unwrap_or_default();
-    match split_scheme(bare) {
-        (Some(scheme), rest) => {
-            let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-            format!("{scheme}://{}{path}", host.rsplit('@').next().unwrap_or_default())
-        }
-        (None, rest) => rest.to_owned(),
-    }
-}
-
-/// The path of a `file://` URL, given what follows the two slashes.
-fn path_of_file_url(rest: &str) -> Result<PathBuf> {
-    let bare = rest.split(['?', '#']).next().unwrap_or_default();
-    let path = bare.strip_prefix("localhost").unwrap_or(bare);
-    if !path.starts_with('/') {
-        return Err(Fault::usage(format!(
-            "file://{bare}: a file URL has three slashes and an absolute path, as in file:///data/run; for a relative \
-             path leave file:// out"
-        )));
-    }
-    let key = Key::from_url_path(path).map_err(|e| Fault::usage(format!("file://{bare}: not a usable path: {e}")))?;
-    Ok(Path::new("/").join(key.as_ref()))
-}
-
-/// The absolute path with symbolic links followed as far as it exists; what does not exist yet must not climb.
-fn absolute(path: &Path) -> Result<PathBuf> {
-    let bad = |why: String| Fault::usage(format!("{}: not usable as a store's path: {why}", path.display()));
-    let full = std::path::absolute(path).map_err(|error| bad(error.to_string()))?;
-    for there in full.ancestors() {
-        let Ok(real) = there.canonicalize() else { continue };
-        let rest = full.strip_prefix(there).expect("an ancestor");
-        return match rest.components().all(|part| matches!(part, Component::Normal(_))) {
-            true if rest.as_os_str().is_empty() => Ok(real),
-            true => Ok(real.join(rest)),
-            false => Err(bad("it climbs out of a folder that does not exist".into())),
-        };
-    }
-    Err(bad("no part of it exists".into()))
 }

@@ -2,6 +2,7 @@
 
 use super::index::{self, Index, Member};
 use super::set::Listed;
+use super::shard::Found;
 use crate::fault::{Fault, Result};
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -55,11 +56,12 @@ impl Writer {
         self.out.write_all(&[0; 1024]).map_err(disk)?;
         let file = self.out.into_inner().map_err(|error| disk(error.into_error()))?;
         file.sync_all().map_err(disk)?;
-        let index = Index { shard_bytes: self.at + 1024, members: self.members };
-        commit(&Index::path(&self.path), &index.to_bytes())?;
+        let index = Index::new(self.at + 1024, &self.members)?;
+        let beside = Found::index_of(&self.path.to_string_lossy());
+        commit(Path::new(&beside), index.bytes())?;
         fs::rename(partial(&self.path), &self.path).map_err(disk)?;
         let file = self.path.file_name().expect("a file").to_string_lossy().into_owned();
-        Ok(Listed { file, samples: self.samples, bytes: index.shard_bytes })
+        Ok(Listed { file, samples: self.samples, bytes: index.header().shard_bytes })
     }
 }
 

@@ -1,11 +1,15 @@
 //! Rows laid into steps, on one thread: it plans as many steps ahead as memory allows, and hands steps over in order.
 
-use super::row::{Done, Order};
+use super::clock::{Clock, Stage};
+use super::fetch::Fetcher;
+use super::row::{Done, Order, Raw};
 use super::{Plan, Rows, Source};
 use crate::fault::{Code, Fault, Result};
+use bytes::BytesMut;
 use crossbeam_channel::{Receiver, Sender, select};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How many bad samples a fault names.
@@ -18,14 +22,15 @@ struct Step {
     step: u64,
     /// What each row will hold; none until it is made, and for a row that is left out.
     ids: Vec<Option<(u64, u64, Option<i64>)>>,
-    pixels: Vec<u8>,
+    /// The rows' places, as they come back.
+    pixels: Vec<BytesMut>,
     missing: usize,
 }
 
 /// What the thread speaks through.
 pub struct Lines {
-    /// Rows to be made, to the workers.
-    pub give: Sender<Order>,
+    /// Rows to be made, on their way to the workers.
+    pub give: Fetcher,
     /// Rows, from the workers.
     pub rows: Receiver<Done>,
     /// Whole steps, to the caller.
@@ -52,14 +57,22 @@ pub struct Belt {
     allowed: usize,
     /// This rank, and of how many; for messages.
     rank: (usize, usize),
+    clock: Arc<Clock>,
 }
 
 impl Belt {
-    pub fn new(source: Source, plan: Plan, steps: Range<u64>, lines: Lines, rank: (usize, usize)) -> Belt {
-        let labelled = source.set.labelled();
+    pub fn new(
+        source: Source,
+        labelled: bool,
+        plan: Plan,
+        steps: Range<u64>,
+        lines: Lines,
+        rank: (usize, usize),
+        clock: Arc<Clock>,
+    ) -> Belt {
         let allowed = ((source.set.len() as f64 * source.max_bad_share) as usize).max(3);
         let (open, bad) = (VecDeque::new(), BTreeMap::new());
-        Belt { source, labelled, plan, steps, lines, open, waiting: 0, each: 0, bad, allowed, rank }
+        Belt { source, labelled, plan, steps, lines, open, waiting: 0, each: 0, bad, allowed, rank, clock }
     }
 
     /// Until the last step is out, a fault is out, or nobody wants more.
@@ -75,7 +88,8 @@ impl Belt {
             self.fill();
             while self.open.front().is_some_and(|step| step.missing == 0) {
                 let step = self.open.pop_front().expect("a step in front");
-                if self.lines.out.send(Ok(self.finished(step))).is_err() {
+                let rows = self.clock.of(Stage::Batch, || self.finished(step));
+                if self.lines.out.send(Ok(rows)).is_err() {
                     return Ok(());
                 }
                 self.waiting += 1;
@@ -100,20 +114,22 @@ impl Belt {
     fn fill(&mut self) {
         while !self.steps.is_empty() {
             let under_way = self.open.len() + self.waiting;
-            let held: usize = self.open.iter().map(|step| step.pixels.len()).sum();
-            let full = held + (self.waiting + 1) * self.each > self.source.prefetch_bytes || under_way >= STEPS;
+            let held = (under_way + 1) * self.each;
+            let full = held > self.source.prefetch_bytes || under_way >= STEPS;
             if under_way > 0 && full {
                 return;
             }
             let step = self.steps.next().expect("a step is left");
             let samples = (self.plan)(step);
-            let pixels = vec![0; samples.len() * self.source.row_bytes()];
-            self.each = pixels.len();
+            // One run of memory for the step; each worker holds its row's part of it.
+            let each = self.source.row_bytes();
+            let mut room = BytesMut::zeroed(samples.len() * each);
+            self.each = room.len();
+            let pixels = samples.iter().map(|_| BytesMut::new()).collect();
             self.open.push_back(Step { step, ids: vec![None; samples.len()], pixels, missing: samples.len() });
-            for (row, (epoch, index)) in samples.into_iter().enumerate() {
-                // Workers only go when the feed stops, which the next turn of the belt sees.
-                let _ = self.lines.give.send(Order { step, row, epoch, index });
-            }
+            let order =
+                |(row, (epoch, index))| Order { step, row, epoch, index, out: room.split_to(each), raw: Raw::Disk };
+            self.lines.give.fetch(samples.into_iter().enumerate().map(order).collect());
         }
     }
 
@@ -122,7 +138,7 @@ impl Belt {
             if self.bad.contains_key(&index) {
                 continue;
             }
-            tracing::warn!("sample {} (rank {}): {fault}", self.source.set.key(index), self.rank.0);
+            tracing::warn!("sample {} (rank {}): {fault}", self.source.set.key(index)?, self.rank.0);
             self.bad.insert(index, fault.message);
         }
         self.refuse_many()?;
@@ -130,11 +146,8 @@ impl Belt {
         let first = self.open.front().expect("a step under way").step;
         let step = &mut self.open[(done.step - first) as usize];
         step.missing -= 1;
-        if let Some(row) = made {
-            let bytes = row.pixels.len();
-            step.pixels[done.row * bytes..(done.row + 1) * bytes].copy_from_slice(&row.pixels);
-            step.ids[done.row] = Some((row.id, row.epoch, row.label));
-        }
+        step.pixels[done.row] = done.out;
+        step.ids[done.row] = made.map(|row| (row.id, row.epoch, row.label));
         Ok(())
     }
 
@@ -143,7 +156,7 @@ impl Belt {
             return Ok(());
         }
         let named: Vec<&str> = self.bad.values().take(NAMED).map(String::as_str).collect();
-        let (total, name) = (self.source.set.len(), &self.source.set.name);
+        let (total, name) = (self.source.set.len(), self.source.set.name());
         Err(Fault::new(
             Code::Corrupt,
             format!(
@@ -159,10 +172,13 @@ impl Belt {
         ))
     }
 
-    /// Closes the gaps that left-out rows leave, and drops labels where the set has none.
+    /// The rows' places side by side again, which they are in memory; the gaps that left-out rows leave are closed,
+    /// and labels dropped where the set has none.
     fn finished(&self, step: Step) -> Rows {
-        let Step { step, ids, mut pixels, .. } = step;
+        let Step { step, ids, pixels: places, .. } = step;
         let bytes = self.source.row_bytes();
+        let mut pixels = BytesMut::new();
+        places.into_iter().for_each(|place| pixels.unsplit(place));
         let mut kept = 0;
         for (row, _) in ids.iter().enumerate().filter(|(_, row)| row.is_some()) {
             if kept != row {

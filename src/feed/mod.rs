@@ -1,22 +1,30 @@
 //! The conveyor: fetch | decode | view | batch.
 //!
-//! Worker threads make rows in any order; one thread lays them into steps and hands those over in order. The steps
+//! Bytes of samples in a store are fetched ahead; worker threads make rows in any order; one thread lays them into steps and hands those over in order. The steps
 //! under way are bounded by their bytes. What a row holds depends on its position alone, never on threads, ranks or
 //! on where a training resumed: a sample that cannot be decoded is replaced by one drawn from its own stream.
 
-mod batch;
+mod clock;
+mod fetch;
 mod row;
+mod batch;
 
+pub use clock::{Clock, Stage, process_seconds};
+
+use crate::data::cache::Cache;
 use crate::data::decode::{Decoded, Limits};
+use crate::data::mix::Mix;
 use crate::data::order::{self, Order};
-use crate::data::set::DataSet;
 use crate::fault::{Fault, Result};
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use bytes::BytesMut;
+use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
+use fetch::Fetcher;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
 
 /// A sample's view: (decoded, id, epoch) → [C, T, Y, X], 8 bits.
 pub type ViewFn = Arc<dyn Fn(&Decoded, u64, u64) -> Vec<u8> + Send + Sync>;
@@ -27,7 +35,9 @@ pub type Plan = Box<dyn Fn(u64) -> Vec<(u64, u64)> + Send>;
 /// What every feed needs.
 #[derive(Clone)]
 pub struct Source {
-    pub set: Arc<DataSet>,
+    pub set: Arc<Mix>,
+    /// Where bytes that were fetched from a store are kept.
+    pub cache: Option<Arc<Cache>>,
     pub view: ViewFn,
     /// [C, T, Y, X] of what the view returns.
     pub shape: [i64; 4],
@@ -35,7 +45,8 @@ pub struct Source {
     pub seed: u64,
     /// Worker threads; at least one.
     pub threads: usize,
-    /// Bytes of pixels that may be under way; one step always may.
+    /// Bytes of pixels that may be under way, and as many that were fetched and wait for a decoder; one step always
+    /// may, and one sample.
     pub prefetch_bytes: usize,
     /// Share of the data set's samples that may be undecodable before the feed gives up; three always may.
     pub max_bad_share: f64,
@@ -57,7 +68,7 @@ pub struct Rows {
     /// Classes; none where the data set has none.
     pub labels: Option<Vec<i64>>,
     /// [rows, C, T, Y, X], contiguous; empty where this rank has no row.
-    pub pixels: Vec<u8>,
+    pub pixels: BytesMut,
     /// How long the caller waited for it.
     pub waited: Duration,
 }
@@ -69,7 +80,12 @@ pub struct Feed {
     left: u64,
     taken: Option<Sender<()>>,
     stop: Arc<AtomicBool>,
+    /// Closed when the feed stops, which ends what is being fetched.
+    fetching: Arc<Semaphore>,
+    /// Dropped when the feed stops, which wakes workers that wait for orders.
+    quit: Option<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
+    clock: Arc<Clock>,
 }
 
 impl Feed {
@@ -106,17 +122,36 @@ impl Feed {
         let (done, rows) = unbounded::<row::Done>();
         let (out, finished) = unbounded();
         let (taken, returned) = unbounded();
-        let reader = Arc::new(row::Reader { source: source.clone(), labelled: source.set.labelled(), replace });
+        let labelled = source.set.labelled()?;
+        let clock = Arc::new(Clock::default());
+        let reader = Arc::new(row::Reader { source: source.clone(), labelled, replace, clock: clock.clone() });
         let left = steps.end.saturating_sub(steps.start);
-        let mut feed = Feed { steps: finished, left, taken: Some(taken), stop: stop.clone(), threads: Vec::new() };
+        let give = Fetcher::new(&source, labelled, give);
+        let (quit, leave) = bounded::<()>(0);
+        let mut feed = Feed {
+            steps: finished,
+            left,
+            taken: Some(taken),
+            stop: stop.clone(),
+            fetching: give.stop(),
+            quit: Some(quit),
+            threads: Vec::new(),
+            clock: clock.clone(),
+        };
         let threads = source.threads.max(1);
         let lines = batch::Lines { give, rows, out, taken: returned };
-        let belt = batch::Belt::new(source, plan, steps, lines, rank);
+        let belt = batch::Belt::new(source, labelled, plan, steps, lines, rank, clock);
         feed.spawn("feed-batch".into(), move || belt.run())?;
         for number in 0..threads {
             let (reader, orders, done, stop) = (reader.clone(), orders.clone(), done.clone(), stop.clone());
+            let leave = leave.clone();
             feed.spawn(format!("feed-{number}"), move || {
-                for order in orders {
+                loop {
+                    let order = select! {
+                        recv(orders) -> order => order,
+                        recv(leave) -> _ => break,
+                    };
+                    let Ok(order) = order else { break };
                     if stop.load(Ordering::Relaxed) || done.send(reader.row(order)).is_err() {
                         break;
                     }
@@ -124,6 +159,11 @@ impl Feed {
             })?;
         }
         Ok(feed)
+    }
+
+    /// What the stages have cost so far.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -162,6 +202,8 @@ impl Drop for Feed {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.taken = None;
+        self.quit = None;
+        self.fetching.close();
         for thread in self.threads.drain(..) {
             // A thread's panic was a fault of `next` already.
             let _ = thread.join();

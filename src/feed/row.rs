@@ -1,11 +1,15 @@
 //! One row: a sample read, decoded and viewed, on a worker thread.
 
 use super::Source;
+use super::clock::{Clock, Stage};
+use super::fetch::Fetched;
 use crate::data::decode;
-use crate::data::shard::IMAGE;
+use crate::data::shard::{IMAGE, Shard};
 use crate::fault::{Code, Fault, Result};
 use crate::rng::{Draw, Purpose};
+use bytes::{Bytes, BytesMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 /// How often a replacement may itself be undecodable.
 const TRIES: usize = 16;
@@ -16,23 +20,42 @@ pub struct Order {
     pub row: usize,
     pub epoch: u64,
     pub index: u64,
+    /// Its place in the step: the view is written there.
+    pub out: BytesMut,
+    pub raw: Raw,
+}
+
+/// Where a sample's bytes are.
+pub enum Raw {
+    /// On a disk of this machine.
+    Disk,
+    /// They were fetched, or could not be.
+    Fetched(Result<Fetched>),
 }
 
 /// A row that was made, or left out (none).
 pub struct Done {
     pub step: u64,
     pub row: usize,
+    pub out: BytesMut,
     pub made: Result<Option<Row>>,
     /// Samples that could not be decoded on the way, and why.
     pub bad: Vec<(u64, Fault)>,
 }
 
-/// The contents of a row.
+/// What a row holds beside its pixels.
 pub struct Row {
     pub id: u64,
     pub epoch: u64,
     pub label: Option<i64>,
-    pub pixels: Vec<u8>,
+}
+
+/// A sample's bytes, and where they came from.
+struct Sample {
+    shard: Arc<Shard>,
+    row: usize,
+    image: Bytes,
+    label: Option<i64>,
 }
 
 /// What a worker needs.
@@ -41,62 +64,92 @@ pub struct Reader {
     pub labelled: bool,
     /// Whether an undecodable sample is replaced (training) or left out (evaluation).
     pub replace: bool,
+    pub clock: Arc<Clock>,
 }
 
 impl Reader {
     /// Makes a row. Only Code::Corrupt makes a sample bad; a disk that fails is no reason to train on other samples.
     pub fn row(&self, order: Order) -> Done {
-        let Order { step, row, epoch, index } = order;
+        let Order { step, row, epoch, index, mut out, raw } = order;
         let mut bad = Vec::new();
-        let made = self.with_replacement(epoch, index, &mut bad);
-        Done { step, row, made, bad }
+        let made = self.with_replacement(epoch, index, raw, &mut out, &mut bad);
+        self.clock.row();
+        Done { step, row, out, made, bad }
     }
 
-    fn with_replacement(&self, epoch: u64, index: u64, bad: &mut Vec<(u64, Fault)>) -> Result<Option<Row>> {
+    fn with_replacement(
+        &self,
+        epoch: u64,
+        index: u64,
+        raw: Raw,
+        out: &mut [u8],
+        bad: &mut Vec<(u64, Fault)>,
+    ) -> Result<Option<Row>> {
         let set = &self.source.set;
-        let mut draw = Draw::new(self.source.seed, set.id(index), epoch, Purpose::Replace, 0);
-        let mut candidate = index;
+        let (mut candidate, mut raw) = (index, raw);
+        let mut draw = None;
         for _ in 0..=TRIES {
-            match self.guarded(epoch, candidate) {
+            match self.guarded(epoch, candidate, raw, out) {
                 Err(fault) if fault.code == Code::Corrupt => bad.push((candidate, fault)),
                 made => return made.map(Some),
             }
             if !self.replace {
                 return Ok(None);
             }
+            let id = set.id(index)?;
+            let draw = draw.get_or_insert_with(|| Draw::new(self.source.seed, id, epoch, Purpose::Replace, 0));
             candidate = draw.below(set.len());
+            raw = Raw::Disk;
         }
-        let message = format!("sample {} and {TRIES} drawn in its place cannot be decoded", set.key(index));
+        let message = format!("sample {} and {TRIES} drawn in its place cannot be decoded", set.key(index)?);
         Err(Fault::new(Code::Corrupt, message))
     }
 
     /// A panic in a decoder or a view ends the training with the sample's name, not the thread without a word.
-    fn guarded(&self, epoch: u64, index: u64) -> Result<Row> {
-        catch_unwind(AssertUnwindSafe(|| self.read(epoch, index))).unwrap_or_else(|panic| {
+    fn guarded(&self, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+        catch_unwind(AssertUnwindSafe(|| self.make(epoch, index, raw, out))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             let set = &self.source.set;
             Err(Fault::failed(format!(
                 "a worker panicked on sample {} (id {:016x}, epoch {epoch}): {}; this is a defect, please report it",
-                set.key(index),
-                set.id(index),
+                set.key(index)?,
+                set.id(index)?,
                 text.unwrap_or("no message")
             )))
         })
     }
 
-    fn read(&self, epoch: u64, index: u64) -> Result<Row> {
+    fn make(&self, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
         let Source { set, view, shape, limits, .. } = &self.source;
-        let (shard, row) = set.sample(index);
-        let place = || format!("{}: {}", shard.path().display(), shard.key(row));
-        let bytes = shard.read(row, IMAGE)?;
-        let decoded = decode::decode(&bytes, shape[0] as u32, limits).map_err(|fault| fault.at(place()))?;
-        let label = if self.labelled { shard.label(row)? } else { None };
+        let Sample { shard, row, image, label } = self.clock.of(Stage::Fetch, || self.read(index, raw))?;
+        let place = || format!("{}: {}", shard.name(), shard.key(row));
         if self.labelled && label.is_none() {
             return Err(Fault::new(Code::Corrupt, format!("{}: it has no .cls, other samples have", place())));
         }
-        let id = set.id(index);
-        let pixels = view(&decoded, id, epoch);
-        assert_eq!(pixels.len(), self.source.row_bytes(), "the view of a sample has another size than {shape:?}");
-        Ok(Row { id, epoch, label, pixels })
+        let decoded = self.clock.of(Stage::Decode, || decode::decode(&image, shape[0] as u32, limits));
+        let decoded = decoded.map_err(|fault| fault.at(place()))?;
+        let id = set.set(index).0.id_of(shard.key(row));
+        let pixels = self.clock.of(Stage::View, || view(&decoded, id, epoch));
+        out.copy_from_slice(&pixels);
+        Ok(Row { id, epoch, label })
+    }
+
+    /// The bytes of a sample, as its index says that they are.
+    fn read(&self, index: u64, raw: Raw) -> Result<Sample> {
+        if let Raw::Fetched(fetched) = raw {
+            let Fetched { shard, row, image, label, .. } = &fetched?;
+            let member = shard.wanted(*row, IMAGE)?;
+            if shard.whole(&member, image).is_ok() {
+                let label = label.as_ref().map(|bytes| shard.class(*row, bytes)).transpose()?;
+                return Ok(Sample { shard: shard.clone(), row: *row, image: image.clone(), label });
+            }
+            // Bits flip on the way, and in a cache: what the store itself says now is what counts.
+            tracing::warn!("{}: the bytes of {} came damaged; fetching them again", shard.name(), member.name);
+            self.source.cache.iter().for_each(|cache| cache.forget(shard, member.offset..member.end()));
+        }
+        let (shard, row) = self.source.set.sample(index)?;
+        let image = shard.read(row, IMAGE)?.into();
+        let label = if self.labelled { shard.label(row)? } else { None };
+        Ok(Sample { shard, row, image, label })
     }
 }

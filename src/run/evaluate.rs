@@ -3,6 +3,7 @@
 use super::{checkpoint, state};
 use crate::config::Config;
 use crate::data::decode::Limits;
+use crate::data::mix::Mix;
 use crate::data::set::DataSet;
 use crate::fault::{Fault, Result};
 use crate::feed::{Feed, Source};
@@ -96,13 +97,14 @@ pub struct Set {
 }
 
 fn features(config: &Config, method: &dyn Method, flat: &Flat, url: &str, feature: Feature) -> Result<Set> {
-    let set = Arc::new(DataSet::open(url)?);
-    if !set.labelled() {
+    let set = Arc::new(Mix::one(DataSet::open(url)?));
+    if !set.labelled()? {
         return Err(Fault::usage(format!("{url} has no labels (.cls members); a probe wants a labelled set")));
     }
     let (grid, view) = (*method.grid(), config.view.clone());
     let source = Source {
         set,
+        cache: None,
         view: Arc::new(move |image, _, _| view.eval(&grid, image)),
         shape: grid.pixels(),
         limits: Limits::default(),

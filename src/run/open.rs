@@ -6,13 +6,15 @@ use super::log::Log;
 use super::state;
 use super::step::Stepper;
 use crate::config::{self, Config};
+use crate::data::cache::Cache;
 use crate::data::decode::Limits;
+use crate::data::mix::Mix;
 use crate::data::order::Order;
-use crate::data::set::DataSet;
 use crate::data::store::Store;
 use crate::device::{self, Beat, Channel, Limits as Patience, Phase, Pulse, World};
 use crate::fault::{Code, Fault, Result};
 use crate::feed::Source;
+use crate::grid::Grid;
 use crate::optim::flat::Flat;
 use crate::optim::schedule::Schedule;
 use crate::optim::update::Updater;
@@ -82,11 +84,16 @@ impl Opened {
 
 pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>) -> Result<Opened> {
     shares(config, world.size())?;
-    let set = Arc::new(DataSet::open(&config.data.train)?);
+    let away = Duration::from_secs_f64(config.data.patience_s);
+    let set = Mix::open(&config.data.train.list(), away)?;
+    // One window gives way to the next; some room for replacements.
+    set.sets().iter().for_each(|set| set.hold(2 * config.data.open_shards + 8));
+    let set = Arc::new(set);
     agree(config, &set, world.as_ref())?;
     let deadline = Duration::from_secs_f64(config.world.deadline_s);
     let patience = Duration::from_secs_f64(config.world.frozen_s);
     let patience = Patience { silence: patience, ..Patience::default() }.with(Phase::Compute, deadline);
+    let patience = patience.with(Phase::Data, away + Duration::from_secs(600));
     let pulse = Pulse::start(world, patience)?;
     let beat = pulse.beat();
 
@@ -112,8 +119,8 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
     };
     Ok(Opened {
         schedule: config.optim.schedule(set.len(), config.train.global_batch, steps * config.train.global_batch),
-        source: source(config, set.clone(), world.as_ref(), &stepper),
-        order: Some(Order::new(&set.sizes(), config.train.seed, config.data.open_shards)),
+        source: source(config, set.clone(), world.as_ref(), *stepper.method.grid())?,
+        order: Some(Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards)),
         samples: set.len(),
         store,
         folder,
@@ -140,7 +147,7 @@ fn shares(config: &Config, world: usize) -> Result<()> {
 }
 
 /// Ranks that differ in config, build or data would add up gradients that do not belong together.
-fn agree(config: &Config, set: &DataSet, world: &dyn World) -> Result<()> {
+fn agree(config: &Config, set: &Mix, world: &dyn World) -> Result<()> {
     let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
     let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
     let settings = config::leaves(&config.resolved());
@@ -244,12 +251,14 @@ fn begin_log(config: &Config, folder: &Path, first: u64, steps: u64) -> Result<L
     Log::resume(folder, first, steps, config.log.every_s)
 }
 
-fn source(config: &Config, set: Arc<DataSet>, world: &dyn World, stepper: &Stepper) -> Source {
-    let grid = *stepper.method.grid();
+fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Grid) -> Result<Source> {
     let (view, seed) = (config.view.clone(), config.train.seed);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Source {
+    let cache = config.data.cache.as_ref();
+    let cache = cache.map(|cache| Cache::open(Path::new(&cache.folder), (cache.limit_gb * 1e9) as u64).map(Arc::new));
+    Ok(Source {
         set,
+        cache: cache.transpose()?,
         view: Arc::new(move |image, id, epoch| view.train(&grid, image, seed, id, epoch, 0)),
         shape: grid.pixels(),
         limits: Limits::default(),
@@ -257,5 +266,5 @@ fn source(config: &Config, set: Arc<DataSet>, world: &dyn World, stepper: &Stepp
         threads: config.data.threads.unwrap_or((cores / world.local_size()).max(1)),
         prefetch_bytes: (config.data.prefetch_mb as usize) << 20,
         max_bad_share: config.data.max_bad_share,
-    }
+    })
 }

@@ -27,10 +27,10 @@ pub fn sheet(stepper: &Stepper, source: &Source, seed: u64) -> Result<RgbImage> 
     let mut samples = Vec::new();
     for index in 0..SHOWN.min(source.set.len()) {
         // A sample that cannot be read is the feed's to report; the sheet shows the next ones.
-        let (shard, row) = source.set.sample(index);
+        let (shard, row) = source.set.sample(index)?;
         let Ok(bytes) = shard.read(row, IMAGE) else { continue };
         let Ok(image) = decode(&bytes, channels, &source.limits) else { continue };
-        samples.push((source.set.id(index), whole.eval(stepper.method.grid(), &image)));
+        samples.push((source.set.id(index)?, whole.eval(stepper.method.grid(), &image)));
     }
     picture_of(stepper.method.as_ref(), &stepper.flat.weights(&stepper.flat.master), &samples, seed)
 }

@@ -1,0 +1,206 @@
+//! The bytes of samples that lie in a store, asked for ahead of the decoders: many requests in flight, neighbours in
+//! one request, a bound on the bytes that are here or on their way. Samples on this machine's disks pass straight on to
+//! the decoders, which read them.
+
+use super::Source;
+use super::row::{Order, Raw};
+use crate::data::cache::Cache;
+use crate::data::mix::Mix;
+use crate::data::shard::{IMAGE, Shard};
+use crate::data::store;
+use crate::fault::{Fault, Result};
+use bytes::Bytes;
+use crossbeam_channel::Sender;
+use futures::future::{select, try_join_all};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::Arc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Requests in flight. At 100 ms an answer, 64 of them are 640 samples a second.
+const REQUESTS: usize = 64;
+/// Bytes between two members that are fetched along with them rather than in two requests.
+const GAP: u64 = 64 << 10;
+/// The most bytes of one request.
+const RUN: u64 = 8 << 20;
+/// The budget counts in units of so many bytes.
+const UNIT: u64 = 1 << 10;
+
+/// A sample's bytes, fetched.
+pub struct Fetched {
+    pub shard: Arc<Shard>,
+    pub row: usize,
+    pub image: Bytes,
+    /// The `.cls` member, where labels are wanted.
+    pub label: Option<Bytes>,
+    /// Its part of the budget, given back when the sample is decoded.
+    _held: Arc<OwnedSemaphorePermit>,
+}
+
+/// Fetches for one feed. Cheap to clone.
+#[derive(Clone)]
+pub struct Fetcher {
+    set: Arc<Mix>,
+    cache: Option<Arc<Cache>>,
+    labelled: bool,
+    requests: Arc<Semaphore>,
+    budget: Arc<Semaphore>,
+    /// Units in all.
+    units: u32,
+    out: Sender<Order>,
+    /// Closed when the feed stops: whatever is under way ends then.
+    stop: Arc<Semaphore>,
+}
+
+impl Fetcher {
+    /// What is fetched and not yet decoded is bounded by the source's bytes.
+    pub fn new(source: &Source, labelled: bool, out: Sender<Order>) -> Fetcher {
+        let (set, cache, bytes) = (source.set.clone(), source.cache.clone(), source.prefetch_bytes);
+        let units = (bytes as u64 / UNIT).clamp(1, u64::from(u32::MAX >> 4)) as u32;
+        let (requests, budget) = (Arc::new(Semaphore::new(REQUESTS)), Arc::new(Semaphore::new(units as usize)));
+        Fetcher { set, cache, labelled, requests, budget, units, out, stop: Arc::new(Semaphore::new(0)) }
+    }
+
+    /// What ends everything under way when it is closed.
+    pub fn stop(&self) -> Arc<Semaphore> {
+        self.stop.clone()
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        store::spawn(async move {
+            select(pin!(stop.acquire()), pin!(work)).await;
+        });
+    }
+
+    /// Sends each order on to the decoders, its sample's bytes fetched where they lie in a store.
+    pub fn fetch(&self, orders: Vec<Order>) {
+        let mut shards: BTreeMap<(usize, usize), Vec<Order>> = BTreeMap::new();
+        for order in orders {
+            let (set, index) = self.set.set(order.index);
+            if !set.remote() {
+                // Workers only go when the feed stops, which the belt sees.
+                let _ = self.out.send(order);
+                continue;
+            }
+            let number = self.set.sets().iter().position(|other| std::ptr::eq(other, set)).expect("one of the sets");
+            shards.entry((number, set.place(index).0)).or_default().push(order);
+        }
+        for ((set, shard), orders) in shards {
+            self.spawn(self.clone().shard(set, shard, orders));
+        }
+    }
+
+    /// Fetches samples of one shard.
+    async fn shard(self, set: usize, shard: usize, orders: Vec<Order>) {
+        let sets = self.set.clone();
+        let opened = tokio::task::spawn_blocking(move || sets.sets()[set].shard(shard)).await;
+        let opened = opened.unwrap_or_else(|error| Err(Fault::failed(format!("a shard's index: {error}"))));
+        let shard = match opened {
+            Ok(shard) => shard,
+            Err(fault) => return self.fail(orders, &fault),
+        };
+        let mut wanted = Vec::new();
+        for order in orders {
+            let (set, index) = self.set.set(order.index);
+            let row = set.place(index).1;
+            match self.members(&shard, row) {
+                Ok((image, label)) => wanted.push(Wanted { order, row, image, label }),
+                Err(fault) => self.fail(vec![order], &fault),
+            }
+        }
+        wanted.sort_by_key(|wanted| wanted.image.start);
+        // As much at a time as leaves room for other shards.
+        let most = u64::from(self.units) * UNIT / 8;
+        let mut group: Vec<Wanted> = Vec::new();
+        let mut bytes = 0;
+        for sample in wanted {
+            if !group.is_empty() && bytes + sample.bytes() > most {
+                self.spawn(self.clone().group(shard.clone(), std::mem::take(&mut group)));
+                bytes = 0;
+            }
+            bytes += sample.bytes();
+            group.push(sample);
+        }
+        self.group(shard, group).await;
+    }
+
+    /// Where the members of a sample lie that a decoder wants.
+    fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, Option<Range<u64>>)> {
+        let image = shard.wanted(row, IMAGE)?;
+        let label = if self.labelled { shard.member(row, &["cls"]) } else { None };
+        Ok((image.offset..image.end(), label.map(|label| label.offset..label.end())))
+    }
+
+    /// Fetches samples of one shard within the budget, neighbours together.
+    async fn group(self, shard: Arc<Shard>, group: Vec<Wanted>) {
+        let members = group.iter().flat_map(|wanted| [Some(&wanted.image), wanted.label.as_ref()]).flatten();
+        let runs = runs(members.cloned().collect());
+        let bytes: u64 = runs.iter().map(|run| run.end - run.start).sum();
+        let units = bytes.div_ceil(UNIT).clamp(1, u64::from(self.units)) as u32;
+        // Closed only when the program ends.
+        let Ok(held) = self.budget.clone().acquire_many_owned(units).await else { return };
+        let held = Arc::new(held);
+        let fetched = try_join_all(runs.iter().map(|run| self.run(&shard, run.clone()))).await;
+        let fetched = match fetched {
+            Ok(fetched) => fetched,
+            Err(fault) => return self.fail(group.into_iter().map(|wanted| wanted.order).collect(), &fault),
+        };
+        let cut = |member: &Range<u64>| {
+            let at = runs.partition_point(|run| run.start <= member.start) - 1;
+            let from = member.start - runs[at].start;
+            fetched[at].slice(from as usize..(from + member.end - member.start) as usize)
+        };
+        for Wanted { mut order, row, image, label } in group {
+            let (image, label) = (cut(&image), label.as_ref().map(cut));
+            order.raw = Raw::Fetched(Ok(Fetched { shard: shard.clone(), row, image, label, _held: held.clone() }));
+            let _ = self.out.send(order);
+        }
+    }
+
+    async fn run(&self, shard: &Shard, run: Range<u64>) -> Result<Bytes> {
+        let _turn = self.requests.acquire().await.map_err(|_| Fault::failed("the feed stopped"))?;
+        match &self.cache {
+            Some(cache) => cache.range(shard, run).await,
+            None => shard.fetch(run).await,
+        }
+    }
+
+    fn fail(&self, orders: Vec<Order>, fault: &Fault) {
+        for mut order in orders {
+            order.raw = Raw::Fetched(Err(fault.clone()));
+            let _ = self.out.send(order);
+        }
+    }
+}
+
+/// A sample to be fetched.
+struct Wanted {
+    order: Order,
+    row: usize,
+    image: Range<u64>,
+    label: Option<Range<u64>>,
+}
+
+impl Wanted {
+    fn bytes(&self) -> u64 {
+        let length = |range: &Range<u64>| range.end - range.start;
+        length(&self.image) + self.label.as_ref().map_or(0, length)
+    }
+}
+
+/// Members in the order of the shard, those with small gaps between them joined.
+fn runs(mut members: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    members.sort_by_key(|member| member.start);
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for member in members {
+        match runs.last_mut() {
+            Some(run) if member.start <= run.end + GAP && member.end.max(run.end) - run.start <= RUN => {
+                run.end = run.end.max(member.end);
+            }
+            _ => runs.push(member),
+        }
+    }
+    runs
+}
