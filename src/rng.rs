@@ -16,6 +16,13 @@ pub enum Purpose {
     Init = 4,
     Replace = 5,
     Probe = 6,
+    RandAugment = 7,
+    Jitter = 8,
+    Grey = 9,
+    Blur = 10,
+    Solarise = 11,
+    Erase = 12,
+    Mix = 13,
 }
 
 /// One stream of numbers.
