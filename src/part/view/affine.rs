@@ -82,36 +82,41 @@ fn map<const C: usize>(
 /// the one to its left.
 fn around<const N: usize>(at: f64, before: i64, length: usize) -> ([usize; N], f64) {
     let at = at - 0.5;
-    let first = at.floor();
-    let index = |offset: usize| (first as i64 - before + offset as i64).clamp(0, length as i64 - 1) as usize;
-    (std::array::from_fn(index), at - first)
+    // Its floor: a point inside the picture is at most half a pixel before the first centre.
+    let first = if at < 0.0 { -1 } else { at as i64 };
+    let index = |offset: usize| (first - before + offset as i64).clamp(0, length as i64 - 1) as usize;
+    (std::array::from_fn(index), at - first as f64)
+}
+
+/// The pixels `xs` of a line, as floats.
+fn pick<const C: usize, const N: usize>(line: &[u8], xs: [usize; N]) -> [[f64; C]; N] {
+    xs.map(|x| {
+        let pixel: &[u8; C] = line[x * C..][..C].try_into().expect("a whole pixel");
+        pixel.map(f64::from)
+    })
 }
 
 fn bilinear<const C: usize>(pixel: &mut [u8], old: &[u8], [width, height]: [usize; 2], at: [f64; 2]) {
     let (xs, dx) = around::<2>(at[0], 0, width);
     let (ys, dy) = around::<2>(at[1], 0, height);
-    let line = |a: f64, b: f64, d: f64| a + (b - a) * d;
-    for (channel, value) in pixel.iter_mut().enumerate() {
-        let [top, bottom] = ys.map(|y| {
-            let [left, right] = xs.map(|x| f64::from(old[(y * width + x) * C + channel]));
-            line(left, right, dx)
-        });
-        *value = line(top, bottom, dy) as u8;
-    }
+    let line = |[a, b]: [[f64; C]; 2], d: f64| -> [f64; C] { std::array::from_fn(|c| a[c] + (b[c] - a[c]) * d) };
+    let rows = ys.map(|y| line(pick(&old[y * width * C..][..width * C], xs), dx));
+    pixel.copy_from_slice(&line(rows, dy).map(|value| value as u8));
 }
 
 /// Keys' cubic with a = −1, which Pillow keeps for transforms (its resize has −0.5).
 fn bicubic<const C: usize>(pixel: &mut [u8], old: &[u8], [width, height]: [usize; 2], at: [f64; 2]) {
     let (xs, dx) = around::<4>(at[0], 1, width);
     let (ys, dy) = around::<4>(at[1], 1, height);
-    let cubic = |[a, b, c, d]: [f64; 4], t: f64| {
-        let slope = -a + c;
-        let square = 2.0 * (a - b) + c - d;
-        let cube = -a + b - c + d;
-        b + t * (slope + t * (square + t * cube))
+    let cubic = |[p, q, r, s]: [[f64; C]; 4], t: f64| -> [f64; C] {
+        std::array::from_fn(|c| {
+            let (p, q, r, s) = (p[c], q[c], r[c], s[c]);
+            let slope = -p + r;
+            let square = 2.0 * (p - q) + r - s;
+            let cube = -p + q - r + s;
+            q + t * (slope + t * (square + t * cube))
+        })
     };
-    for (channel, value) in pixel.iter_mut().enumerate() {
-        let rows = ys.map(|y| cubic(xs.map(|x| f64::from(old[(y * width + x) * C + channel])), dx));
-        *value = cubic(rows, dy) as u8;
-    }
+    let rows = ys.map(|y| cubic(pick(&old[y * width * C..][..width * C], xs), dx));
+    pixel.copy_from_slice(&cubic(rows, dy).map(|value| value as u8));
 }
