@@ -16,7 +16,14 @@ pub enum Purpose {
     Init = 4,
     Replace = 5,
     Probe = 6,
-    Mix = 7,
+    RandAugment = 7,
+    Jitter = 8,
+    Grey = 9,
+    Blur = 10,
+    Solarise = 11,
+    Erase = 12,
+    Mix = 13,
+    Mixture = 14,
 }
 
 /// One stream of numbers.

@@ -130,7 +130,7 @@ fn a_flip_mirrors_and_its_rate_is_the_configs() -> Outcome {
     let grid = Grid { frames: 1, rows: 4, cols: 4, channels: 1, patch_frames: 1, patch: 4 };
     let image = picture(16, 16, 1).1;
     let whole = Crop { scale: [1.0, 1.0], ratio: [1.0, 1.0], ..Crop::default() };
-    let view = View { crop: whole, flip: 0.3, center: 1.0 };
+    let view = View { crop: whole, flip: 0.3, center: 1.0, ..View::default() };
     let flipped = (0..2000).filter(|&id| view.train(&grid, &image, 4, id, 0, 0) != image.pixels).count();
     // Two thousand draws of 0.3 have a standard deviation of 20.
     assert!((520..=680).contains(&flipped), "{flipped} of 2000 flipped, 600 expected");

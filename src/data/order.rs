@@ -86,7 +86,7 @@ impl Order {
             let count = self.before(source, block + 1) - self.before(source, block);
             slots.extend(std::iter::repeat_n(source as u32, count as usize));
         }
-        let order = Draw::new(self.seed, block, 0, Purpose::Mix, 0).order(slots.len());
+        let order = Draw::new(self.seed, block, 0, Purpose::Mixture, 0).order(slots.len());
         let mut before = vec![0; self.sources.len()];
         let taken = order.into_iter().map(|slot| {
             let source = slots[slot as usize];

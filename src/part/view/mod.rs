@@ -1,12 +1,23 @@
 //! A view: one augmented form of a sample, as the model receives it but for the normalisation, which happens on the
 //! device: 8-bit pixels, planes [C, Y, X].
 
-pub mod crop;
+pub mod crop; // which part of a picture, at which size
+pub mod tone; // curves from old values to new
+pub mod colour; // brightness, contrast, saturation, hue, grey
+pub mod sharpness;
+pub mod blur;
+pub mod affine; // shear, shift, rotation
+pub mod jitter; // random colour
+pub mod rand_augment; // random operations
+pub mod augment; // the config's `view.augment`
+pub mod erase; // random boxes become noise, in batches
+pub mod mix; // mixup and CutMix, of batches
 
 use crate::data::decode::Decoded;
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::rng::{Draw, Purpose};
+use augment::Augment;
 use crop::Crop;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -22,17 +33,20 @@ pub struct View {
     /// Share of the resized picture's side that evaluation's central crop shows: 0.875 resizes to 256 for a model of
     /// 224; 1 shows all of the shorter side.
     pub center: f64,
+    /// What training does to colours and shape after crop and flip; nothing when left out.
+    pub augment: Augment,
 }
 
 impl Default for View {
     fn default() -> Self {
-        View { crop: Crop::default(), flip: 0.5, center: 0.875 }
+        View { crop: Crop::default(), flip: 0.5, center: 0.875, augment: Augment::default() }
     }
 }
 
 impl View {
     pub fn check(&self) -> Result<()> {
         self.crop.check()?;
+        self.augment.check()?;
         if !(0.0..=1.0).contains(&self.flip) {
             return Err(Fault::usage(format!("view.flip is {}; it is a probability, 0 to 1", self.flip)));
         }
@@ -55,6 +69,9 @@ impl View {
         if Draw::new(seed, id, epoch, Purpose::Flip, repeat).uniform() < self.flip {
             crop::mirror(&mut pixels, width as usize, image.channels as usize);
         }
+        let shape = [height as usize, width as usize, image.channels as usize];
+        let stream = |purpose| Draw::new(seed, id, epoch, purpose, repeat);
+        self.augment.apply(&mut pixels, shape, self.crop.interpolation, stream);
         planes(pixels, image.channels as usize)
     }
 
