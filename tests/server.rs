@@ -237,6 +237,15 @@ async fn serve(state: &Mutex<State>, request: Request<Incoming>) -> Response<Bod
             );
             done(StatusCode::OK, &[("x-goog-generation", "1")], &xml)
         }
+        Method::POST if query.contains_key("delete") => {
+            let text = String::from_utf8_lossy(&body).into_owned();
+            let mut xml = String::new();
+            for key in text.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next()) {
+                state.objects.remove(&format!("{}/{key}", path.trim_end_matches('/')));
+                xml.push_str(&format!("<Deleted><Key>{key}</Key></Deleted>"));
+            }
+            done(StatusCode::OK, &[], &format!("<DeleteResult>{xml}</DeleteResult>"))
+        }
         Method::DELETE => {
             state.objects.remove(&path);
             done(StatusCode::NO_CONTENT, &[], "")

@@ -19,6 +19,7 @@ mod mix;
 mod feed;
 mod server;
 mod stream;
+mod cloud;
 mod mae;
 mod optim;
 mod config;
@@ -61,6 +62,7 @@ fn main() {
     trials.extend(mix::trials());
     trials.extend(feed::trials());
     trials.extend(stream::trials());
+    trials.extend(cloud::trials());
     trials.extend(mae::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());

@@ -23,6 +23,8 @@ pub(super) fn kind(error: &Error) -> Kind {
         Error::Generic { .. } => match status(&whole(error)) {
             // S3 says 400 for a token that is malformed, expired or signed for another region.
             Some(400) if REFUSALS.iter().any(|word| whole(error).contains(word)) => Kind::Refused,
+            Some(401 | 403) => Kind::Refused,
+            Some(501) => Kind::Lasting,
             Some(408 | 429 | 500..=599) | None => Kind::Passing,
             // 200 with an error in its body: S3 under load.
             Some(200..=299) => Kind::Passing,
