@@ -7,7 +7,7 @@
 mod batch;
 mod row;
 
-use crate::data::decode::{Decoded, Limits};
+use crate::data::decode::{Decoder, Limits, Picture};
 use crate::data::order::{self, Order};
 use crate::data::set::DataSet;
 use crate::fault::{Fault, Result};
@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// A sample's view: (decoded, id, epoch) → [C, T, Y, X], 8 bits.
-pub type ViewFn = Arc<dyn Fn(&Decoded, u64, u64) -> Vec<u8> + Send + Sync>;
+/// A sample's view: (picture, id, epoch) → [C, T, Y, X], 8 bits, into the last argument.
+pub type ViewFn = Arc<dyn Fn(Picture, u64, u64, &mut [u8]) -> Result<()> + Send + Sync>;
 
 /// Which (epoch, sample) pairs this rank reads in a step, in the order of its rows.
 pub type Plan = Box<dyn Fn(u64) -> Vec<(u64, u64)> + Send>;
@@ -116,8 +116,9 @@ impl Feed {
         for number in 0..threads {
             let (reader, orders, done, stop) = (reader.clone(), orders.clone(), done.clone(), stop.clone());
             feed.spawn(format!("feed-{number}"), move || {
+                let mut decoder = Decoder::new(reader.source.limits);
                 for order in orders {
-                    if stop.load(Ordering::Relaxed) || done.send(reader.row(order)).is_err() {
+                    if stop.load(Ordering::Relaxed) || done.send(reader.row(&mut decoder, order)).is_err() {
                         break;
                     }
                 }

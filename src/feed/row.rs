@@ -1,7 +1,7 @@
 //! One row: a sample read, decoded and viewed, on a worker thread.
 
 use super::Source;
-use crate::data::decode;
+use crate::data::decode::Decoder;
 use crate::data::shard::IMAGE;
 use crate::fault::{Code, Fault, Result};
 use crate::rng::{Draw, Purpose};
@@ -45,19 +45,25 @@ pub struct Reader {
 
 impl Reader {
     /// Makes a row. Only Code::Corrupt makes a sample bad; a disk that fails is no reason to train on other samples.
-    pub fn row(&self, order: Order) -> Done {
+    pub fn row(&self, decoder: &mut Decoder, order: Order) -> Done {
         let Order { step, row, epoch, index } = order;
         let mut bad = Vec::new();
-        let made = self.with_replacement(epoch, index, &mut bad);
+        let made = self.with_replacement(decoder, epoch, index, &mut bad);
         Done { step, row, made, bad }
     }
 
-    fn with_replacement(&self, epoch: u64, index: u64, bad: &mut Vec<(u64, Fault)>) -> Result<Option<Row>> {
+    fn with_replacement(
+        &self,
+        decoder: &mut Decoder,
+        epoch: u64,
+        index: u64,
+        bad: &mut Vec<(u64, Fault)>,
+    ) -> Result<Option<Row>> {
         let set = &self.source.set;
         let mut draw = Draw::new(self.source.seed, set.id(index), epoch, Purpose::Replace, 0);
         let mut candidate = index;
         for _ in 0..=TRIES {
-            match self.guarded(epoch, candidate) {
+            match self.guarded(decoder, epoch, candidate) {
                 Err(fault) if fault.code == Code::Corrupt => bad.push((candidate, fault)),
                 made => return made.map(Some),
             }
@@ -71,8 +77,8 @@ impl Reader {
     }
 
     /// A panic in a decoder or a view ends the training with the sample's name, not the thread without a word.
-    fn guarded(&self, epoch: u64, index: u64) -> Result<Row> {
-        catch_unwind(AssertUnwindSafe(|| self.read(epoch, index))).unwrap_or_else(|panic| {
+    fn guarded(&self, decoder: &mut Decoder, epoch: u64, index: u64) -> Result<Row> {
+        catch_unwind(AssertUnwindSafe(|| self.read(decoder, epoch, index))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             let set = &self.source.set;
             Err(Fault::failed(format!(
@@ -84,19 +90,19 @@ impl Reader {
         })
     }
 
-    fn read(&self, epoch: u64, index: u64) -> Result<Row> {
-        let Source { set, view, shape, limits, .. } = &self.source;
+    fn read(&self, decoder: &mut Decoder, epoch: u64, index: u64) -> Result<Row> {
+        let Source { set, view, shape, .. } = &self.source;
         let (shard, row) = set.sample(index);
         let place = || format!("{}: {}", shard.path().display(), shard.key(row));
         let bytes = shard.read(row, IMAGE)?;
-        let decoded = decode::decode(&bytes, shape[0] as u32, limits).map_err(|fault| fault.at(place()))?;
+        let picture = decoder.open(&bytes, shape[0] as u32).map_err(|fault| fault.at(place()))?;
         let label = if self.labelled { shard.label(row)? } else { None };
         if self.labelled && label.is_none() {
             return Err(Fault::new(Code::Corrupt, format!("{}: it has no .cls, other samples have", place())));
         }
         let id = set.id(index);
-        let pixels = view(&decoded, id, epoch);
-        assert_eq!(pixels.len(), self.source.row_bytes(), "the view of a sample has another size than {shape:?}");
+        let mut pixels = vec![0; self.source.row_bytes()];
+        view(picture, id, epoch, &mut pixels).map_err(|fault| fault.at(place()))?;
         Ok(Row { id, epoch, label, pixels })
     }
 }

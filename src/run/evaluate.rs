@@ -103,7 +103,7 @@ fn features(config: &Config, method: &dyn Method, flat: &Flat, url: &str, featur
     let (grid, view) = (*method.grid(), config.view.clone());
     let source = Source {
         set,
-        view: Arc::new(move |image, _, _| view.eval(&grid, image)),
+        view: Arc::new(move |picture, _, _, out| view.eval(&grid, picture, out)),
         shape: grid.pixels(),
         limits: Limits::default(),
         seed: config.train.seed,

@@ -250,7 +250,7 @@ fn source(config: &Config, set: Arc<DataSet>, world: &dyn World, stepper: &Stepp
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Source {
         set,
-        view: Arc::new(move |image, id, epoch| view.train(&grid, image, seed, id, epoch, 0)),
+        view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, seed, id, epoch, 0, out)),
         shape: grid.pixels(),
         limits: Limits::default(),
         seed,
