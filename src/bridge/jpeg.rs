@@ -9,6 +9,7 @@ use turbojpeg_sys as tj;
 /// One decompressor; it keeps its state from picture to picture. Not for two threads at once.
 pub struct Decompressor {
     handle: NonNull<c_void>,
+    bounds: Bounds,
 }
 
 // SAFETY: the handle is owned by this value alone, and libjpeg-turbo ties nothing of it to a thread.
@@ -87,7 +88,7 @@ impl Decompressor {
         let Some(handle) = NonNull::new(handle) else {
             return Err(Fault::failed("libjpeg-turbo does not start: no memory for a decompressor"));
         };
-        let mut made = Decompressor { handle };
+        let mut made = Decompressor { handle, bounds };
         let most = |value: u64| c_int::try_from(value).unwrap_or(c_int::MAX);
         made.set(tj::TJPARAM_TJPARAM_MAXPIXELS, most(bounds.pixels))?;
         made.set(tj::TJPARAM_TJPARAM_SCANLIMIT, most(bounds.scans.into()))?;
@@ -127,9 +128,12 @@ impl Decompressor {
         // SAFETY: a live handle, and a pointer with the length of what it points to; nothing is kept of it.
         let read = unsafe { tj::tj3DecompressHeader(self.handle.as_ptr(), bytes.as_ptr(), bytes.len() as _) };
         if read != 0 {
-            // A warning in a header (a version of JFIF that nobody knows) leaves the header read.
+            // A warning (a version of JFIF that nobody knows) leaves the header read. What went wrong after a warning
+            // is still called one, but the text is that of what came last.
             let (text, warning) = self.complaint();
-            if !warning {
+            if !(warning && harmless(&text)) {
+                // The next picture would be read on from where this one broke off.
+                *self = Decompressor::new(self.bounds)?;
                 return Err(corrupt(text));
             }
         }
@@ -224,8 +228,9 @@ impl Opened<'_> {
         };
         let handle = self.jpeg.handle.as_ptr();
         // SAFETY: a live handle; a pointer with the length of what it points to, borrowed unchanged since its header was
-        // read, so that the picture's size is the one in `head`; and room for every row of it: `read` has checked the
-        // length of `out` against the window, which libjpeg-turbo has accepted, or the scaled size, rows unpadded.
+        // read without a fault, so that the picture's size is the one in `head` (of a file without a picture, whose
+        // header is no fault, nothing is decoded); and room for every row: `read` has checked the length of `out`
+        // against the window, which libjpeg-turbo has accepted, or the scaled size, rows unpadded.
         let done = unsafe {
             tj::tj3Decompress8(handle, self.bytes.as_ptr(), self.bytes.len() as _, out.as_mut_ptr(), 0, format as c_int)
         };

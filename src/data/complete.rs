@@ -54,7 +54,7 @@ fn jpeg(bytes: &[u8]) -> Option<Whole<'_>> {
         match *bytes.get(at + 1)? {
             0x00 | 0x01 | 0xD0..=0xD7 => at += 2,
             0xFF => at += 1,
-            0xD9 => return Some(Whole::Jpeg { exif, scans }),
+            0xD9 => return (scans > 0).then_some(Whole::Jpeg { exif, scans }),
             marker => {
                 let length = u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?]);
                 let end = at + 2 + usize::from(length.max(2));

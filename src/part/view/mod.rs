@@ -25,7 +25,9 @@ pub struct View {
     /// 224; 1 shows all of the shorter side.
     pub center: f64,
     /// Whether training may decode a JPEG at 1/2, 1/4 or 1/8 of its size where the box still has as many pixels as the
-    /// model takes: faster on large pictures, slightly softer pixels. Evaluation never does.
+    /// model takes: by a third faster on pictures of 1400 pixels a side, other pixels. They differ from those of a full
+    /// decode on photographs by 0.4 to 1.7 of 255 in the mean, on noise with a photograph's spectrum by 2.6 (5.3 in
+    /// the worst view, 43 in the worst pixel). Evaluation never does it.
     pub scaled_decode: bool,
 }
 
