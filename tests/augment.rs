@@ -310,6 +310,19 @@ fn grey_blur_and_solarise_come_at_their_rates() -> Outcome {
     Ok(())
 }
 
+/// Training's view at [seed, id, epoch, repeat].
+fn shown(view: &View, image: &Decoded, at: [u64; 4]) -> Vec<u8> {
+    let mut out = vec![0; grid().pixels().iter().product::<i64>() as usize];
+    view.train(&grid(), image.into(), at[0], at[1], at[2], at[3] as u32, &mut out).expect("a view");
+    out
+}
+
+fn evaluated(view: &View, image: &Decoded) -> Vec<u8> {
+    let mut out = vec![0; grid().pixels().iter().product::<i64>() as usize];
+    view.eval(&grid(), image.into(), &mut out).expect("a view");
+    out
+}
+
 fn nothing_is_augmented_unless_it_is_named() -> Outcome {
     let image = sample(50, 40);
     let plain = View::default();
@@ -317,10 +330,10 @@ fn nothing_is_augmented_unless_it_is_named() -> Outcome {
     assert_eq!(serde_json::to_value(&plain.augment)?, json!({"grey": 0.0}));
     let loud = View { augment: read(r#"{"rand_augment": {"ops": 9}, "jitter": {}, "grey": 1}"#), ..plain.clone() };
     for id in 0..20 {
-        assert_ne!(plain.train(&grid(), &image, 1, id, 0, 0), loud.train(&grid(), &image, 1, id, 0, 0));
+        assert_ne!(shown(&plain, &image, [1, id, 0, 0]), shown(&loud, &image, [1, id, 0, 0]));
     }
     // Evaluation sees the picture as it is.
-    assert_eq!(plain.eval(&grid(), &image), loud.eval(&grid(), &image));
+    assert_eq!(evaluated(&plain, &image), evaluated(&loud, &image));
     Ok(())
 }
 
@@ -328,14 +341,14 @@ fn an_augmented_view_depends_on_the_sample_alone() -> Outcome {
     let text = r#"{"rand_augment": {}, "jitter": {}, "grey": 0.3, "blur": {}, "solarise": {"probability": 0.5}}"#;
     let view = View { augment: read(text), ..View::default() };
     let (image, other) = (sample(90, 70), sample(33, 64));
-    let train = |id, epoch, repeat| view.train(&grid(), &image, 1, id, epoch, repeat);
+    let train = |id, epoch, repeat| shown(&view, &image, [1, id, epoch, repeat]);
     let first: Vec<Vec<u8>> = (0..30).map(|id| train(id, 3, 0)).collect();
     // Backwards, on other threads, and with other samples between that leave their scratch behind.
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
                 for id in (0..30).rev() {
-                    view.train(&grid(), &other, 8, id + 5, 1, 0);
+                    shown(&view, &other, [8, id + 5, 1, 0]);
                     assert_eq!(first[id as usize], train(id, 3, 0), "sample {id}");
                 }
             });
@@ -345,8 +358,7 @@ fn an_augmented_view_depends_on_the_sample_alone() -> Outcome {
     assert_eq!(same.count(), 0, "another epoch or another repeat gave the same view");
     // A purpose of its own for each: switching one on moves no number of another.
     let (jitter, both) = (read(r#"{"jitter": {}}"#), read(r#"{"jitter": {}, "solarise": {"probability": 0}}"#));
-    let seen =
-        |augment: &Augment| View { augment: augment.clone(), ..View::default() }.train(&grid(), &image, 1, 2, 3, 0);
+    let seen = |augment: &Augment| shown(&View { augment: augment.clone(), ..View::default() }, &image, [1, 2, 3, 0]);
     assert_eq!(seen(&jitter), seen(&both));
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! What happens to finished batches: erasing, mixup, CutMix.
 
 use crate::support::{Outcome, normal};
+use occlude::data::decode::Region;
 use occlude::op::shuffle::Origin;
-use occlude::part::view::crop::Region;
 use occlude::part::view::erase::Erase;
 use occlude::part::view::mix::{Mix, Mixture, beta};
 use occlude::rng::{Draw, Purpose};

@@ -1,5 +1,6 @@
 //! The one test binary: the modules below, in travel order.
 
+mod heap;
 mod job;
 mod support;
 
@@ -12,6 +13,7 @@ mod store;
 mod shard;
 mod order;
 mod decode;
+mod hostile;
 mod view;
 mod augment;
 mod timm;
@@ -56,6 +58,7 @@ fn main() {
     trials.extend(shard::trials());
     trials.extend(order::trials());
     trials.extend(decode::trials());
+    trials.extend(hostile::trials());
     trials.extend(view::trials());
     trials.extend(augment::trials());
     trials.extend(timm::trials());

@@ -3,8 +3,9 @@
 use crate::augment::{asked, picture};
 use crate::support::{Outcome, oracle, read, root, skipped, trial, write};
 use libtest_mimic::Trial;
+use occlude::data::decode::Region;
 use occlude::part::view::colour;
-use occlude::part::view::crop::{Interpolation, Region};
+use occlude::part::view::crop::Interpolation;
 use occlude::part::view::erase::Erase;
 use occlude::part::view::mix::Mixture;
 use occlude::part::view::rand_augment::{Layer, OPERATIONS, Operation};

@@ -1,6 +1,8 @@
 //! What tch leaves out: gradient hooks, `.grad` as views of a buffer of our own, the fused CPU forms of operations,
 //! the bytes of a tensor. Together with `device/mpi.rs` the only place for `unsafe`.
 
+pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
+
 use crate::fault::{Fault, Result};
 use std::ffi::{CStr, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

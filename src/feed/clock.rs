@@ -32,6 +32,12 @@ impl Clock {
         done
     }
 
+    /// Books so many nanoseconds of a stage to another.
+    pub fn part_of(&self, whole: Stage, part: Stage, nanoseconds: u64) {
+        self.stages[whole as usize].fetch_sub(nanoseconds, Ordering::Relaxed);
+        self.stages[part as usize].fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+
     pub fn row(&self) {
         self.rows.fetch_add(1, Ordering::Relaxed);
     }

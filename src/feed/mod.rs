@@ -12,7 +12,7 @@ mod batch;
 pub use clock::{Clock, Stage, process_seconds};
 
 use crate::data::cache::Cache;
-use crate::data::decode::{Decoded, Limits};
+use crate::data::decode::{Decoder, Limits, Picture};
 use crate::data::mix::Mix;
 use crate::data::order::{self, Order};
 use crate::fault::{Fault, Result};
@@ -26,8 +26,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
-/// A sample's view: (decoded, id, epoch) → [C, T, Y, X], 8 bits.
-pub type ViewFn = Arc<dyn Fn(&Decoded, u64, u64) -> Vec<u8> + Send + Sync>;
+/// A sample's view: (picture, id, epoch) → [C, T, Y, X], 8 bits, into the last argument.
+pub type ViewFn = Arc<dyn Fn(Picture, u64, u64, &mut [u8]) -> Result<()> + Send + Sync>;
 
 /// Which (epoch, sample) pairs this rank reads in a step, in the order of its rows.
 pub type Plan = Box<dyn Fn(u64) -> Vec<(u64, u64)> + Send>;
@@ -146,13 +146,14 @@ impl Feed {
             let (reader, orders, done, stop) = (reader.clone(), orders.clone(), done.clone(), stop.clone());
             let leave = leave.clone();
             feed.spawn(format!("feed-{number}"), move || {
+                let mut decoder = Decoder::new(reader.source.limits);
                 loop {
                     let order = select! {
                         recv(orders) -> order => order,
                         recv(leave) -> _ => break,
                     };
                     let Ok(order) = order else { break };
-                    if stop.load(Ordering::Relaxed) || done.send(reader.row(order)).is_err() {
+                    if stop.load(Ordering::Relaxed) || done.send(reader.row(&mut decoder, order)).is_err() {
                         break;
                     }
                 }

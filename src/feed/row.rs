@@ -3,7 +3,7 @@
 use super::Source;
 use super::clock::{Clock, Stage};
 use super::fetch::Fetched;
-use crate::data::decode;
+use crate::data::decode::Decoder;
 use crate::data::shard::{IMAGE, Shard};
 use crate::fault::{Code, Fault, Result};
 use crate::rng::{Draw, Purpose};
@@ -69,16 +69,17 @@ pub struct Reader {
 
 impl Reader {
     /// Makes a row. Only Code::Corrupt makes a sample bad; a disk that fails is no reason to train on other samples.
-    pub fn row(&self, order: Order) -> Done {
+    pub fn row(&self, decoder: &mut Decoder, order: Order) -> Done {
         let Order { step, row, epoch, index, mut out, raw } = order;
         let mut bad = Vec::new();
-        let made = self.with_replacement(epoch, index, raw, &mut out, &mut bad);
+        let made = self.with_replacement(decoder, epoch, index, raw, &mut out, &mut bad);
         self.clock.row();
         Done { step, row, out, made, bad }
     }
 
     fn with_replacement(
         &self,
+        decoder: &mut Decoder,
         epoch: u64,
         index: u64,
         raw: Raw,
@@ -89,7 +90,7 @@ impl Reader {
         let (mut candidate, mut raw) = (index, raw);
         let mut draw = None;
         for _ in 0..=TRIES {
-            match self.guarded(epoch, candidate, raw, out) {
+            match self.guarded(decoder, epoch, candidate, raw, out) {
                 Err(fault) if fault.code == Code::Corrupt => bad.push((candidate, fault)),
                 made => return made.map(Some),
             }
@@ -106,8 +107,8 @@ impl Reader {
     }
 
     /// A panic in a decoder or a view ends the training with the sample's name, not the thread without a word.
-    fn guarded(&self, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
-        catch_unwind(AssertUnwindSafe(|| self.make(epoch, index, raw, out))).unwrap_or_else(|panic| {
+    fn guarded(&self, decoder: &mut Decoder, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+        catch_unwind(AssertUnwindSafe(|| self.make(decoder, epoch, index, raw, out))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             let set = &self.source.set;
             Err(Fault::failed(format!(
@@ -119,18 +120,20 @@ impl Reader {
         })
     }
 
-    fn make(&self, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
-        let Source { set, view, shape, limits, .. } = &self.source;
+    fn make(&self, decoder: &mut Decoder, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+        let Source { set, view, shape, .. } = &self.source;
         let Sample { shard, row, image, label } = self.clock.of(Stage::Fetch, || self.read(index, raw))?;
         let place = || format!("{}: {}", shard.name(), shard.key(row));
         if self.labelled && label.is_none() {
             return Err(Fault::new(Code::Corrupt, format!("{}: it has no .cls, other samples have", place())));
         }
-        let decoded = self.clock.of(Stage::Decode, || decode::decode(&image, shape[0] as u32, limits));
-        let decoded = decoded.map_err(|fault| fault.at(place()))?;
         let id = set.set(index).0.id_of(shard.key(row));
-        let pixels = self.clock.of(Stage::View, || view(&decoded, id, epoch));
-        out.copy_from_slice(&pixels);
+        let picture = self.clock.of(Stage::Decode, || decoder.open(&image, shape[0] as u32));
+        let picture = picture.map_err(|fault| fault.at(place()))?;
+        // A view says which part of the picture it shows, and so decodes inside: the decoder keeps its own time.
+        let viewed = self.clock.of(Stage::View, || view(picture, id, epoch, out));
+        self.clock.part_of(Stage::View, Stage::Decode, decoder.spent());
+        viewed.map_err(|fault| fault.at(place()))?;
         Ok(Row { id, epoch, label })
     }
 

@@ -105,7 +105,7 @@ fn features(config: &Config, method: &dyn Method, flat: &Flat, url: &str, featur
     let source = Source {
         set,
         cache: None,
-        view: Arc::new(move |image, _, _| view.eval(&grid, image)),
+        view: Arc::new(move |picture, _, _, out| view.eval(&grid, picture, out)),
         shape: grid.pixels(),
         limits: Limits::default(),
         seed: config.train.seed,

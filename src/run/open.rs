@@ -259,7 +259,7 @@ fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Grid) -> Resu
     Ok(Source {
         set,
         cache: cache.transpose()?,
-        view: Arc::new(move |image, id, epoch| view.train(&grid, image, seed, id, epoch, 0)),
+        view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, seed, id, epoch, 0, out)),
         shape: grid.pixels(),
         limits: Limits::default(),
         seed,

@@ -3,7 +3,7 @@
 use super::picture::{self, Tile};
 use super::step::Stepper;
 use super::{checkpoint, state};
-use crate::data::decode::{Limits, decode};
+use crate::data::decode::{Decoder, Limits};
 use crate::data::shard::IMAGE;
 use crate::fault::{Fault, Result};
 use crate::feed::Source;
@@ -24,13 +24,17 @@ const HEADINGS: [&str; 3] = ["masked", "reconstructed", "original"];
 pub fn sheet(stepper: &Stepper, source: &Source, seed: u64) -> Result<RgbImage> {
     let channels = source.shape[0] as u32;
     let whole = View::default();
+    let mut decoder = Decoder::new(source.limits);
     let mut samples = Vec::new();
     for index in 0..SHOWN.min(source.set.len()) {
         // A sample that cannot be read is the feed's to report; the sheet shows the next ones.
         let (shard, row) = source.set.sample(index)?;
         let Ok(bytes) = shard.read(row, IMAGE) else { continue };
-        let Ok(image) = decode(&bytes, channels, &source.limits) else { continue };
-        samples.push((source.set.id(index)?, whole.eval(stepper.method.grid(), &image)));
+        let mut view = vec![0; source.row_bytes()];
+        let picture = decoder.open(&bytes, channels);
+        if picture.and_then(|picture| whole.eval(stepper.method.grid(), picture, &mut view)).is_ok() {
+            samples.push((source.set.id(index)?, view));
+        }
     }
     picture_of(stepper.method.as_ref(), &stepper.flat.weights(&stepper.flat.master), &samples, seed)
 }
@@ -39,12 +43,16 @@ pub fn sheet(stepper: &Stepper, source: &Source, seed: u64) -> Result<RgbImage> 
 pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>> {
     let loaded = checkpoint::open(checkpoint)?;
     let (config, method, flat) = state::model(&loaded, Device::Cpu)?;
+    let mut decoder = Decoder::new(Limits::default());
     let mut views = Vec::new();
     for path in inputs {
         let bytes = std::fs::read(path).map_err(|error| Fault::usage(format!("{}: {error}", path.display())))?;
-        let image = decode(&bytes, config.input.channels as u32, &Limits::default())
+        let mut view = vec![0; method.grid().pixels().iter().product::<i64>() as usize];
+        decoder
+            .open(&bytes, config.input.channels as u32)
+            .and_then(|picture| config.view.eval(method.grid(), picture, &mut view))
             .map_err(|fault| Fault::usage(format!("{}: {}", path.display(), fault.message)))?;
-        views.push((path, config.view.eval(method.grid(), &image)));
+        views.push((path, view));
     }
     std::fs::create_dir_all(out).map_err(|error| Fault::disk(out.display(), error))?;
     let mut written = Vec::new();

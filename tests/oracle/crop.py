@@ -1,7 +1,8 @@
 """torchvision's boxes and pixels.
 
 crop.py boxes CASES.json    [{width, height, scale, ratio, uniform: [...]}] -> [[top, left, height, width]]
-crop.py resize FILE.png JOBS.json OUT    jobs [{box: [left, top, width, height] or null, size: [w, h], how, share}];
+crop.py resize FILE.png JOBS.json OUT    jobs [{box: [left, top, width, height] or null, size: [w, h], how, share,
+                                         tensor: whether torch resizes, or Pillow}];
                                          writes the pixels of all jobs, [h, w, c] uint8, one after another
 """
 
@@ -51,11 +52,12 @@ def resize(path, jobs, out):
             width, height = job["size"]
             if job["box"]:
                 left, top, w, h = job["box"]
-                view = functional.resized_crop(image, top, left, h, w, [height, width], HOW[job["how"]])
+                given = functional.pil_to_tensor(image) if job["tensor"] else image
+                view = functional.resized_crop(given, top, left, h, w, [height, width], HOW[job["how"]], antialias=True)
             else:
                 view = functional.resize(image, int(width / job["share"]), HOW[job["how"]])
                 view = functional.center_crop(view, [height, width])
-            file.write(view.tobytes())
+            file.write(view.permute(1, 2, 0).numpy().tobytes() if job.get("tensor") else view.tobytes())
 
 
 if sys.argv[1] == "boxes":

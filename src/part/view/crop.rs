@@ -2,9 +2,9 @@
 //!
 //! `RandomResizedCrop` as torchvision draws it (Szegedy et al., "Going deeper with convolutions", 2015), with the
 //! numbers taken from the sample's own stream. The resize is Pillow's: antialiased, on 8-bit pixels, seeing nothing
-//! outside the box.
+//! outside the region.
 
-use crate::data::decode::Decoded;
+use crate::data::decode::{Decoded, Part, Region};
 use crate::fault::{Fault, Result};
 use crate::rng::Draw;
 use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
@@ -40,15 +40,6 @@ impl Default for Crop {
     fn default() -> Self {
         Crop { scale: [0.2, 1.0], ratio: [3.0 / 4.0, 4.0 / 3.0], interpolation: Interpolation::Bicubic }
     }
-}
-
-/// A box of whole pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Region {
-    pub left: u32,
-    pub top: u32,
-    pub width: u32,
-    pub height: u32,
 }
 
 impl Crop {
@@ -104,68 +95,80 @@ impl Crop {
     }
 }
 
-/// The box of `image`, resized to `width` × `height`: [height, width, channels].
-pub fn resize(image: &Decoded, region: Region, width: u32, height: u32, how: Interpolation) -> Vec<u8> {
-    run(image, region, [width, height], &options(how))
-}
-
-/// Evaluation's view: the picture, resized so that it just covers `width / share` × `height / share`, cut to its
-/// central `width` × `height`. For squares this is torchvision's `Resize(int(size / share))` and `CenterCrop(size)`.
-/// Both happen at once, so that a picture of one pixel by thousands costs no more than any other.
-pub fn resize_center(image: &Decoded, width: u32, height: u32, share: f64, how: Interpolation) -> Vec<u8> {
-    let (w, h) = (f64::from(image.width), f64::from(image.height));
-    let (cover_w, cover_h) = ((f64::from(width) / share).floor(), (f64::from(height) / share).floor());
+/// Evaluation's box: what remains of the picture, resized so that it just covers `size / share`, cut to its central
+/// `size` [width, height]; as [left, top, width, height] in the pixels of a picture of `width` × `height`. For squares
+/// this is torchvision's `Resize(int(size / share))` and `CenterCrop(size)`. Both happen at once, so that a picture of
+/// one pixel by thousands costs no more than any other.
+pub fn center(width: u32, height: u32, size: [u32; 2], share: f64) -> [f64; 4] {
+    let (w, h) = (f64::from(width), f64::from(height));
+    let size = size.map(f64::from);
+    let [cover_w, cover_h] = size.map(|side| (side / share).floor());
     let (new_w, new_h) = if cover_h * w >= cover_w * h {
         ((cover_h * w / h).floor(), cover_h)
     } else {
         (cover_w, (cover_w * h / w).floor())
     };
-    let left = ((new_w - f64::from(width)) / 2.0).round_ties_even();
-    let top = ((new_h - f64::from(height)) / 2.0).round_ties_even();
+    let left = ((new_w - size[0]) / 2.0).round_ties_even();
+    let top = ((new_h - size[1]) / 2.0).round_ties_even();
     let (x, y) = (w / new_w, h / new_h);
     // Rounding may carry the far edge past the picture by a part of 10¹⁶; the resizer would refuse that.
-    let (box_w, box_h) = ((f64::from(width) * x).min(w - left * x), (f64::from(height) * y).min(h - top * y));
-    let whole = Region { left: 0, top: 0, width: image.width, height: image.height };
-    run(image, whole, [width, height], &options(how).crop(left * x, top * y, box_w, box_h))
+    [left * x, top * y, (size[0] * x).min(w - left * x), (size[1] * y).min(h - top * y)]
 }
 
-/// Mirrors [height, width, channels] left to right, in place.
-pub fn mirror(pixels: &mut [u8], width: usize, channels: usize) {
-    for row in pixels.chunks_exact_mut(width * channels) {
-        for x in 0..width / 2 {
-            for c in 0..channels {
-                row.swap(x * channels + c, (width - 1 - x) * channels + c);
-            }
-        }
+impl Interpolation {
+    /// Pixels of a source that a resize of `from` to `to` pixels sees beyond the source's ends.
+    fn support(self, from: f64, to: u32) -> f64 {
+        let reach = match self {
+            Interpolation::Bicubic => 2.0,
+            Interpolation::Bilinear => 1.0,
+        };
+        reach * (from / f64::from(to)).max(1.0)
+    }
+
+    /// The whole pixels of a picture of `width` × `height` that a resize of this box to `size` depends on.
+    pub fn sees(self, [left, top, w, h]: [f64; 4], size: [u32; 2], width: u32, height: u32) -> Region {
+        // One more, against rounding.
+        let (x, y) = (self.support(w, size[0]) + 1.0, self.support(h, size[1]) + 1.0);
+        let from = |at: f64| at.floor().max(0.0) as u32;
+        let to = |at: f64, end: u32| (at.ceil() as u32).min(end);
+        let (first, above) = (from(left - x), from(top - y));
+        let (last, below) = (to(left + w + x, width), to(top + h + y, height));
+        Region { left: first, top: above, width: last - first, height: below - above }
     }
 }
 
-fn options(how: Interpolation) -> ResizeOptions {
+/// The part, and nothing around it, resized to `size` [width, height] into `out`, [height, width, channels].
+pub fn resize(part: &Part, size: [u32; 2], how: Interpolation, out: &mut [u8]) {
+    resize_box(part, [0.0, 0.0, part.width, part.height], size, how, out);
+}
+
+/// A box [left, top, width, height] of the part, which sees as much of the part around it as the kernel reaches.
+pub fn resize_box(part: &Part, inside: [f64; 4], size: [u32; 2], how: Interpolation, out: &mut [u8]) {
     let filter = match how {
         Interpolation::Bicubic => FilterType::CatmullRom,
         Interpolation::Bilinear => FilterType::Bilinear,
     };
-    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter))
-}
-
-/// The typed face of the resizer: its other one compiles every kernel for sixteen kinds of pixel.
-fn run(image: &Decoded, part: Region, size: [u32; 2], options: &ResizeOptions) -> Vec<u8> {
-    let mut out = vec![0; (size[0] * size[1] * image.channels) as usize];
-    match image.channels {
-        1 => typed::<U8>(image, part, size, &mut out, options),
-        _ => typed::<U8x3>(image, part, size, &mut out, options),
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
+    // The typed face of the resizer: its other one compiles every kernel for sixteen kinds of pixel.
+    match part.image.channels {
+        1 => typed::<U8>(part, inside, size, out, &options),
+        _ => typed::<U8x3>(part, inside, size, out, &options),
     }
-    out
 }
 
-fn typed<P: PixelTrait>(image: &Decoded, part: Region, size: [u32; 2], out: &mut [u8], options: &ResizeOptions) {
+fn typed<P: PixelTrait>(part: &Part, inside: [f64; 4], size: [u32; 2], out: &mut [u8], options: &ResizeOptions) {
     // The resizer keeps its scratch between pictures; one for each thread of the feed.
     thread_local!(static RESIZER: RefCell<Resizer> = RefCell::new(Resizer::new()));
-    let whole = TypedImageRef::<P>::from_buffer(image.width, image.height, &image.pixels).expect("whole pixels");
-    let Region { left, top, width, height } = part;
-    let part = TypedCroppedImage::from_ref(&whole, left, top, width, height).expect("a box inside the picture");
+    let Decoded { width, height, ref pixels, .. } = *part.image;
+    let whole = TypedImageRef::<P>::from_buffer(width, height, pixels).expect("whole pixels");
+    // Nothing outside the part is seen, but for the rest of a pixel that its border divides.
+    let (left, top) = (part.left.floor(), part.top.floor());
+    let right = (part.left + part.width).ceil().min(f64::from(width));
+    let bottom = (part.top + part.height).ceil().min(f64::from(height));
+    let [x, y, w, h] = [left, top, right - left, bottom - top].map(|value| value as u32);
+    let view = TypedCroppedImage::from_ref(&whole, x, y, w, h).expect("a part inside the picture");
+    let (x, y) = (part.left - left + inside[0], part.top - top + inside[1]);
+    let options = options.crop(x, y, inside[2].min(f64::from(w) - x), inside[3].min(f64::from(h) - y));
     let mut out = TypedImage::<P>::from_buffer(size[0], size[1], out).expect("as many pixels as the size says");
-    RESIZER
-        .with_borrow_mut(|resizer| resizer.resize_typed(&part, &mut out, options))
-        .expect("a box inside the picture");
+    RESIZER.with_borrow_mut(|resizer| resizer.resize_typed(&view, &mut out, &options)).expect("a box inside the part");
 }

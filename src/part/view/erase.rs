@@ -3,7 +3,7 @@
 //! It acts on the normalised tensor, as timm's does and not on 8-bit pixels: what it writes is N(0, 1) noise about the
 //! data's mean, a third of which 8 bits would cut off or round.
 
-use super::crop::Region;
+use crate::data::decode::Region;
 use crate::fault::{Fault, Result};
 use crate::op::shuffle::Origin;
 use crate::rng::{Draw, Purpose};

@@ -4,7 +4,7 @@
 //! sample, so it is keyed on the step: all ranks and micro-batches of a step mix alike. (In timm each rank draws its
 //! own.) Which samples meet is the order of the rows that are given, so it depends on how the batch is cut.
 
-use super::crop::Region;
+use crate::data::decode::Region;
 use crate::fault::{Fault, Result};
 use crate::rng::{Draw, Purpose};
 use tch::{Kind, Tensor};

@@ -1,7 +1,7 @@
 //! A view: one augmented form of a sample, as the model receives it but for the normalisation, which happens on the
 //! device: 8-bit pixels, planes [C, Y, X].
 
-pub mod crop; // which part of a picture, at which size
+pub mod crop; // which box of a picture is shown, and its resize
 pub mod tone; // curves from old values to new
 pub mod colour; // brightness, contrast, saturation, hue, grey
 pub mod sharpness;
@@ -10,10 +10,11 @@ pub mod affine; // shear, shift, rotation
 pub mod jitter; // random colour
 pub mod rand_augment; // random operations
 pub mod augment; // the config's `view.augment`
+pub mod plane; // pixel by pixel → plane by plane
 pub mod erase; // random boxes become noise, in batches
 pub mod mix; // mixup and CutMix, of batches
 
-use crate::data::decode::Decoded;
+use crate::data::decode::Picture;
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::rng::{Draw, Purpose};
@@ -21,6 +22,7 @@ use augment::Augment;
 use crop::Crop;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
 
 /// How a sample becomes a view: the config's `view`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -35,11 +37,16 @@ pub struct View {
     pub center: f64,
     /// What training does to colours and shape after crop and flip; nothing when left out.
     pub augment: Augment,
+    /// Whether training may decode a JPEG at 1/2, 1/4 or 1/8 of its size where the box still has as many pixels as the
+    /// model takes: by a third faster on pictures of 1400 pixels a side, other pixels. They differ from those of a full
+    /// decode on photographs by 0.4 to 1.7 of 255 in the mean, on noise with a photograph's spectrum by 2.6 (5.3 in
+    /// the worst view, 43 in the worst pixel). Evaluation never does it.
+    pub scaled_decode: bool,
 }
 
 impl Default for View {
     fn default() -> Self {
-        View { crop: Crop::default(), flip: 0.5, center: 0.875, augment: Augment::default() }
+        View { crop: Crop::default(), flip: 0.5, center: 0.875, augment: Augment::default(), scaled_decode: false }
     }
 }
 
@@ -59,27 +66,50 @@ impl View {
         Ok(())
     }
 
-    /// Training's view of sample `id` in `epoch`: random box, random flip. `repeat` tells several views of one sample
-    /// apart. [C, Y, X], 8 bits.
-    pub fn train(&self, grid: &Grid, image: &Decoded, seed: u64, id: u64, epoch: u64, repeat: u32) -> Vec<u8> {
-        let [width, height] = size(grid);
-        let mut draw = Draw::new(seed, id, epoch, Purpose::Crop, repeat);
-        let region = self.crop.region(image.width, image.height, &mut draw);
-        let mut pixels = crop::resize(image, region, width, height, self.crop.interpolation);
-        if Draw::new(seed, id, epoch, Purpose::Flip, repeat).uniform() < self.flip {
-            crop::mirror(&mut pixels, width as usize, image.channels as usize);
-        }
-        let shape = [height as usize, width as usize, image.channels as usize];
-        let stream = |purpose| Draw::new(seed, id, epoch, purpose, repeat);
-        self.augment.apply(&mut pixels, shape, self.crop.interpolation, stream);
-        planes(pixels, image.channels as usize)
+    /// Training's view of sample `id` in `epoch` into `out`, [C, Y, X], 8 bits: random box, random flip. `repeat` tells
+    /// several views of one sample apart. The box is drawn from the header; no pixel outside of it is decoded for
+    /// nothing. Faults as [`Picture::region`] does.
+    #[allow(clippy::too_many_arguments)] // a sample's place in the training, and where it goes
+    pub fn train(
+        &self,
+        grid: &Grid,
+        picture: Picture,
+        seed: u64,
+        id: u64,
+        epoch: u64,
+        repeat: u32,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let size = size(grid);
+        let region =
+            self.crop.region(picture.width(), picture.height(), &mut Draw::new(seed, id, epoch, Purpose::Crop, repeat));
+        let least = if self.scaled_decode { size } else { [region.width, region.height] };
+        let part = picture.region(region, least)?;
+        with_pixels(out.len(), |pixels| {
+            crop::resize(&part, size, self.crop.interpolation, pixels);
+            // Ahead of the mirroring: what is drawn to the left is as likely drawn to the right.
+            let shape = [size[1] as usize, size[0] as usize, part.image.channels as usize];
+            let stream = |purpose| Draw::new(seed, id, epoch, purpose, repeat);
+            self.augment.apply(pixels, shape, self.crop.interpolation, stream);
+            let mirror = Draw::new(seed, id, epoch, Purpose::Flip, repeat).uniform() < self.flip;
+            plane::planes(pixels, part.image.channels as usize, size[0] as usize, mirror, out);
+        });
+        Ok(())
     }
 
-    /// Evaluation's view: resized, central crop. [C, Y, X], 8 bits.
-    pub fn eval(&self, grid: &Grid, image: &Decoded) -> Vec<u8> {
-        let [width, height] = size(grid);
-        let pixels = crop::resize_center(image, width, height, self.center, self.crop.interpolation);
-        planes(pixels, image.channels as usize)
+    /// Evaluation's view into `out`, [C, Y, X], 8 bits: resized, central crop. Always decoded at full size.
+    pub fn eval(&self, grid: &Grid, picture: Picture, out: &mut [u8]) -> Result<()> {
+        let size = size(grid);
+        let (width, height) = (picture.width(), picture.height());
+        let [left, top, w, h] = crop::center(width, height, size, self.center);
+        let region = self.crop.interpolation.sees([left, top, w, h], size, width, height);
+        let part = picture.region(region, [region.width, region.height])?;
+        let inside = [left - f64::from(region.left), top - f64::from(region.top), w, h];
+        with_pixels(out.len(), |pixels| {
+            crop::resize_box(&part, inside, size, self.crop.interpolation, pixels);
+            plane::planes(pixels, part.image.channels as usize, size[0] as usize, false, out);
+        });
+        Ok(())
     }
 }
 
@@ -88,14 +118,11 @@ fn size(grid: &Grid) -> [u32; 2] {
     [width as u32, height as u32]
 }
 
-/// [Y, X, C] → [C, Y, X].
-fn planes(pixels: Vec<u8>, channels: usize) -> Vec<u8> {
-    if channels == 1 {
-        return pixels;
-    }
-    let mut out = Vec::with_capacity(pixels.len());
-    for channel in 0..channels {
-        out.extend(pixels.iter().skip(channel).step_by(channels));
-    }
-    out
+/// This thread's buffer for a view before it is laid into planes: [Y, X, C].
+fn with_pixels(length: usize, make: impl FnOnce(&mut [u8])) {
+    thread_local!(static PIXELS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
+    PIXELS.with_borrow_mut(|pixels| {
+        pixels.resize(length, 0);
+        make(pixels);
+    });
 }
