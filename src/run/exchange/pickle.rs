@@ -125,7 +125,7 @@ impl<'a> Machine<'a> {
                 self.marks.push(self.stack.len());
             }
             b'0' => drop(self.pop()?),
-            b'1' => drop(self.to_mark()?),
+            b'1' => drop(self.since_mark()?),
             b'h' | b'j' => {
                 let key = if op == b'h' { self.byte()?.into() } else { u32::from_le_bytes(self.array()?) };
                 let id = *self.memo.get(&key).ok_or("it refers to what it has not made")?;
@@ -157,17 +157,17 @@ impl<'a> Machine<'a> {
                 self.push(Node::Tuple(items))
             }
             b't' | b'l' => {
-                let items = self.to_mark()?;
+                let items = self.since_mark()?;
                 self.push(if op == b't' { Node::Tuple(items) } else { Node::List(items) })
             }
             b']' => self.push(Node::List(Vec::new())),
             b'}' => self.push(Node::Dict(Vec::new())),
             b'd' => {
-                let items = pairs(&self.to_mark()?)?;
+                let items = pairs(&self.since_mark()?)?;
                 self.push(Node::Dict(items))
             }
             b'a' | b'e' => {
-                let items = if op == b'a' { vec![self.pop()?] } else { self.to_mark()? };
+                let items = if op == b'a' { vec![self.pop()?] } else { self.since_mark()? };
                 match self.top_node()? {
                     Node::List(list) => list.extend(items),
                     _ => return Err("it appends to what is no list".into()),
@@ -175,7 +175,7 @@ impl<'a> Machine<'a> {
                 Ok(())
             }
             _ => {
-                let mut items = if op == b's' { vec![self.pop()?, self.pop()?] } else { self.to_mark()? };
+                let mut items = if op == b's' { vec![self.pop()?, self.pop()?] } else { self.since_mark()? };
                 if op == b's' {
                     items.reverse();
                 }
@@ -246,7 +246,7 @@ impl<'a> Machine<'a> {
     }
 
     /// Everything above the last mark, which goes.
-    fn to_mark(&mut self) -> Result<Vec<Id>, String> {
+    fn since_mark(&mut self) -> Result<Vec<Id>, String> {
         let mark = self.marks.pop().ok_or("it lacks a mark")?;
         Ok(self.stack.split_off(mark))
     }

@@ -12,6 +12,7 @@ use super::pickle::{self, Id, Node, Pickle};
 use super::torch::{Storage, View};
 use crate::fault::{Fault, Result};
 use serde_json::{Map, Value};
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -117,10 +118,10 @@ impl Members {
         let mut tensors = BTreeMap::new();
         for (name, view) in model {
             let key = (view.storage.key.as_str(), view.storage.kind);
-            if !storages.contains_key(&key) {
-                storages.insert(key, self.storage(&view.storage)?);
-            }
-            let whole = &storages[&key];
+            let whole = match storages.entry(key) {
+                Entry::Occupied(read) => read.into_mut(),
+                Entry::Vacant(place) => place.insert(self.storage(&view.storage)?),
+            };
             if whole.size()[0] < view.storage.count {
                 return Err(format!("the storage of {name} is shorter than it says"));
             }

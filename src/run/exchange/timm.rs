@@ -53,7 +53,7 @@ pub fn settings(config: &Config, method: &mae::Config) -> Result<Value> {
         },
         "pretrained_cfg": {
             "num_classes": 0, "input_size": [input.channels, input.height, input.width], "fixed_input_size": true,
-            "interpolation": "bicubic", "crop_pct": config.view.center, "mean": mean, "std": std,
+            "interpolation": config.view.crop.interpolation, "crop_pct": config.view.center, "mean": mean, "std": std,
             "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }))

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::fault::{Fault, Result};
 use crate::method::mae;
 use crate::op::layer_norm::EPS;
+use crate::part::view::crop::Interpolation;
 use serde_json::{Value, json};
 
 const OUTSIDE: Pairs = &[
@@ -117,9 +118,14 @@ pub fn settings(config: &Config, method: &mae::Config) -> Value {
 /// `preprocessor_config.json`, with the statistics that the model was trained with: transformers' own default is 0.5.
 pub fn preprocessor(config: &Config) -> Result<Value> {
     let (mean, std) = config.input.scale()?;
+    // Pillow's number of the kernel.
+    let resample = match config.view.crop.interpolation {
+        Interpolation::Bilinear => 2,
+        Interpolation::Bicubic => 3,
+    };
     let size = json!({"height": config.input.height, "width": config.input.width});
     Ok(json!({
-        "image_processor_type": "ViTImageProcessor", "do_resize": true, "size": size, "resample": 3,
+        "image_processor_type": "ViTImageProcessor", "do_resize": true, "size": size, "resample": resample,
         "do_rescale": true, "rescale_factor": 1.0 / 255.0, "do_normalize": true, "image_mean": mean, "image_std": std,
     }))
 }
