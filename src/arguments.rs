@@ -3,7 +3,7 @@
 use clap::{Parser, Subcommand};
 use occlude::config::Config;
 use occlude::fault::Result;
-use occlude::run::{evaluate, open::Resume};
+use occlude::run::{evaluate, exchange, open::Resume};
 use std::path::PathBuf;
 
 /// Pre-trains masked autoencoders.
@@ -24,6 +24,10 @@ pub enum Verb {
     Evaluate(EvaluateArguments),
     /// Draw what a checkpoint's model makes of your own files
     Reconstruct(ReconstructArguments),
+    /// Make a checkpoint of weights from the MAE repository, timm or transformers
+    Import(ImportArguments),
+    /// Write a checkpoint's weights as the MAE repository, timm or transformers load them
+    Export(ExportArguments),
     /// Rebuild report.html of one run, or compare several
     Report(ReportArguments),
     /// Time the step of a config on made-up input
@@ -113,6 +117,36 @@ pub struct ReconstructArguments {
     #[arg(long, num_args = 1.., required = true)]
     pub input: Vec<PathBuf>,
     /// The folder for the pictures
+    #[arg(long)]
+    pub out: PathBuf,
+}
+
+#[derive(clap::Args)]
+pub struct ImportArguments {
+    #[arg(long, value_enum)]
+    pub format: exchange::Format,
+    /// A .safetensors, .pth or .bin file, or a folder with model.safetensors; config.json beside it is read too
+    #[arg(long)]
+    pub from: PathBuf,
+    /// The run to make: its only checkpoint is of step 0, for --resume and --checkpoint
+    #[arg(long)]
+    pub out: String,
+    /// The model's config; derived from the file when left out
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// Override a key of either: --set method.mae.encoder.heads=16
+    #[arg(long, value_name = "PATH=VALUE")]
+    pub set: Vec<String>,
+}
+
+#[derive(clap::Args)]
+pub struct ExportArguments {
+    #[arg(long, value_enum)]
+    pub format: exchange::Format,
+    /// A run or a checkpoint
+    #[arg(long)]
+    pub checkpoint: String,
+    /// The folder for model.safetensors and the settings beside it
     #[arg(long)]
     pub out: PathBuf,
 }

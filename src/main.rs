@@ -2,12 +2,12 @@
 
 mod arguments;
 
-use arguments::{Arguments, EvaluateArguments, PackArguments, Verb};
+use arguments::{Arguments, EvaluateArguments, ImportArguments, PackArguments, Verb};
 use clap::Parser;
 use occlude::data::pack;
 use occlude::device::{self, Requests};
 use occlude::fault::{Fault, Result};
-use occlude::run::{bench, doctor, evaluate, reconstruct, report, train};
+use occlude::run::{bench, doctor, evaluate, exchange, reconstruct, report, train};
 use occlude::{bridge, config};
 use std::process::ExitCode;
 
@@ -61,6 +61,17 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Reconstruct(a) => {
             let written = reconstruct::files(&a.checkpoint, &a.input, &a.out)?;
             written.iter().for_each(|path| println!("{}", path.display()));
+            Ok(())
+        }
+        Verb::Import(a) => {
+            let ImportArguments { format, from, out, config, set } = a;
+            let told = exchange::import(&exchange::Order { format, from, out, config, set })?;
+            told.iter().for_each(|line| println!("{line}"));
+            Ok(())
+        }
+        Verb::Export(a) => {
+            let told = exchange::export(a.format, &a.checkpoint, &a.out)?;
+            told.iter().for_each(|line| println!("{line}"));
             Ok(())
         }
         Verb::Report(a) => {

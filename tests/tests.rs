@@ -40,6 +40,8 @@ mod trouble;
 mod refuse;
 mod small_disk;
 mod verbs;
+mod exchange;
+mod pth;
 mod architecture;
 
 fn main() {
@@ -84,6 +86,8 @@ fn main() {
     trials.extend(refuse::trials());
     trials.extend(small_disk::trials());
     trials.extend(verbs::trials());
+    trials.extend(exchange::trials());
+    trials.extend(pth::trials());
     trials.extend(architecture::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     job::clean();

@@ -4,7 +4,7 @@
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
 //! the mask; the losses and the optimizer's numbers. Micro-batches are joined along B.
 
-use super::{dialect::to_mae, step::Outcome, step::Stepper};
+use super::{exchange::to_mae, step::Outcome, step::Stepper};
 use crate::fault::{Fault, Result};
 use crate::method::Batch;
 use std::path::Path;

@@ -1,11 +1,11 @@
 //! The verbs.
 
 pub mod checkpoint;
-pub mod dialect;
 pub mod doctor;
 pub mod dump;
 pub mod evaluate;
 pub mod events;
+pub mod exchange;
 pub mod lease;
 pub mod log;
 pub mod picture;

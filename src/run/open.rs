@@ -231,9 +231,11 @@ fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn Chann
     if let Some(loaded) = loaded {
         state::restore(stepper, loaded)?;
     }
-    let told = Tensor::from_slice(&[first as i64]);
-    let first = channel.broadcast(&told, 0).wait(deadline)?.int64_value(&[0]) as u64;
-    if first > 0 {
+    let told = Tensor::from_slice(&[first as i64, i64::from(loaded.is_some())]);
+    let told = channel.broadcast(&told, 0).wait(deadline)?;
+    let first = told.int64_value(&[0]) as u64;
+    // Imported weights are a checkpoint of step 0.
+    if told.int64_value(&[1]) != 0 {
         let flat = &stepper.flat;
         let average = stepper.updater.average.iter();
         for buffer in [&flat.master, &flat.first, &flat.second, &flat.steps].into_iter().chain(average) {

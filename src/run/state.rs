@@ -44,14 +44,44 @@ pub fn snapshot(stepper: &Stepper, step: u64, config: &Config, world: usize) -> 
     }
 }
 
+/// The checkpoint of step 0 that other people's weights become: weights alone, and where they came from. `fresh` names
+/// the tensors that were drawn because the file did not have them.
+pub fn imported(flat: &Flat, config: &Config, format: &str, file: &str, fresh: &[&str]) -> Snapshot {
+    let tensors = flat.specs.iter().enumerate();
+    Snapshot {
+        step: 0,
+        samples: 0,
+        world: 1,
+        meta: json!({
+            "config": config.resolved(),
+            "program": env!("CARGO_PKG_VERSION"),
+            "imported": {"format": format, "file": file, "fresh": fresh},
+        }),
+        tensors: tensors.map(|(i, spec)| named(format!("weight.{}", spec.name), &flat.part(&flat.master, i))).collect(),
+    }
+}
+
+/// Whether a checkpoint holds weights alone, with no training behind them that could go on.
+fn is_imported(loaded: &Loaded) -> bool {
+    loaded.manifest.meta.get("imported").is_some()
+}
+
 fn named(name: String, tensor: &Tensor) -> Named {
     let tensor = tensor.to_device(Device::Cpu).contiguous();
     let shape = tensor.size().iter().map(|&size| size as usize).collect();
     Named { name, dtype: Dtype::F32, shape, bytes: bytes(&tensor).to_vec() }
 }
 
-/// Puts a checkpoint's tensors into the buffers of a fresh training.
+/// Puts a checkpoint's tensors into the buffers of a fresh training. Imported weights begin one: no moment, no step.
 pub fn restore(stepper: &mut Stepper, loaded: &Loaded) -> Result<()> {
+    if is_imported(loaded) {
+        fill(&stepper.flat, &stepper.flat.master, loaded, "weight")?;
+        if let Some(average) = &mut stepper.updater.average {
+            average.copy_(&stepper.flat.master);
+        }
+        stepper.flat.refresh();
+        return Ok(());
+    }
     let n = stepper.flat.specs.len() as i64;
     stepper.flat.steps.copy_(&tensor(loaded, "steps", &[n])?);
     for (name, buffer) in buffers(stepper) {
@@ -93,15 +123,25 @@ pub fn config(loaded: &Loaded) -> Result<Config> {
     Config::parse(&value.to_string(), &[]).map_err(|fault| fault.at("the config in the checkpoint"))
 }
 
-/// Refuses to go on with other numbers than the run began with, naming them.
+/// Refuses to go on with other numbers than the run began with, naming them. Imported weights have no run behind them:
+/// only what gives them their meaning must stay.
 pub fn same(config: &Config, loaded: &Loaded) -> Result<()> {
     let before = self::config(loaded)?;
-    let changed = differences(&before.identity(), &config.identity());
+    let imported = is_imported(loaded);
+    let mut changed = differences(&before.identity(), &config.identity());
+    changed.retain(|(path, ..)| !imported || path.starts_with("input.") || path.starts_with("method."));
     if changed.is_empty() {
         return Ok(());
     }
     let lines: Vec<String> =
         changed.iter().map(|(path, was, is)| format!("  {path} was {was} and is now {is}")).collect();
+    if imported {
+        return Err(Fault::usage(format!(
+            "the weights were imported for another model:\n{}\nGive the values that they were imported with, or import \
+             them again with this config.",
+            lines.join("\n")
+        )));
+    }
     Err(Fault::usage(format!(
         "the run was begun with another config:\n{}\nGive the old values, another --run, or --resume never into an empty \
          run.",
