@@ -18,6 +18,7 @@ mod mae;
 mod optim;
 mod config;
 mod step;
+mod probe;
 mod overlap;
 mod lease;
 mod checkpoint;
@@ -31,6 +32,7 @@ mod elsewhere;
 mod trouble;
 mod refuse;
 mod small_disk;
+mod evaluate;
 mod verbs;
 mod architecture;
 
@@ -56,6 +58,7 @@ fn main() {
     trials.extend(optim::trials());
     trials.extend(config::trials());
     trials.extend(step::trials());
+    trials.extend(probe::trials());
     trials.extend(overlap::trials());
     trials.extend(lease::trials());
     trials.extend(checkpoint::trials());
@@ -69,6 +72,7 @@ fn main() {
     trials.extend(trouble::trials());
     trials.extend(refuse::trials());
     trials.extend(small_disk::trials());
+    trials.extend(evaluate::trials());
     trials.extend(verbs::trials());
     trials.extend(architecture::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
