@@ -93,7 +93,8 @@ fn batch(step: usize) -> (Tensor, Tensor) {
 
 /// The rows of each rank: uneven, and one rank of three has none.
 fn cut(size: usize, rank: usize) -> Range<i64> {
-    [&[0..23][..], &[0..9, 9..23], &[0..17, 17..17, 17..23]][size - 1][rank].clone()
+    let bounds = [&[0, 23][..], &[0, 9, 23], &[0, 17, 17, 23]][size - 1];
+    bounds[rank]..bounds[rank + 1]
 }
 
 /// What a rank finds on its way through the updates, by name.

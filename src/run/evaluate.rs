@@ -14,6 +14,7 @@ pub mod ranks;
 pub mod samples;
 
 use super::{checkpoint, state};
+use crate::data::set::DataSet;
 use crate::device::World;
 use crate::fault::Result;
 use crate::optim::flat::Flat;
@@ -149,25 +150,7 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
     let mut ranks = Ranks::join(world, config.world.frozen_s, config.world.deadline_s)?;
     let encoder = Encoder { config, method, flat, feature: question.feature };
 
-    let judged = match &question.probe {
-        Probe::Paper(paper) => {
-            let head = paper.fit(&encoder, &train, seed, &mut ranks)?;
-            let test = Set::sweep(&encoder, &test, &mut ranks, "test set")?;
-            let learned = samples::share(&train, &ranks) as i64;
-            Judged { guesses: head.classes(&test.x, 5), test, learned, left_out: 0 }
-        }
-        probe => {
-            let own = Set::sweep(&encoder, &train, &mut ranks, "training set")?;
-            let test = Set::sweep(&encoder, &test, &mut ranks, "test set")?;
-            let all = own.gather(&mut ranks, &question.train)?;
-            let guesses = match probe {
-                Probe::Nearest(vote) => vote.classes(&all, &test.x),
-                _ => Linear::fit(&all, seed, &mut ranks)?.classes(&test.x),
-            };
-            let (learned, left_out) = (own.labels.numel() as i64, own.left_out);
-            Judged { guesses: guesses.unsqueeze(1), test, learned, left_out }
-        }
-    };
+    let judged = judge(question, &encoder, [&train, &test], seed, &mut ranks)?;
     let [n_train, n_test, n_left_out, first, any] = judged.count(&mut ranks)?;
     if n_test == 0 {
         return Err(nothing(&question.test));
@@ -188,6 +171,31 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
         seed,
         ranks: size,
     })
+}
+
+/// Features, classifier and guesses; collective.
+fn judge(
+    question: &Question,
+    encoder: &Encoder,
+    [train, test]: [&Arc<DataSet>; 2],
+    seed: u64,
+    ranks: &mut Ranks,
+) -> Result<Judged> {
+    if let Probe::Paper(paper) = &question.probe {
+        let head = paper.fit(encoder, train, seed, ranks)?;
+        let test = Set::sweep(encoder, test, ranks, "test set")?;
+        let learned = samples::share(train, ranks) as i64;
+        return Ok(Judged { guesses: head.classes(&test.x, 5), test, learned, left_out: 0 });
+    }
+    let own = Set::sweep(encoder, train, ranks, "training set")?;
+    let test = Set::sweep(encoder, test, ranks, "test set")?;
+    let all = own.gather(ranks, &question.train)?;
+    let guesses = match &question.probe {
+        Probe::Nearest(vote) => vote.classes(&all, &test.x),
+        _ => Linear::fit(&all, seed, ranks)?.classes(&test.x),
+    };
+    let (learned, left_out) = (own.labels.numel() as i64, own.left_out);
+    Ok(Judged { guesses: guesses.unsqueeze(1), test, learned, left_out })
 }
 
 impl Judged {

@@ -37,7 +37,7 @@ impl Vote {
 
     /// The classes of x [R, D] by the vote of the `k` nearest of `train` by cosine, each weighing
     /// exp(cosine / temperature) (Wu et al., "Unsupervised feature learning via non-parametric instance
-    /// discrimination", 2018, §3.4) → int64 [R].
+    /// discrimination", 2018) → int64 [R].
     pub fn classes(&self, train: &Set, x: &Tensor) -> Tensor {
         let unit = |x: &Tensor| x / x.square().sum_dim_intlist(-1, true, Kind::Float).sqrt().clamp_min(1e-12);
         let classes = train.labels.max().int64_value(&[]) + 1;

@@ -1,4 +1,4 @@
-//! The linear probe of He et al. (2022, table 10 and `main_linprobe.py`): the frozen encoder meets the training set in
+//! The linear probe of He et al. (2022) as the official `main_linprobe.py` runs it: the frozen encoder meets the training set in
 //! new random views in every epoch, and LARS trains a linear layer behind a normalisation.
 
 use super::features::{Encoder, ROWS};
