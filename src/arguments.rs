@@ -2,8 +2,10 @@
 
 use clap::{Parser, Subcommand};
 use occlude::config::Config;
-use occlude::fault::Result;
-use occlude::run::{evaluate, exchange, open::Resume};
+use occlude::fault::{Fault, Result};
+use occlude::run::evaluate::{self, Probe, Protocol, Question, Recipe};
+use occlude::run::evaluate::{nearest::Vote, paper::Paper, samples::Augmentation};
+use occlude::run::{exchange, open::Resume};
 use std::path::PathBuf;
 
 /// Pre-trains masked autoencoders.
@@ -20,7 +22,7 @@ pub enum Verb {
     Pack(PackArguments),
     /// Train a model; under mpirun, on all of its ranks
     Train(TrainArguments),
-    /// Judge a checkpoint's frozen encoder on labelled shards; the last line is one JSON object
+    /// Judge a checkpoint's frozen encoder on labelled shards, alone or under mpirun; the last line is one JSON object
     Evaluate(EvaluateArguments),
     /// Draw what a checkpoint's model makes of your own files
     Reconstruct(ReconstructArguments),
@@ -97,7 +99,7 @@ pub struct EvaluateArguments {
     #[arg(long)]
     pub test: String,
     #[arg(long, value_enum)]
-    pub protocol: evaluate::Protocol,
+    pub protocol: Protocol,
     #[arg(long, value_enum, default_value = "class")]
     pub feature: evaluate::Feature,
     /// Judge the same encoder with freshly drawn weights instead
@@ -106,6 +108,79 @@ pub struct EvaluateArguments {
     /// Seed of the probe and of freshly drawn weights; the run's own when left out
     #[arg(long)]
     pub seed: Option<u64>,
+    /// knn: how many training samples vote [default: 20]
+    #[arg(long)]
+    pub k: Option<i64>,
+    /// knn: the smaller, the more the nearest alone decides [default: 0.07]
+    #[arg(long)]
+    pub temperature: Option<f64>,
+    /// linear: how the classifier is trained [default: fast]
+    #[arg(long, value_enum)]
+    pub recipe: Option<Recipe>,
+    /// linear, paper: passes over the training set [default: 90]
+    #[arg(long)]
+    pub epochs: Option<u64>,
+    /// linear, paper: samples of one update, over all ranks; at most the training set [default: 16384]
+    #[arg(long)]
+    pub batch: Option<u64>,
+    /// linear, paper: learning rate per 256 samples of the batch [default: 0.1]
+    #[arg(long)]
+    pub base_lr: Option<f64>,
+    /// linear, paper: epochs over which the learning rate rises [default: 10]
+    #[arg(long)]
+    pub warmup_epochs: Option<f64>,
+    /// linear, paper: the random views that it learns from [default: paper]
+    #[arg(long, value_enum)]
+    pub augmentation: Option<Augmentation>,
+}
+
+impl EvaluateArguments {
+    /// The question, or a fault where an option belongs to another protocol or recipe than the one asked for.
+    pub fn question(self) -> Result<Question> {
+        let votes = [("--k", self.k.is_some()), ("--temperature", self.temperature.is_some())];
+        let recipes = [
+            ("--epochs", self.epochs.is_some()),
+            ("--batch", self.batch.is_some()),
+            ("--base-lr", self.base_lr.is_some()),
+            ("--warmup-epochs", self.warmup_epochs.is_some()),
+            ("--augmentation", self.augmentation.is_some()),
+        ];
+        let probe = match (self.protocol, self.recipe.unwrap_or(Recipe::Fast)) {
+            (Protocol::Knn, _) => {
+                refuse(&[("--recipe", self.recipe.is_some())], "--protocol linear")?;
+                refuse(&recipes, "--protocol linear --recipe paper")?;
+                let usual = Vote::default();
+                let temperature = self.temperature.unwrap_or(usual.temperature);
+                Probe::Nearest(Vote { k: self.k.unwrap_or(usual.k), temperature })
+            }
+            (Protocol::Linear, Recipe::Fast) => {
+                refuse(&votes, "--protocol knn")?;
+                refuse(&recipes, "--recipe paper")?;
+                Probe::Fast
+            }
+            (Protocol::Linear, Recipe::Paper) => {
+                refuse(&votes, "--protocol knn")?;
+                let usual = Paper::default();
+                Probe::Paper(Paper {
+                    epochs: self.epochs.unwrap_or(usual.epochs),
+                    batch: self.batch.unwrap_or(usual.batch),
+                    base_lr: self.base_lr.unwrap_or(usual.base_lr),
+                    warmup_epochs: self.warmup_epochs.unwrap_or(usual.warmup_epochs),
+                    augmentation: self.augmentation.unwrap_or(usual.augmentation),
+                })
+            }
+        };
+        let EvaluateArguments { checkpoint, train, test, feature, random, seed, .. } = self;
+        Ok(Question { checkpoint, train, test, probe, feature, random, seed })
+    }
+}
+
+/// Refuses the first option that was given and belongs to something else.
+fn refuse(options: &[(&str, bool)], owner: &str) -> Result<()> {
+    match options.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((option, _)) => Err(Fault::usage(format!("{option} belongs to {owner}; give that, or leave it out"))),
+    }
 }
 
 #[derive(clap::Args)]

@@ -2,7 +2,7 @@
 
 mod arguments;
 
-use arguments::{Arguments, EvaluateArguments, ImportArguments, PackArguments, Verb};
+use arguments::{Arguments, ImportArguments, PackArguments, Verb};
 use clap::Parser;
 use occlude::data::pack;
 use occlude::device::{self, Requests};
@@ -51,12 +51,15 @@ fn run(verb: Verb) -> Result<()> {
             Ok(())
         }
         Verb::Evaluate(a) => {
-            device::ground(None);
-            let EvaluateArguments { checkpoint, train, test, protocol, feature, random, seed } = a;
-            let question = evaluate::Question { checkpoint, train, test, protocol, feature, random, seed };
-            let answer = evaluate::evaluate(&question)?;
-            println!("{}", serde_json::to_string(&answer).expect("an answer is JSON"));
-            Ok(())
+            let question = a.question();
+            let world = device::join()?;
+            device::together(world.as_ref(), || {
+                let answer = evaluate::evaluate(&question?, &world)?;
+                if world.rank() == 0 {
+                    println!("{}", serde_json::to_string(&answer).expect("an answer is JSON"));
+                }
+                Ok(())
+            })
         }
         Verb::Reconstruct(a) => {
             let written = reconstruct::files(&a.checkpoint, &a.input, &a.out)?;

@@ -1,6 +1,7 @@
-//! How weights move: the flat buffers, the buckets that reduce their gradients, the schedule, the update.
+//! How weights move: the flat buffers, the buckets that reduce their gradients, the schedule, the updates.
 
 pub mod bucket;
 pub mod flat;
+pub mod lars;
 pub mod schedule;
 pub mod update;

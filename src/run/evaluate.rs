@@ -1,38 +1,68 @@
-//! Frozen probes: what an encoder's features are worth without training it further.
+//! Frozen probes: what an encoder's features are worth without training it further, on one to many ranks.
+//!
+//! Every rank takes its share of each data set. Shares differ in length by at most one and nothing is padded, so that
+//! each sample counts once whatever the number of ranks; one that cannot be decoded is left out and counted.
+
+pub mod fast;
+pub mod features;
+pub mod head;
+pub mod nearest;
+pub mod norm;
+pub mod paper;
+pub mod progress;
+pub mod ranks;
+pub mod samples;
 
 use super::{checkpoint, state};
-use crate::config::Config;
-use crate::data::decode::Limits;
 use crate::data::mix::Mix;
-use crate::data::set::DataSet;
-use crate::fault::{Fault, Result};
-use crate::feed::{Feed, Source};
-use crate::method::{Batch, Method};
-use crate::op::adamw::{AdamW, adamw};
-use crate::op::shuffle::Origin;
+use crate::device::World;
+use crate::fault::Result;
 use crate::optim::flat::Flat;
-use crate::rng::{Draw, Purpose};
+use fast::Linear;
+use features::{Encoder, Set, nothing};
+use nearest::Vote;
+use paper::Paper;
+use ranks::Ranks;
+use samples::Augmentation;
 use serde::Serialize;
 use std::sync::Arc;
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Kind, Tensor};
 
 /// How features are judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// The weighted vote of the 20 nearest training samples by cosine (Wu et al., 2018; temperature 0.07).
+    /// The weighted vote of the nearest training samples by cosine (Wu et al., 2018)
     Knn,
-    /// A linear classifier on normalised features.
+    /// A linear classifier on normalised features
     Linear,
+}
+
+/// How the linear classifier is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Recipe {
+    /// AdamW on features that are worked out once, without augmentation
+    Fast,
+    /// LARS on new random views in every epoch (He et al., 2022)
+    Paper,
+}
+
+/// A protocol with its numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Probe {
+    Nearest(Vote),
+    Fast,
+    Paper(Paper),
 }
 
 /// Which features of the encoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Feature {
-    /// The class token.
+    /// The class token
     Class,
-    /// The mean of the patch tokens.
+    /// The mean of the patch tokens
     Mean,
 }
 
@@ -42,7 +72,7 @@ pub struct Question {
     pub checkpoint: String,
     pub train: String,
     pub test: String,
-    pub protocol: Protocol,
+    pub probe: Probe,
     pub feature: Feature,
     /// Judge the same encoder with the weights it began with instead of the trained ones.
     pub random: bool,
@@ -51,137 +81,166 @@ pub struct Question {
 }
 
 /// The last line of standard output.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Answer {
     /// "pretrained" or "random".
     pub checkpoint: &'static str,
     pub step: u64,
     pub protocol: Protocol,
+    #[serde(flatten)]
+    pub numbers: Numbers,
     pub feature: Feature,
     pub top1: f64,
+    /// The paper's recipe alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top5: Option<f64>,
+    /// Samples that were learned from.
     pub n_train: i64,
+    /// Samples that were judged.
     pub n_test: i64,
+    /// Samples of either set that could not be decoded. The paper's recipe replaces those of the training set, as
+    /// training does, and counts those of the test set alone.
+    pub n_left_out: i64,
     pub seed: u64,
+    pub ranks: usize,
 }
 
-pub fn evaluate(question: &Question) -> Result<Answer> {
+/// The numbers of the protocol, as they were used.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Numbers {
+    Nearest { k: i64, temperature: f64 },
+    Fast { recipe: Recipe, epochs: u64 },
+    Paper { recipe: Recipe, epochs: u64, batch: u64, base_lr: f64, warmup_epochs: f64, augmentation: Augmentation },
+}
+
+/// What a probe makes of this rank's share.
+struct Judged {
+    /// The likeliest classes of each test sample, the likeliest in front, int64 [R, n].
+    guesses: Tensor,
+    test: Set,
+    /// This rank's part of the training set: samples learned from, samples left out.
+    learned: i64,
+    left_out: i64,
+}
+
+/// Judges a checkpoint's encoder; collective, with the same answer on every rank.
+///
+/// # Errors
+/// Code::Usage where a set has no labels, a number is out of range or there is no checkpoint; Code::Disagree where
+/// ranks have another question, weights or data; Code::Corrupt past the share of samples that may be undecodable.
+pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
+    question.probe.check()?;
     let loaded = checkpoint::open(&question.checkpoint)?;
-    let (config, method, mut flat) = state::model(&loaded, Device::Cpu)?;
+    let (config, method, mut flat) = state::model(&loaded, world.device())?;
     let seed = question.seed.unwrap_or(config.train.seed);
     if question.random {
-        flat = Flat::new(method.table(), seed, Kind::Float, Device::Cpu)?;
+        flat = Flat::new(method.table(), seed, Kind::Float, world.device())?;
     }
-    let train = features(&config, method.as_ref(), &flat, &question.train, question.feature)?;
-    let test = features(&config, method.as_ref(), &flat, &question.test, question.feature)?;
-    let guesses = match question.protocol {
-        Protocol::Knn => nearest(&train, &test.x),
-        Protocol::Linear => linear(&train, &test.x, seed)?,
-    };
-    let right = guesses.eq_tensor(&test.labels).sum(Kind::Int64).int64_value(&[]);
+    let (train, test) = (samples::open(&question.train)?, samples::open(&question.test)?);
+    let digest = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
+    let texts = [
+        ("probe", format!("{:?}", question.probe)),
+        ("feature", format!("{:?}", question.feature)),
+        ("seed", seed.to_string()),
+        ("training set", format!("{}, {} classes named", digest(&train.digest()), train.sets()[0].classes.len())),
+        ("test set", digest(&test.digest())),
+    ];
+    ranks::agree(world.as_ref(), &config, &flat.master, &texts)?;
+    let mut ranks = Ranks::join(world, config.world.frozen_s, config.world.deadline_s)?;
+    let encoder = Encoder { config, method, flat, feature: question.feature };
+
+    let judged = judge(question, &encoder, [&train, &test], seed, &mut ranks)?;
+    let [n_train, n_test, n_left_out, first, any] = judged.count(&mut ranks)?;
+    if n_test == 0 {
+        return Err(nothing(&question.test));
+    }
+    let size = ranks.size();
+    ranks.leave();
     Ok(Answer {
         checkpoint: if question.random { "random" } else { "pretrained" },
         step: if question.random { 0 } else { loaded.manifest.step },
-        protocol: question.protocol,
+        protocol: question.probe.protocol(),
+        numbers: question.probe.numbers(train.len()),
         feature: question.feature,
-        top1: right as f64 / test.labels.numel() as f64,
-        n_train: train.labels.numel() as i64,
-        n_test: test.labels.numel() as i64,
+        top1: first as f64 / n_test as f64,
+        top5: matches!(question.probe, Probe::Paper(_)).then_some(any as f64 / n_test as f64),
+        n_train,
+        n_test,
+        n_left_out,
         seed,
+        ranks: size,
     })
 }
 
-/// Features [R, D] and classes [R] of a data set.
-pub struct Set {
-    pub x: Tensor,
-    pub labels: Tensor,
-}
-
-fn features(config: &Config, method: &dyn Method, flat: &Flat, url: &str, feature: Feature) -> Result<Set> {
-    let set = Arc::new(Mix::one(DataSet::open(url)?));
-    if !set.labelled()? {
-        return Err(Fault::usage(format!("{url} has no labels (.cls members); a probe wants a labelled set")));
+/// Features, classifier and guesses; collective.
+fn judge(
+    question: &Question,
+    encoder: &Encoder,
+    [train, test]: [&Arc<Mix>; 2],
+    seed: u64,
+    ranks: &mut Ranks,
+) -> Result<Judged> {
+    if let Probe::Paper(paper) = &question.probe {
+        let head = paper.fit(encoder, train, seed, ranks)?;
+        let test = Set::sweep(encoder, test, ranks, "test set")?;
+        let learned = samples::share(train, ranks) as i64;
+        return Ok(Judged { guesses: head.classes(&test.x, 5), test, learned, left_out: 0 });
     }
-    let (grid, view) = (*method.grid(), config.view.clone());
-    let source = Source {
-        set,
-        cache: None,
-        view: Arc::new(move |picture, _, _, out| view.eval(&grid, picture, out)),
-        shape: grid.pixels(),
-        limits: Limits::default(),
-        seed: config.train.seed,
-        threads: std::thread::available_parallelism().map_or(1, usize::from),
-        prefetch_bytes: 64 << 20,
-        max_bad_share: config.data.max_bad_share,
+    let own = Set::sweep(encoder, train, ranks, "training set")?;
+    let test = Set::sweep(encoder, test, ranks, "test set")?;
+    let all = own.gather(ranks, &question.train)?;
+    let guesses = match &question.probe {
+        Probe::Nearest(vote) => vote.classes(&all, &test.x),
+        _ => Linear::fit(&all, seed, ranks)?.classes(&test.x),
     };
-    let (mut x, mut labels) = (Vec::new(), Vec::new());
-    for rows in Feed::sweep(source, 256, 0, 1)? {
-        let rows = rows?;
-        let shape = [&[rows.ids.len() as i64][..], &grid.pixels()].concat();
-        let batch = Batch {
-            pixels: Tensor::f_from_data_size(&rows.pixels, &shape, Kind::Uint8)?,
-            origins: rows.ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
-            seed: config.train.seed,
-        };
-        let found = no_grad(|| method.features(&flat.leaves, &batch))?;
-        x.push(match feature {
-            Feature::Class => found.class,
-            Feature::Mean => found.mean,
-        });
-        labels.push(Tensor::from_slice(&rows.labels.unwrap_or_default()));
+    let (learned, left_out) = (own.labels.numel() as i64, own.left_out);
+    Ok(Judged { guesses: guesses.unsqueeze(1), test, learned, left_out })
+}
+
+impl Judged {
+    /// Over all ranks: samples learned from, samples judged, samples left out, and how often the first guess and any
+    /// of them was right.
+    fn count(&self, ranks: &mut Ranks) -> Result<[i64; 5]> {
+        let right = self.guesses.eq_tensor(&self.test.labels.unsqueeze(1)).to_kind(Kind::Int64); // [R, n]
+        let sum = |x: Tensor| x.sum(Kind::Int64).int64_value(&[]);
+        let counts = Tensor::from_slice(&[
+            self.learned,
+            self.test.labels.numel() as i64,
+            self.left_out + self.test.left_out,
+            sum(right.narrow(1, 0, 1)),
+            sum(right),
+        ]);
+        ranks.sum(&[&counts])?;
+        Ok(Vec::<i64>::try_from(counts)?.try_into().expect("five counts"))
     }
-    Ok(Set { x: Tensor::cat(&x, 0), labels: Tensor::cat(&labels, 0) })
 }
 
-/// The weighted vote of the 20 nearest training samples → classes int64 [R].
-pub fn nearest(train: &Set, x: &Tensor) -> Tensor {
-    let unit = |x: &Tensor| x / x.square().sum_dim_intlist(-1, true, Kind::Float).sqrt().clamp_min(1e-12);
-    let classes = train.labels.max().int64_value(&[]) + 1;
-    let near = train.labels.numel().min(20) as i64;
-    let bank = unit(&train.x).transpose(0, 1);
-    let vote = |x: &Tensor| {
-        let (likeness, at) = unit(x).matmul(&bank).topk(near, 1, true, true); // [R, 20]
-        let weight = (likeness / 0.07).exp();
-        let votes = Tensor::zeros([x.size()[0], classes], (Kind::Float, x.device()));
-        votes.scatter_add(1, &train.labels.index_select(0, &at.view(-1)).view_as(&at), &weight).argmax(1, false)
-    };
-    Tensor::cat(&x.split(1024, 0).iter().map(vote).collect::<Vec<_>>(), 0)
-}
-
-/// A linear classifier on features with mean 0 and deviation 1 over the training set (the official probe's batch
-/// normalisation without affine part): AdamW without decay, 100 passes in batches of 256, learning rate 0.01 falling
-/// along half a cosine. → classes int64 [R].
-pub fn linear(train: &Set, x: &Tensor, seed: u64) -> Result<Tensor> {
-    const PASSES: usize = 100;
-    let mean = train.x.mean_dim(0, true, Kind::Float);
-    let deviation = train.x.std_dim(0, true, true).clamp_min(1e-6);
-    let normal = |x: &Tensor| (x - &mean) / &deviation;
-    let (samples, width) = (train.x.size()[0], train.x.size()[1]);
-    let classes = train.labels.max().int64_value(&[]) + 1;
-    let features = normal(&train.x);
-    let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
-    let mut w = [zeros(&[classes, width]), zeros(&[classes])].map(|t| t.set_requires_grad(true));
-    let (first, second) = (w.each_ref().map(Tensor::zeros_like), w.each_ref().map(Tensor::zeros_like));
-    let counts = [zeros(&[]), zeros(&[])];
-    let steps = PASSES * (samples as usize).div_ceil(256);
-    let mut step = 0;
-    for pass in 0..PASSES {
-        let order: Vec<i64> = Draw::new(seed, 0, pass as u64, Purpose::Probe, 0)
-            .order(samples as usize)
-            .into_iter()
-            .map(i64::from)
-            .collect();
-        for rows in order.chunks(256) {
-            let at = Tensor::from_slice(rows);
-            let scores = features.index_select(0, &at).matmul(&w[0].transpose(0, 1)) + &w[1];
-            let loss = scores.cross_entropy_for_logits(&train.labels.index_select(0, &at));
-            w.iter_mut().for_each(|t| t.zero_grad());
-            loss.backward();
-            let lr = 0.005 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-            let gradients = w.each_ref().map(Tensor::grad);
-            let with = AdamW { lr, betas: (0.9, 0.999), weight_decay: 0.0, eps: 1e-8 };
-            adamw(&w.each_ref().map(Tensor::detach), &gradients, &first, &second, &counts, with)?;
-            step += 1;
+impl Probe {
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Probe::Nearest(vote) => vote.check(),
+            Probe::Fast => Ok(()),
+            Probe::Paper(paper) => paper.check(),
         }
     }
-    Ok(no_grad(|| (normal(x).matmul(&w[0].transpose(0, 1)) + &w[1]).argmax(1, false)))
+
+    pub fn protocol(&self) -> Protocol {
+        match self {
+            Probe::Nearest(_) => Protocol::Knn,
+            Probe::Fast | Probe::Paper(_) => Protocol::Linear,
+        }
+    }
+
+    /// What the answer says of it, on a training set of so many samples.
+    fn numbers(&self, samples: u64) -> Numbers {
+        match *self {
+            Probe::Nearest(Vote { k, temperature }) => Numbers::Nearest { k, temperature },
+            Probe::Fast => Numbers::Fast { recipe: Recipe::Fast, epochs: fast::PASSES },
+            Probe::Paper(Paper { epochs, batch, base_lr, warmup_epochs, augmentation }) => {
+                let batch = batch.min(samples);
+                Numbers::Paper { recipe: Recipe::Paper, epochs, batch, base_lr, warmup_epochs, augmentation }
+            }
+        }
+    }
 }

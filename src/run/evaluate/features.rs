@@ -1,0 +1,117 @@
+//! What a frozen encoder says of labelled samples.
+
+use super::Feature;
+use super::progress::Progress;
+use super::ranks::Ranks;
+use super::samples;
+use crate::config::Config;
+use crate::data::mix::Mix;
+use crate::fault::{Code, Fault, Result};
+use crate::feed::Rows;
+use crate::method::{Batch, Method};
+use crate::op::shuffle::Origin;
+use crate::optim::flat::Flat;
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor, no_grad};
+
+/// Samples that go through the encoder at a time.
+pub const ROWS: usize = 256;
+
+/// A checkpoint's encoder with its weights, which stay as they are.
+pub struct Encoder {
+    pub config: Config,
+    pub method: Box<dyn Method>,
+    pub flat: Flat,
+    pub feature: Feature,
+}
+
+impl Encoder {
+    /// D, known before the first sample: a rank may have none.
+    pub fn width(&self) -> Result<i64> {
+        let blank = vec![0; self.method.grid().pixels().iter().product::<i64>() as usize];
+        Ok(self.chunk(&blank, &[0])?.size()[1])
+    }
+
+    /// Features of rows, fp32 [R, D] on the CPU.
+    pub fn features(&self, rows: &Rows) -> Result<Tensor> {
+        let bytes = rows.pixels.len() / rows.ids.len().max(1);
+        let chunks = rows.ids.chunks(ROWS).zip(rows.pixels.chunks((ROWS * bytes).max(1)));
+        let parts = chunks.map(|(ids, pixels)| self.chunk(pixels, ids)).collect::<Result<Vec<_>>>()?;
+        match parts.is_empty() {
+            true => Ok(Tensor::zeros([0, self.width()?], (Kind::Float, Device::Cpu))),
+            false => Ok(Tensor::cat(&parts, 0)),
+        }
+    }
+
+    fn chunk(&self, pixels: &[u8], ids: &[u64]) -> Result<Tensor> {
+        let shape = [&[ids.len() as i64][..], &self.method.grid().pixels()].concat();
+        let batch = Batch {
+            pixels: Tensor::f_from_data_size(pixels, &shape, Kind::Uint8)?.to_device(self.flat.master.device()),
+            origins: ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
+            seed: self.config.train.seed,
+        };
+        let found = no_grad(|| self.method.features(&self.flat.leaves, &batch))?;
+        let features = match self.feature {
+            Feature::Class => found.class,
+            Feature::Mean => found.mean,
+        };
+        Ok(features.to_kind(Kind::Float).to_device(Device::Cpu))
+    }
+}
+
+/// Features [R, D], classes int64 [R], and how many samples could not be decoded.
+pub struct Set {
+    pub x: Tensor,
+    pub labels: Tensor,
+    pub left_out: i64,
+}
+
+impl Set {
+    /// This rank's share of a data set in evaluation's view; `title` is for the one who waits.
+    pub fn sweep(encoder: &Encoder, set: &Arc<Mix>, ranks: &mut Ranks, title: &'static str) -> Result<Set> {
+        let share = samples::share(set, ranks);
+        let mut progress = Progress::begin(title, share, ranks.first());
+        let mut x = vec![Tensor::zeros([0, encoder.width()?], (Kind::Float, Device::Cpu))];
+        let mut labels = vec![Tensor::zeros([0], (Kind::Int64, Device::Cpu))];
+        let grid = *encoder.method.grid();
+        for (rows, step) in samples::sweep(set, ROWS as u64, &encoder.config, grid, ranks)?.zip(1..) {
+            let rows = rows?;
+            x.push(encoder.features(&rows)?);
+            labels.push(Tensor::from_slice(&rows.labels.unwrap_or_default()));
+            ranks.beat();
+            progress.at((step * ROWS as u64).min(share), "");
+        }
+        let (x, labels) = (Tensor::cat(&x, 0), Tensor::cat(&labels, 0));
+        natural(&labels)?;
+        let left_out = share as i64 - labels.numel() as i64;
+        Ok(Set { x, labels, left_out })
+    }
+
+    /// All ranks' samples, in the order of the data set, on every rank; collective. `name` is for the fault where
+    /// nothing could be decoded.
+    pub fn gather(&self, ranks: &mut Ranks, name: &str) -> Result<Set> {
+        let (x, labels) = (ranks.gather(&self.x)?, ranks.gather(&self.labels)?);
+        if labels.numel() == 0 {
+            return Err(nothing(name));
+        }
+        Ok(Set { x, labels, left_out: self.left_out })
+    }
+}
+
+/// The fault of a set of which no sample could be decoded.
+pub fn nothing(name: &str) -> Fault {
+    Fault::new(Code::Corrupt, format!("no sample of {name} could be decoded; fetch or pack the data again"))
+}
+
+/// Classes are numbered from 0.
+fn natural(labels: &Tensor) -> Result<()> {
+    match labels.numel() {
+        0 => Ok(()),
+        _ => match labels.min().int64_value(&[]) {
+            least if least < 0 => Err(Fault::usage(format!(
+                "a sample has the label {least}; classes are numbered from 0: write its .cls anew, or pack again"
+            ))),
+            _ => Ok(()),
+        },
+    }
+}
