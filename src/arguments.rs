@@ -32,7 +32,7 @@ pub enum Verb {
     Export(ExportArguments),
     /// Rebuild report.html of one run, or compare several
     Report(ReportArguments),
-    /// Time the step of a config on made-up input
+    /// Time a config's step on made-up input, or its data: which stage limits
     Bench(BenchArguments),
     /// Say what this machine has and what it lacks
     Doctor,
@@ -236,13 +236,39 @@ pub struct ReportArguments {
     pub out: Option<PathBuf>,
 }
 
+impl BenchArguments {
+    /// Refuses what the thing timed has no use for.
+    pub fn check(&self) -> Result<()> {
+        let of_step = self.steps.is_some() || self.by_turns;
+        match self.what {
+            Benched::Data if of_step => Err(Fault::usage("bench data takes --seconds, not --steps or --by-turns")),
+            Benched::Step if self.seconds.is_some() => Err(Fault::usage("bench step takes --steps, not --seconds")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Benched {
+    Step,
+    Data,
+}
+
 #[derive(clap::Args)]
 pub struct BenchArguments {
+    /// The step on made-up input, or the config's data with nobody computing behind it
+    #[arg(value_enum, default_value = "step")]
+    pub what: Benched,
     #[command(flatten)]
     pub config: ConfigArguments,
-    #[arg(long, default_value_t = 20)]
-    pub steps: usize,
-    /// One step for every line on standard input instead
+    /// Of the step: how many to time [default: 20]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Of data: how long to measure [default: 10]
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// Of the step: one for every line on standard input instead
     #[arg(long)]
     pub by_turns: bool,
 }

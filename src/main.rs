@@ -2,12 +2,12 @@
 
 mod arguments;
 
-use arguments::{Arguments, ImportArguments, PackArguments, Verb};
+use arguments::{Arguments, Benched, ImportArguments, PackArguments, Verb};
 use clap::Parser;
 use occlude::data::pack;
 use occlude::device::{self, Requests};
 use occlude::fault::{Fault, Result};
-use occlude::run::{bench, doctor, evaluate, exchange, reconstruct, report, train};
+use occlude::run::{bench, budget, doctor, evaluate, exchange, reconstruct, report, train};
 use occlude::{bridge, config};
 use std::process::ExitCode;
 
@@ -84,9 +84,14 @@ fn run(verb: Verb) -> Result<()> {
             Ok(())
         }
         Verb::Bench(a) => {
+            a.check()?;
             let config = a.config.read()?;
             let world = device::join()?;
-            if a.by_turns { bench::by_turns(&config, &world) } else { bench::bench(&config, &world, a.steps) }
+            match a.what {
+                Benched::Data => budget::data(&config, &world, a.seconds.unwrap_or(10.0)),
+                Benched::Step if a.by_turns => bench::by_turns(&config, &world),
+                Benched::Step => bench::bench(&config, &world, a.steps.unwrap_or(20)),
+            }
         }
         Verb::Doctor => doctor::doctor(),
         Verb::Schema => {

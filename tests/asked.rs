@@ -68,7 +68,10 @@ fn sigusr2_saves_and_goes_on() -> Outcome {
     let end = job.end(60);
     assert_eq!((end.code, end.told.as_str()), (0, ""));
     let saved = run.saved();
-    assert!(saved.len() == 2 && saved[0] >= 20 && saved[1] == STEPS, "{saved:?}");
+    // The signal may reach one rank a step later than the other, and is then a second request.
+    let (last, asked) = saved.split_last().expect("a checkpoint");
+    let spread = asked.iter().max().zip(asked.iter().min()).map(|(most, least)| most - least);
+    assert!(*last == STEPS && asked[0] >= 20 && spread.is_some_and(|spread| spread <= 1), "{saved:?}");
     run.same_as(undisturbed(2))
 }
 

@@ -60,7 +60,7 @@ fn promises(url: &str) -> occlude::fault::Result<()> {
     assert!(!store.create("lock", b"theirs")?, "the second does not");
     assert_eq!(store.get("lock")?, b"mine");
     // Larger than what travels in one piece: uploaded in parts, fetched in parts.
-    let large: Vec<u8> = (0..70_000_000u32).map(|at| (at * 31 >> 7) as u8).collect();
+    let large: Vec<u8> = (0..70_000_000u32).map(|at| ((at * 31) >> 7) as u8).collect();
     store.put("large", &large)?;
     assert!(store.get("large")? == large, "a large object changed on its way");
     let inside = Store::open(&store.at("b").url())?;

@@ -120,6 +120,18 @@ impl Server {
         self.state.lock().expect("whole").objects.insert(key.to_owned(), bytes.into());
     }
 
+    /// The objects below a prefix as files of a folder.
+    pub fn download(&self, prefix: &str, folder: &Path) -> std::io::Result<()> {
+        for (key, bytes) in &self.state.lock().expect("whole").objects {
+            if let Some(name) = key.strip_prefix(&format!("{prefix}/")) {
+                let path = folder.join(name);
+                std::fs::create_dir_all(path.parent().expect("a folder"))?;
+                std::fs::write(path, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
     pub fn keys(&self) -> Vec<String> {
         self.state.lock().expect("whole").objects.keys().cloned().collect()
     }
@@ -143,6 +155,17 @@ impl Server {
 
     pub fn most_under_way(&self) -> u64 {
         self.state.lock().expect("whole").under_way.1
+    }
+}
+
+/// A process that serves the files of a folder as `b/shards/…` and says on which port, until it is killed.
+pub fn case() -> i32 {
+    let server = Server::start();
+    let folder = std::env::var_os("OCCLUDE_FOLDER").expect("a folder");
+    server.upload(Path::new(&folder), "b/shards").expect("files");
+    println!("{}", server.port);
+    loop {
+        std::thread::park();
     }
 }
 

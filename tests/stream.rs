@@ -240,7 +240,7 @@ fn a_lost_answer_to_a_write_is_settled() -> Outcome {
 
 fn large_objects_travel_in_parts() -> Outcome {
     let server = Server::start();
-    let bytes: Vec<u8> = (0..40_000_000u32).map(|at| (at * 31 >> 7) as u8).collect();
+    let bytes: Vec<u8> = (0..40_000_000u32).map(|at| ((at * 31) >> 7) as u8).collect();
     server.put("b/large", bytes.clone());
     let store = Store::open_patiently(&server.http("b"), PATIENCE)?;
     server.faults(|faults| faults.fail_every = 3);

@@ -22,6 +22,7 @@ mod feed;
 mod server;
 mod stream;
 mod cloud;
+mod far;
 mod mae;
 mod optim;
 mod config;
@@ -70,6 +71,7 @@ fn main() {
     trials.extend(feed::trials());
     trials.extend(stream::trials());
     trials.extend(cloud::trials());
+    trials.extend(far::trials());
     trials.extend(mae::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());

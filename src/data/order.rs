@@ -14,6 +14,9 @@ use std::sync::Mutex;
 /// Positions that are shared out among the sources at a time.
 const BLOCK: u64 = 4096;
 
+/// Of each position of a block its source, and how many of that source's positions lie before it in the block.
+type Block = Vec<(u32, u32)>;
+
 /// The order of one data set, or of a mixture, under one seed.
 #[derive(Debug)]
 pub struct Order {
@@ -23,9 +26,8 @@ pub struct Order {
     seed: u64,
     /// The part of each source and of those before it; the last is 1.
     shares: Vec<f64>,
-    /// The block last worked out: its number, and of each position the source and how many of that source's positions
-    /// lie before it in the block. It changes the speed of an answer, never the answer.
-    block: Mutex<Option<(u64, Vec<(u32, u32)>)>>,
+    /// The block last worked out, and its number. It changes the speed of an answer, never the answer.
+    block: Mutex<Option<(u64, Block)>>,
 }
 
 impl Order {
@@ -80,7 +82,7 @@ impl Order {
         until(self.shares[source]) - if source == 0 { 0 } else { until(self.shares[source - 1]) }
     }
 
-    fn share_out(&self, block: u64) -> Vec<(u32, u32)> {
+    fn share_out(&self, block: u64) -> Block {
         let mut slots = Vec::with_capacity(BLOCK as usize);
         for source in 0..self.sources.len() {
             let count = self.before(source, block + 1) - self.before(source, block);

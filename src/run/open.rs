@@ -3,6 +3,7 @@
 use super::checkpoint::{self, Loaded, Which};
 use super::lease::{Lease, TIME_TO_LIVE};
 use super::log::Log;
+use super::spool::{self, Spool};
 use super::state;
 use super::step::Stepper;
 use crate::config::{self, Config};
@@ -62,6 +63,8 @@ pub struct Opened {
     pub deadline: Duration,
     /// Rank 0 only.
     pub log: Option<Log>,
+    /// Rank 0 of a run in an object store.
+    pub spool: Option<Spool>,
     /// Rank 0 only.
     pub lease: Option<Lease>,
     pub beat: Beat,
@@ -84,21 +87,18 @@ impl Opened {
 
 pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>) -> Result<Opened> {
     shares(config, world.size())?;
-    let away = Duration::from_secs_f64(config.data.patience_s);
-    let set = Mix::open(&config.data.train.list(), away)?;
-    // One window gives way to the next; some room for replacements.
-    set.sets().iter().for_each(|set| set.hold(2 * config.data.open_shards + 8));
-    let set = Arc::new(set);
+    let set = training_set(config)?;
     agree(config, &set, world.as_ref())?;
     let deadline = Duration::from_secs_f64(config.world.deadline_s);
     let patience = Duration::from_secs_f64(config.world.frozen_s);
     let patience = Patience { silence: patience, ..Patience::default() }.with(Phase::Compute, deadline);
+    let away = Duration::from_secs_f64(config.data.patience_s);
     let patience = patience.with(Phase::Data, away + Duration::from_secs(600));
     let pulse = Pulse::start(world, patience)?;
     let beat = pulse.beat();
 
     let store = Store::open(run)?;
-    let folder = store.local().ok_or_else(|| Fault::usage(format!("{run} is no local folder")))?;
+    let folder = spool::folder(&store);
     let steps = config.steps(set.len());
     let mut stepper = stepper(config, world, deadline)?;
     let mut channel = world.channel("opening")?;
@@ -113,6 +113,7 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
     if first >= steps && world.rank() == 0 {
         tracing::info!("{run} has done its {steps} steps already; nothing is left to train");
     }
+    let spool = if world.rank() == 0 { Spool::open(&store, first)? } else { None };
     let log = match world.rank() {
         0 => Some(begin_log(config, &folder, first, steps)?),
         _ => None,
@@ -129,10 +130,19 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
         steps,
         deadline,
         log,
+        spool,
         lease,
         beat,
         pulse: Some(pulse),
     })
+}
+
+/// What the config trains on.
+pub(super) fn training_set(config: &Config) -> Result<Arc<Mix>> {
+    let set = Mix::open(&config.data.train.list(), Duration::from_secs_f64(config.data.patience_s))?;
+    // One window gives way to the next; some room for replacements.
+    set.sets().iter().for_each(|set| set.hold(2 * config.data.open_shards + 8));
+    Ok(Arc::new(set))
 }
 
 /// A batch that the ranks can share.
@@ -167,6 +177,10 @@ fn stepper(config: &Config, world: &Arc<dyn World>, deadline: Duration) -> Resul
 
 /// The run can be written, and a checkpoint fits: told now, not after the first hour.
 fn writable(store: &Store, folder: &Path, needed: u64) -> Result<()> {
+    if store.local().is_none() {
+        store.put(".probe", b"probe")?;
+        return store.delete(".probe");
+    }
     std::fs::create_dir_all(folder).map_err(|error| {
         Fault::usage(format!("{}: {error}; give --run a folder that can be written", folder.display()))
     })?;
@@ -253,7 +267,8 @@ fn begin_log(config: &Config, folder: &Path, first: u64, steps: u64) -> Result<L
     Log::resume(folder, first, steps, config.log.every_s)
 }
 
-fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Grid) -> Result<Source> {
+/// The conveyor's end of the config.
+pub(super) fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Grid) -> Result<Source> {
     let (view, seed) = (config.view.clone(), config.train.seed);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cache = config.data.cache.as_ref();

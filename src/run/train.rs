@@ -71,6 +71,9 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
                 log.sync()?;
             }
             saver.save(state::snapshot(&run.stepper, done, config, world.size()))?;
+            if let Some(spool) = &mut run.spool {
+                spool.send()?;
+            }
         }
         let pictures = config.log.pictures_every_steps;
         if let (Some(log), true) = (&mut run.log, pictures > 0 && (done % pictures == 0 || last)) {
@@ -79,19 +82,25 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         }
         if request.stop && !last {
             run.beat(done, Phase::Save);
-            finish(saver, asked.as_mut())?;
+            finish(saver, &mut run, asked.as_mut())?;
             run.close();
             return Err(Fault::new(Code::Stopped, format!("saved after step {done} and stopped, as requested")));
         }
     }
     run.beat(run.steps, Phase::Save);
-    finish(saver, asked.as_mut())?;
+    finish(saver, &mut run, asked.as_mut())?;
     run.close();
     Ok(())
 }
 
-/// Waits until the last checkpoint is whole, on every rank.
-fn finish(saver: Option<Saver>, channel: &mut dyn crate::device::Channel) -> Result<()> {
+/// Waits until the last checkpoint is whole, and the log with it, on every rank.
+fn finish(saver: Option<Saver>, run: &mut Opened, channel: &mut dyn crate::device::Channel) -> Result<()> {
+    if let Some(log) = &mut run.log {
+        log.sync()?;
+    }
+    if let Some(spool) = run.spool.take() {
+        spool.finish()?;
+    }
     if let Some(saver) = saver {
         saver.finish()?;
     }
