@@ -36,6 +36,7 @@ pub fn case(name: &str) -> i32 {
             println!("opened {}, runtime {}", bridge::open_cuda(), tch::utils::version_cudart());
             0
         }
+        "million" => crate::shard::million(),
         "server" => crate::server::case(),
         cloud if cloud.starts_with("cloud-") => crate::cloud::case(cloud),
         other => crate::device::case(other),

@@ -1,7 +1,7 @@
 //! Shards: what we write others read, what others write we read, what is damaged is refused.
 
 use crate::support::{Outcome, oracle};
-use occlude::data::index::Index;
+use occlude::data::index::{Index, Member};
 use occlude::data::pack::{Options, Packed, pack};
 use occlude::data::set::DataSet;
 use occlude::data::shard::{Found, IMAGE, Shard};
@@ -25,6 +25,7 @@ crate::trials![
     an_output_in_use_is_refused,
     a_missing_data_set_is_told_with_a_remedy,
     the_test_part_is_a_share_and_no_more,
+    a_million_samples_open_in_little_memory,
 ];
 
 /// A folder of `classes` × `each` PNGs of 12 × 10 pixels, every one different.
@@ -369,5 +370,52 @@ fn the_test_part_is_a_share_and_no_more() -> Outcome {
     let keys = |set: &DataSet| (0..set.len()).map(|index| set.key(index)).collect::<Result<BTreeSet<_>, _>>();
     assert!(keys(&train)?.is_disjoint(&keys(&test)?));
     assert_ne!(train.digest(), test.digest());
+    Ok(())
+}
+
+/// Kilobytes of this process that are in memory.
+fn resident() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").expect("a status");
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("a line");
+    line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).expect("a number")
+}
+
+/// In a process of its own, since others' memory would count: 100 shards of 10,000 samples, opened, and a sample of each
+/// shard looked at.
+pub fn million() -> i32 {
+    let folder = tempfile::tempdir().expect("a folder");
+    for number in 0..100 {
+        let members = |sample: u64| {
+            [("cls", 0), ("jpg", 1024)].map(|(extension, after)| Member {
+                name: format!("n{number:08}_{sample:06}.{extension}"),
+                offset: sample * 120_000 + 512 + after,
+                length: 100,
+                digest: Some([7; 16]),
+            })
+        };
+        let index = Index::new(1_200_000_000, &(0..10_000).flat_map(members).collect::<Vec<_>>()).expect("an index");
+        let tar = folder.path().join(format!("set-{number:06}.tar"));
+        fs::File::create(&tar).expect("a tar").set_len(1_200_000_000).expect("a hole");
+        fs::write(index_of(&tar), index.bytes()).expect("an index");
+    }
+    let (before, began) = (resident(), std::time::Instant::now());
+    let set = DataSet::open(&text(folder.path())).expect("a set");
+    let opened = began.elapsed();
+    assert_eq!(set.len(), 1_000_000);
+    let first = resident() - before;
+    set.hold(40);
+    for shard in 0..100 {
+        assert_eq!(set.key(shard * 10_000 + 17).expect("a key"), format!("n{shard:08}_000017"));
+    }
+    let all = resident() - before;
+    println!("opened in {} ms, {first} kB; {all} kB with 40 shards open", opened.as_millis());
+    i32::from(first > 20_000 || all > 100_000)
+}
+
+fn a_million_samples_open_in_little_memory() -> Outcome {
+    let output = std::process::Command::new(std::env::current_exe()?).env("OCCLUDE_CASE", "million").output()?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    println!("{text}");
+    assert!(output.status.success(), "{text}");
     Ok(())
 }

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tch::{Device, Kind, Tensor};
 use tokio::sync::Semaphore;
 
 /// A sample's view: (picture, id, epoch) → [C, T, Y, X], 8 bits, into the last argument.
@@ -71,6 +72,20 @@ pub struct Rows {
     pub pixels: BytesMut,
     /// How long the caller waited for it.
     pub waited: Duration,
+}
+
+impl Rows {
+    /// Pixels of some of the rows as a tensor [rows, C, T, Y, X] on a device. To a GPU they go through pinned memory,
+    /// which libtorch keeps for the next time, and without waiting for the copy.
+    pub fn to_device(&self, rows: Range<usize>, shape: [i64; 4], device: Device) -> Result<Tensor> {
+        let row = shape.iter().product::<i64>() as usize;
+        let shape = [&[(rows.end - rows.start) as i64][..], &shape].concat();
+        let pixels = Tensor::f_from_data_size(&self.pixels[rows.start * row..rows.end * row], &shape, Kind::Uint8)?;
+        match device.is_cuda() {
+            true => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, Kind::Uint8, true, false)?),
+            false => Ok(pixels),
+        }
+    }
 }
 
 /// Threads that prepare steps.

@@ -9,7 +9,6 @@ use crate::feed::{Feed, Stage, process_seconds};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tch::{Kind, Tensor};
 
 /// Steps before the clock starts: threads, connections and buffers are there then.
 const WARM: u64 = 5;
@@ -54,8 +53,7 @@ fn measure(mut feed: Feed, shape: [i64; 4], world: &Arc<dyn World>, seconds: f64
         let rows = next(&mut feed)?;
         waited += rows.waited;
         let copying = Instant::now();
-        let shape = [&[rows.ids.len() as i64][..], &shape].concat();
-        let _batch = Tensor::f_from_data_size(&rows.pixels, &shape, Kind::Uint8)?.to_device(world.device());
+        rows.to_device(0..rows.ids.len(), shape, world.device())?;
         copy += copying.elapsed();
     }
     let after = seen(&feed);

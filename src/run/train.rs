@@ -14,7 +14,7 @@ use crate::method::Batch;
 use crate::op::shuffle::Origin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// What the command line says beyond the config.
 pub struct Order {
@@ -120,15 +120,12 @@ fn agree(channel: &mut dyn crate::device::Channel, requests: &Requests, deadline
 fn micro_batches(config: &Config, rows: &Rows, world: &Arc<dyn World>, run: &Opened) -> Result<Vec<Batch>> {
     let own = order::rows(config.train.global_batch, world.rank(), world.size());
     let most = config.train.micro_batch.unwrap_or(own.end - own.start).max(1) as usize;
-    let row = run.source.row_bytes();
     let mut batches = Vec::new();
     for first in (0..rows.ids.len()).step_by(most) {
         let end = (first + most).min(rows.ids.len());
-        let shape = [&[(end - first) as i64][..], &run.source.shape].concat();
-        let pixels = Tensor::f_from_data_size(&rows.pixels[first * row..end * row], &shape, Kind::Uint8)?;
         let origin = |i: usize| Origin { id: rows.ids[i], epoch: rows.epochs[i], repeat: 0 };
         batches.push(Batch {
-            pixels: pixels.to_device(world.device()),
+            pixels: rows.to_device(first..end, run.source.shape, world.device())?,
             origins: (first..end).map(origin).collect(),
             seed: config.train.seed,
         });
