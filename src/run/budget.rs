@@ -53,7 +53,7 @@ fn measure(mut feed: Feed, shape: [i64; 4], world: &Arc<dyn World>, seconds: f64
         let rows = next(&mut feed)?;
         waited += rows.waited;
         let copying = Instant::now();
-        rows.to_device(0..rows.ids.len(), shape, world.device())?;
+        drop(rows.to_device(0..rows.ids.len(), shape, world.device())?);
         copy += copying.elapsed();
     }
     let after = seen(&feed);
