@@ -15,6 +15,7 @@ crate::trials![
     slurm_renders_ranks_threads_and_hosts,
     slurm_saves_requeues_and_resumes,
     slurm_starts_ranks_on_every_host_and_requeues_no_failure,
+    the_operators_hosts_get_the_contract_through_ssh,
     the_manifests_and_the_dockerfile_hold_together,
     a_manifest_that_cannot_be_right_is_refused,
     a_bundle_is_the_same_when_made_twice_and_trains_where_torch_is,
@@ -64,34 +65,33 @@ fn a_dry_run_prints_the_command_and_starts_nothing() -> Outcome {
     Ok(())
 }
 
-/// Hosts of SLURM that are all this one. mpirun finds them in the allocation and asks srun for a daemon on each; this
-/// srun starts them, and keeps their folders apart. scontrol writes down what it is asked.
+/// Two hosts of SLURM that are both this one. mpirun finds them in the allocation and asks srun for a daemon on each; this
+/// srun starts them, keeps their folders apart and gives each its host's name, by which MPI tells hosts apart. scontrol
+/// writes down what it is asked.
 struct Cluster {
     place: tempfile::TempDir,
-    hosts: usize,
 }
 
 impl Cluster {
-    fn new(hosts: usize) -> Cluster {
+    fn new() -> Cluster {
         let place = tempfile::tempdir().expect("a folder");
         let at = place.path().display();
         let srun = "#!/bin/bash
             if [ \"$1\" = --version ]; then echo slurm 23.11.4; exit; fi
             echo \"$SRUN_CPUS_PER_TASK $*\" >> HERE/srun.log
             while [[ \"$1\" == --* ]]; do shift; done
-            for ((id = 0; id < SLURM_NNODES; id++)); do
+            for id in 0 1; do
               mkdir -p HERE/host-$id
-              TMPDIR=HERE/host-$id SLURM_NODEID=$id SLURM_PROCID=$id \"$@\" &
+              TMPDIR=HERE/host-$id SLURM_NODEID=$id SLURM_PROCID=$id SLURMD_NODENAME=node$((id + 1)) \"$@\" &
             done
             wait";
         script(&place.path().join("srun"), &srun.replace("HERE", &at.to_string()));
         script(&place.path().join("scontrol"), &format!("#!/bin/sh\necho \"$*\" >> {at}/scontrol.log\n"));
-        Cluster { place, hosts }
+        Cluster { place }
     }
-    /// The batch file as SLURM starts it, in an allocation of two tasks a host.
+    /// The batch file as SLURM starts it, in an allocation of two hosts of two tasks each.
     fn batch(&self, program: &Path) -> Command {
         let path = std::env::var("PATH").expect("a PATH");
-        let (hosts, list) = (self.hosts.to_string(), format!("node[1-{}]", self.hosts));
         let mut command = Command::new("bash");
         command
             .arg(root().join("launch/slurm.sbatch"))
@@ -99,9 +99,9 @@ impl Cluster {
             .env("OCCLUDE_PROGRAM", program)
             .env("SLURM_SUBMIT_DIR", root())
             .envs([("SLURM_JOB_ID", "7"), ("SLURM_JOBID", "7")])
-            .envs([("SLURM_NNODES", &hosts), ("SLURM_JOB_NUM_NODES", &hosts)])
-            .envs([("SLURM_NODELIST", &list), ("SLURM_JOB_NODELIST", &list)])
-            .envs(["SLURM_TASKS_PER_NODE", "SLURM_JOB_CPUS_PER_NODE"].map(|name| (name, format!("2(x{hosts})"))))
+            .envs([("SLURM_NNODES", "2"), ("SLURM_JOB_NUM_NODES", "2")])
+            .envs(["SLURM_NODELIST", "SLURM_JOB_NODELIST"].map(|name| (name, "node[1-2]")))
+            .envs(["SLURM_TASKS_PER_NODE", "SLURM_JOB_CPUS_PER_NODE"].map(|name| (name, "2(x2)")))
             .envs([("SLURM_NTASKS_PER_NODE", "2"), ("SLURM_CPUS_PER_TASK", "1")])
             .env_remove("OMP_NUM_THREADS");
         command
@@ -112,7 +112,7 @@ impl Cluster {
 }
 
 fn slurm_renders_ranks_threads_and_hosts() -> Outcome {
-    let cluster = Cluster::new(2);
+    let cluster = Cluster::new();
     let mut batch = cluster.batch(Path::new(program()));
     let output = batch.args(["--dry-run", "--config", "a b.json"]).env("SLURM_CPUS_PER_TASK", "16").output()?;
     assert!(output.status.success(), "{}", told(&output));
@@ -125,7 +125,7 @@ fn slurm_renders_ranks_threads_and_hosts() -> Outcome {
 }
 
 fn slurm_saves_requeues_and_resumes() -> Outcome {
-    let cluster = Cluster::new(1);
+    let cluster = Cluster::new();
     let run = Run::tiny();
     let words = run.words(&[]);
     let batch = || {
@@ -140,7 +140,7 @@ fn slurm_saves_requeues_and_resumes() -> Outcome {
     assert_eq!(end.code, 75, "{}", end.told);
     assert_eq!(cluster.read("scontrol.log"), "requeue 7\n");
     let asked = cluster.read("srun.log");
-    assert!(asked.starts_with("2 ") && asked.contains("--ntasks=1 prted"), "{asked}");
+    assert!(asked.starts_with("2 ") && asked.contains("--ntasks=2 prted"), "{asked}");
     let end = batch().end(60);
     assert_eq!(end.code, 0, "{}", end.told);
     let steps: Vec<u64> = run.lines().iter().map(|line| line.step).collect();
@@ -150,7 +150,7 @@ fn slurm_saves_requeues_and_resumes() -> Outcome {
 }
 
 fn slurm_starts_ranks_on_every_host_and_requeues_no_failure() -> Outcome {
-    let cluster = Cluster::new(2);
+    let cluster = Cluster::new();
     let rank = cluster.place.path().join("rank");
     let line = "echo $SLURM_NODEID $OMPI_COMM_WORLD_LOCAL_RANK $OMPI_COMM_WORLD_SIZE $OMP_NUM_THREADS";
     script(&rank, &format!("#!/bin/sh\n{line} >> {}/ranks\nsleep 1\nexit 65\n", cluster.place.path().display()));
@@ -160,6 +160,30 @@ fn slurm_starts_ranks_on_every_host_and_requeues_no_failure() -> Outcome {
     let ranks: BTreeSet<&str> = ranks.lines().collect();
     assert_eq!(ranks, BTreeSet::from(["0 0 4 1", "0 1 4 1", "1 0 4 1", "1 1 4 1"]), "host, place, size, threads");
     assert_eq!(cluster.read("scontrol.log"), "");
+    Ok(())
+}
+
+/// mpirun reaches the operator's workers through ssh, whose sessions start with a clean environment.
+fn the_operators_hosts_get_the_contract_through_ssh() -> Outcome {
+    let place = tempfile::tempdir()?;
+    let at = |name: &str| place.path().join(name).to_str().expect("UTF-8").to_owned();
+    std::fs::write(at("hostfile"), "run-worker-0.run.space.svc slots=2\nrun-worker-1.run.space.svc slots=2\n")?;
+    let ssh = "#!/bin/bash
+        while [[ \"$1\" == -* ]]; do shift; done
+        host=$1; shift; mkdir -p HERE/$host
+        exec env -i HOME=/ PATH=/usr/bin:/bin TMPDIR=HERE/$host HOST=$host sh -c \"$*\"";
+    script(&place.path().join("ssh"), &ssh.replace("HERE", &at("")));
+    let output = Command::new(root().join("launch/mpirun"))
+        .args(["--prtemca", "plm_ssh_agent", &at("ssh"), "--hostfile", &at("hostfile"), "--map-by", "ppr:2:node", "--"])
+        .args(["sh", "-c", "echo $HOST $OMPI_COMM_WORLD_LOCAL_RANK $OMP_NUM_THREADS $AWS_REGION"])
+        .envs([("OMP_NUM_THREADS", "16"), ("AWS_REGION", "mars")])
+        .output()?;
+    assert!(output.status.success(), "{}", told(&output));
+    let text = String::from_utf8(output.stdout)?;
+    let mut ranks: Vec<&str> = text.lines().collect();
+    ranks.sort_unstable();
+    let want = |worker: u32, rank: u32| format!("run-worker-{worker}.run.space.svc {rank} 16 mars");
+    assert_eq!(ranks, [want(0, 0), want(0, 1), want(1, 0), want(1, 1)]);
     Ok(())
 }
 
