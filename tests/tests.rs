@@ -8,6 +8,7 @@ mod rng;
 mod bridge;
 mod device;
 mod launch;
+mod launchers;
 mod op;
 mod store;
 mod shard;
@@ -58,6 +59,7 @@ fn main() {
     trials.extend(bridge::trials());
     trials.extend(device::trials());
     trials.extend(launch::trials());
+    trials.extend(launchers::trials());
     trials.extend(op::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());
