@@ -22,6 +22,8 @@ mod feed;
 mod server;
 mod stream;
 mod cloud;
+mod pack;
+mod inspect;
 mod mae;
 mod optim;
 mod config;
@@ -70,6 +72,8 @@ fn main() {
     trials.extend(feed::trials());
     trials.extend(stream::trials());
     trials.extend(cloud::trials());
+    trials.extend(pack::trials());
+    trials.extend(inspect::trials());
     trials.extend(mae::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());
