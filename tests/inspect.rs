@@ -122,6 +122,8 @@ fn a_cut_or_missing_shard_is_named() -> Outcome {
     let (code, told, said) = inspect(folder.path(), &[&text(&out)])?;
     assert_eq!((code, &told["verdict"]), (Some(65), &json!("damaged")), "{said}");
     assert!(told["damaged"][0].as_str().is_some_and(|name| name.contains("small-000003.tar")), "{told}");
+    let (code, told, said) = inspect(folder.path(), &[&text(&tar)])?;
+    assert_eq!((code, &told["damaged_count"]), (Some(65), &json!(1)), "{said}");
     fs::remove_file(&tar)?;
     let (code, told, _) = inspect(folder.path(), &[&text(&out)])?;
     assert_eq!(code, Some(65));

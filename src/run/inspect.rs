@@ -116,17 +116,24 @@ fn unopened(url: &str, fault: Fault) -> Result<Report> {
     if !matches!(fault.code, Code::Usage | Code::Corrupt) {
         return Err(fault);
     }
-    let store = Store::open(url)?;
+    // Shards that a pattern names are not looked for one by one; the fault names the first that is wrong.
+    let (folder, one) = match url.rsplit_once('/') {
+        _ if !url.ends_with(".tar") => (url, None),
+        Some((folder, file)) => (folder, Some(file)),
+        None => (".", Some(url)),
+    };
+    let store = Store::open(folder)?;
     let there = if store.lists() && !url.contains('{') { store.list("")? } else { Vec::new() };
     let has = |file: &str| there.binary_search_by(|(name, _)| name.as_str().cmp(file)).is_ok();
-    let tars = there.iter().filter(|(file, _)| file.ends_with(".tar") && !file.contains('/'));
+    let asked = |file: &str| one.is_none_or(|one| one == file) && file.ends_with(".tar") && !file.contains('/');
+    let tars = there.iter().filter(|(file, _)| asked(file));
     let find = |(file, bytes): &(String, u64)| {
         let found = Found::find(&store, file, *bytes, has(&Found::index_of(file)));
         found.and_then(|found| found.open().map(drop)).err().map(|fault| fault.message)
     };
     let mut damaged: Vec<String> = tars.filter_map(find).collect();
     // All tars are whole, but they are not those that the manifest lists.
-    if damaged.is_empty() && (fault.code == Code::Corrupt || has(Manifest::FILE)) {
+    if damaged.is_empty() && (fault.code == Code::Corrupt || one.is_none() && has(Manifest::FILE)) {
         damaged.push(fault.message.clone());
     }
     if damaged.is_empty() {

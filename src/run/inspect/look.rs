@@ -9,6 +9,7 @@ use crate::data::store;
 use crate::fault::{Code, Fault, Result};
 use bytes::Bytes;
 use indicatif::ProgressBar;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -114,19 +115,27 @@ fn sample(piece: &Piece, row: usize, bytes: &[u8], tally: &mut Tally) {
     for member in shard.index().sample(row) {
         let name = || format!("{} in {}", member.name, shard.name());
         let (from, to) = (member.offset - piece.bytes.start, member.end() - piece.bytes.start);
-        let member_bytes = &bytes[from as usize..to as usize];
+        let mut member_bytes = Cow::Borrowed(&bytes[from as usize..to as usize]);
         let extension = member.split().1.to_ascii_lowercase();
         tally.member(&extension, member.digest.is_some());
-        if shard.whole(&member, member_bytes).is_err() {
-            tally.damaged(name());
-        } else if extension == "cls" {
-            match shard.class(row, member_bytes) {
+        if shard.whole(&member, &member_bytes).is_err() {
+            // It may have happened on the way here.
+            match shard.read(row, &[&extension]) {
+                Ok(again) => member_bytes = again.into(),
+                Err(_) => {
+                    tally.damaged(name());
+                    continue;
+                }
+            }
+        }
+        if extension == "cls" {
+            match shard.class(row, &member_bytes) {
                 Ok(class) => tally.class(class),
                 Err(fault) => tally.unreadable(fault.message),
             }
         } else if IMAGE.contains(&extension.as_str()) && !pictured {
             pictured = true;
-            match probe(member_bytes, &Limits::default()) {
+            match probe(&member_bytes, &Limits::default()) {
                 Ok(size) => tally.picture(size, member_bytes.len() as u64),
                 Err(fault) => tally.unreadable(format!("{}: {}", name(), fault.message)),
             }
