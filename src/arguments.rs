@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use occlude::config::Config;
+use occlude::data::pack;
 use occlude::fault::{Fault, Result};
 use occlude::run::evaluate::{self, Probe, Protocol, Question, Recipe};
 use occlude::run::evaluate::{nearest::Vote, paper::Paper, samples::Augmentation};
@@ -18,8 +19,10 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 pub enum Verb {
-    /// Write a folder of images as shards that training reads
+    /// Write pictures as shards that training reads
     Pack(PackArguments),
+    /// Look at shards: counts, classes, sizes, whether they are whole; the last line is one JSON object
+    Inspect(InspectArguments),
     /// Train a model; under mpirun, on all of its ranks
     Train(TrainArguments),
     /// Judge a checkpoint's frozen encoder on labelled shards, alone or under mpirun; the last line is one JSON object
@@ -73,18 +76,79 @@ pub struct TrainArguments {
 
 #[derive(clap::Args)]
 pub struct PackArguments {
-    /// A folder of images; its sub-folders are classes
-    pub source: PathBuf,
-    /// Where the shards go
-    pub url: PathBuf,
+    /// A folder of images, whose sub-folders are classes, or a .csv, .tsv, .jsonl or .parquet file with the columns
+    /// path, label, caption; a path or a URL
+    pub source: String,
+    /// The folder for the shards, a path or a URL
+    pub url: String,
     /// The data set's name, part of every sample's identity; the output folder's name when left out
     #[arg(long)]
     pub name: Option<String>,
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
     pub samples_per_shard: u64,
+    /// Close a shard before it passes this many MiB
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub shard_mb: u64,
     /// Put this share of the samples into test/ and the others into train/
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     pub test_share: f64,
+    /// Bring the shorter side of larger images down to this many pixels
+    #[arg(long, value_name = "PIXELS")]
+    pub resize: Option<u32>,
+    /// Decode all images and encode them in this format; without this and --resize bytes stay as they are
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub encode: Option<Format>,
+    /// Quality of JPEGs that are encoded, 1 to 100 [default: 90]
+    #[arg(long)]
+    pub quality: Option<u8>,
+    /// Threads that read and encode; 0: one for each core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// The formats of `pack --encode`.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Format {
+    Jpeg,
+    Png,
+    Webp,
+}
+
+impl PackArguments {
+    /// What `pack` is told beside source and destination.
+    pub fn options(&self) -> pack::Options {
+        let encode = |format| match format {
+            Format::Jpeg => pack::Encode::Jpeg,
+            Format::Png => pack::Encode::Png,
+            Format::Webp => pack::Encode::Webp,
+        };
+        pack::Options {
+            name: self.name.clone(),
+            samples_per_shard: self.samples_per_shard,
+            shard_bytes: self.shard_mb.saturating_mul(1 << 20),
+            test_share: self.test_share,
+            resize: self.resize,
+            encode: self.encode.map(encode),
+            quality: self.quality,
+            threads: self.threads,
+            ..Default::default()
+        }
+    }
+}
+
+#[derive(clap::Args)]
+pub struct InspectArguments {
+    /// Shards, as `data.train` names them: a folder, one tar, or name-{000000..000009}.tar; a path or a URL
+    pub url: String,
+    /// Write an index, with digests, beside each tar that has none
+    #[arg(long)]
+    pub index: bool,
+    /// The contact sheet to write; NAME-sheet.png in this folder when left out
+    #[arg(long, value_name = "FILE.png")]
+    pub sheet: Option<PathBuf>,
+    /// Look at this many samples only, spread evenly
+    #[arg(long, value_name = "N")]
+    pub sample: Option<u64>,
 }
 
 #[derive(clap::Args)]

@@ -2,12 +2,12 @@
 
 mod arguments;
 
-use arguments::{Arguments, Benched, ImportArguments, PackArguments, Verb};
+use arguments::{Arguments, Benched, ImportArguments, InspectArguments, Verb};
 use clap::Parser;
 use occlude::data::pack;
 use occlude::device::{self, Requests};
 use occlude::fault::{Fault, Result};
-use occlude::run::{bench, budget, doctor, evaluate, exchange, reconstruct, report, train};
+use occlude::run::{bench, budget, doctor, evaluate, exchange, inspect, reconstruct, report, train};
 use occlude::{bridge, config};
 use std::process::ExitCode;
 
@@ -42,13 +42,20 @@ fn run(verb: Verb) -> Result<()> {
             })
         }
         Verb::Pack(a) => {
-            let PackArguments { source, url, name, samples_per_shard, test_share } = a;
-            let options = pack::Options { name, samples_per_shard, test_share, ..Default::default() };
-            let packed = pack::pack(&source, &url, &options)?;
-            for (folder, set) in &packed.sets {
-                println!("{}: {} samples in {} shards", folder.display(), set.samples, set.shards.len());
+            let packed = pack::pack(&a.source, &a.url, &a.options())?;
+            for (place, set) in &packed.sets {
+                println!("{place}: {} samples in {} shards", set.samples, set.shards.len());
             }
+            let told = [(packed.bad.len(), "pictures were left out"), (packed.kept, "shards stood there already")];
+            told.iter().filter(|(count, _)| *count > 0).for_each(|(count, what)| println!("{count} {what}"));
             Ok(())
+        }
+        Verb::Inspect(a) => {
+            let InspectArguments { url, index, sheet, sample } = a;
+            let found = inspect::inspect(&inspect::Question { url, index, sheet, sample })?;
+            println!("{}", found.summary());
+            println!("{}", serde_json::to_string(&found).expect("a report is JSON"));
+            found.verdict()
         }
         Verb::Evaluate(a) => {
             let question = a.question();

@@ -44,7 +44,11 @@ pub fn pictures(folder: &Path, classes: usize, each: usize) -> Result<(), libtes
 
 /// The pictures packed into `out`, `per_shard` samples a shard.
 pub fn packed(source: &Path, out: &Path, per_shard: u64) -> Result<Packed, libtest_mimic::Failed> {
-    Ok(pack(source, out, &Options { name: Some("small".into()), samples_per_shard: per_shard, ..Options::default() })?)
+    Ok(pack(
+        &text(source),
+        &text(out),
+        &Options { name: Some("small".into()), samples_per_shard: per_shard, ..Options::default() },
+    )?)
 }
 
 /// One tar on this disk.
@@ -57,7 +61,7 @@ fn index_of(tar: &Path) -> PathBuf {
     Found::index_of(&text(tar)).into()
 }
 
-fn text(path: &Path) -> String {
+pub fn text(path: &Path) -> String {
     path.to_str().expect("UTF-8").to_owned()
 }
 
@@ -306,10 +310,11 @@ fn packing_leaves_out_what_is_unreadable() -> Outcome {
     fs::write(&bad, &fs::read(&bad)?[..50])?;
     let packed_set = packed(&source, &folder.path().join("out"), 1000)?;
     assert_eq!(packed_set.sets[0].1.samples, 119);
-    assert_eq!(packed_set.bad.iter().map(|(path, _)| path.clone()).collect::<Vec<_>>(), [bad]);
+    assert_eq!(packed_set.bad.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), [text(&bad)]);
     fs::write(source.join("class.0/p.001.png"), b"no picture")?;
     let options = Options { name: Some("small".into()), ..Options::default() };
-    let fault = pack(&source, &folder.path().join("more"), &options).expect_err("2 of 120 is more than 1 %");
+    let fault =
+        pack(&text(&source), &text(&folder.path().join("more")), &options).expect_err("2 of 120 is more than 1 %");
     assert_eq!(fault.code, Code::Corrupt);
     assert!(fault.message.contains("p.001.png") && fault.message.contains("p.007.png"), "{fault}");
     assert!(
@@ -323,12 +328,13 @@ fn an_output_in_use_is_refused() -> Outcome {
     let (folder, out, _) = small()?;
     fs::write(folder.path().join("in/class.0/p.900.png"), fs::read(folder.path().join("in/class.0/p.000.png"))?)?;
     let options = Options { name: Some("small".into()), samples_per_shard: 5, ..Options::default() };
-    let fault = pack(&folder.path().join("in"), &out, &options).expect_err("another data set stands there");
+    let fault =
+        pack(&text(&folder.path().join("in")), &text(&out), &options).expect_err("another data set stands there");
     assert_eq!(fault.code, Code::Usage, "{fault}");
     let homes = folder.path().join("home");
     fs::create_dir(&homes)?;
     fs::write(homes.join("thesis.txt"), b"years of work")?;
-    let fault = pack(&folder.path().join("in"), &homes, &options).expect_err("a folder with other files");
+    let fault = pack(&text(&folder.path().join("in")), &text(&homes), &options).expect_err("a folder with other files");
     assert!(fault.message.contains("thesis.txt"), "{fault}");
     assert!(homes.join("thesis.txt").exists());
     Ok(())
@@ -360,7 +366,7 @@ fn the_test_part_is_a_share_and_no_more() -> Outcome {
     pictures(&folder.path().join("in"), 2, 100)?;
     let out = folder.path().join("out");
     let options = Options { name: Some("digits".into()), test_share: 0.2, ..Options::default() };
-    pack(&folder.path().join("in"), &out, &options)?;
+    pack(&text(&folder.path().join("in")), &text(&out), &options)?;
     let (train, test) = (DataSet::open(&text(&out.join("train")))?, DataSet::open(&text(&out.join("test")))?);
     assert_eq!((&train.name[..], &test.name[..]), ("digits-train", "digits-test"));
     assert_eq!(train.len() + test.len(), 200);

@@ -1,7 +1,7 @@
 //! Samples from a store: the same as from a disk, whatever the way to it does.
 
 use crate::server::Server;
-use crate::shard::{packed, pictures};
+use crate::shard::{packed, pictures, text};
 use crate::support::Outcome;
 use libtest_mimic::Failed;
 use occlude::data::cache::Cache;
@@ -255,7 +255,7 @@ fn a_mixture_keeps_its_weights() -> Outcome {
     pictures(&folder.path().join("in"), 1, 20)?;
     let out = folder.path().join("other");
     let options = occlude::data::pack::Options { name: Some("other".into()), ..Default::default() };
-    occlude::data::pack::pack(&folder.path().join("in"), &out, &options)?;
+    occlude::data::pack::pack(&text(&folder.path().join("in")), &text(&out), &options)?;
     let source_of = |url: &str, weight| mix::Source { url: url.to_owned(), weight };
     let sources = [source_of(&both.url(), 3.0), source_of(out.to_str().expect("UTF-8"), 1.0)];
     let set = Arc::new(Mix::open(&sources, PATIENCE)?);

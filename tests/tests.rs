@@ -24,6 +24,8 @@ mod server;
 mod stream;
 mod cloud;
 mod far;
+mod pack;
+mod inspect;
 mod mae;
 mod optim;
 mod config;
@@ -74,6 +76,8 @@ fn main() {
     trials.extend(stream::trials());
     trials.extend(cloud::trials());
     trials.extend(far::trials());
+    trials.extend(pack::trials());
+    trials.extend(inspect::trials());
     trials.extend(mae::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());

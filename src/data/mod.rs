@@ -12,4 +12,4 @@ pub mod order; // which sample stands at which position
 pub mod complete; // does a file hold all of its picture
 pub mod decode; // bytes become pixels
 pub mod write; // a shard being written
-pub mod pack; // a folder of pictures becomes shards
+pub mod pack; // pictures become shards

@@ -1,20 +1,35 @@
-//! The writer: a folder of pictures becomes shards with their indices, and `dataset.json` last.
+//! The writer: pictures become shards with their indices, and `dataset.json` last.
 //!
-//! The same pictures give the same bytes, on every machine: members are USTAR, mode 0444, time 0, in the order of a
-//! digest of their keys, which mixes the classes over the shards. Files are written under temporary names and
-//! renamed; without `dataset.json` a folder is an unfinished pack, which is begun again.
+//! The same pictures give the same bytes, on every machine and with any number of threads: members are USTAR, mode
+//! 0444, time 0, in the order of a digest of their keys, which mixes the classes over the shards. Threads read and
+//! shape pictures ahead of the one that writes; a shard is put in its place while the next one is made, so at most two
+//! are in memory, and none where they go to a disk.
+//!
+//! Without `dataset.json` a destination is an unfinished pack: started again, it keeps the shards that are whole.
 
-use super::decode::{Limits, probe};
-use super::index;
+mod keys; // of samples, out of paths
+mod rows; // CSV, TSV, JSON lines, Parquet
+mod source; // where pictures come from
+mod shape; // one picture becomes a sample's members
+mod plan; // which picture goes into which shard
+mod standing; // what stands at the destination already
+
+use super::decode::Limits;
 use super::set::{Listed, Manifest};
-use super::shard::IMAGE;
 use super::store::Store;
 use super::write::{Writer, commit};
 use crate::fault::{Code, Fault, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::collections::HashMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use plan::{Part, Plan, Shard};
+use serde::{Deserialize, Serialize};
+use shape::{Shaped, Shaper};
+use source::Source;
+use standing::Kept;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::ScopedJoinHandle;
+
+/// Samples that a thread may be ahead of the writer.
+const AHEAD: usize = 4;
 
 /// How to pack.
 #[derive(Clone, Debug)]
@@ -23,13 +38,42 @@ pub struct Options {
     pub name: Option<String>,
     /// A shard is closed at this many samples …
     pub samples_per_shard: u64,
-    /// … or before it passes this many bytes.
+    /// … or before it passes this many bytes. Pictures that are encoded anew are reckoned as they came.
     pub shard_bytes: u64,
     /// Share of samples that go to `test/`, the rest to `train/`; 0 makes one data set, not split.
     pub test_share: f64,
     /// Share of unreadable pictures past which packing fails.
     pub max_bad_share: f64,
     pub limits: Limits,
+    /// Pictures whose shorter side has more pixels are brought down to this many.
+    pub resize: Option<u32>,
+    /// All pictures are decoded and encoded in this format. Pictures that are resized keep theirs where none is given;
+    /// without either, bytes are stored as they came.
+    pub encode: Option<Encode>,
+    /// Of JPEG, 1 to 100; [`Options::QUALITY`] where none is given.
+    pub quality: Option<u8>,
+    /// Threads that read and shape pictures; 0: one for each core, and more where pictures come from a store.
+    pub threads: usize,
+}
+
+/// A format of pictures to write: upright, 8 bits, without alpha. PNG and WebP keep every pixel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Encode {
+    Jpeg,
+    Png,
+    Webp,
+}
+
+impl Encode {
+    /// In members' names.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Encode::Jpeg => "jpg",
+            Encode::Png => "png",
+            Encode::Webp => "webp",
+        }
+    }
 }
 
 impl Default for Options {
@@ -41,6 +85,10 @@ impl Default for Options {
             test_share: 0.0,
             max_bad_share: 0.01,
             limits: Limits::default(),
+            resize: None,
+            encode: None,
+            quality: None,
+            threads: 0,
         }
     }
 }
@@ -48,295 +96,215 @@ impl Default for Options {
 /// What was packed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packed {
-    /// The folders that `train` can be pointed at, with their manifests.
-    pub sets: Vec<(PathBuf, Manifest)>,
+    /// The places that `train` can be pointed at, with their manifests.
+    pub sets: Vec<(String, Manifest)>,
     /// Pictures that were left out, and why.
-    pub bad: Vec<(PathBuf, String)>,
+    pub bad: Vec<(String, String)>,
+    /// Shards that an earlier pack had left whole.
+    pub kept: usize,
     /// The output was already there, from the same pictures.
     pub untouched: bool,
 }
 
-/// One picture to pack.
-struct Picture {
-    path: PathBuf,
-    key: String,
-    extension: String,
-    label: Option<usize>,
+/// Packs what `source` names (a folder, or a list of path, label, caption) into the folder `url`; both may be paths or
+/// URLs of a store. Faults: Code::Usage for a source without pictures or an output that holds something else,
+/// Code::Corrupt where too many pictures are unreadable, Code::Disk, Code::Store.
+pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
+    options.check()?;
+    let out = Store::open(url)?;
+    if !out.lists() {
+        return Err(Fault::usage(format!("{url}: nothing can be written through a web server; give its store's URL")));
+    }
+    let mut source = Source::find(source)?;
+    let plan = Plan::new(&mut source, &out, options)?;
+    let standing = standing::finished(&plan)?;
+    let untouched = standing.is_some();
+    let (manifests, bad, kept) = match standing {
+        Some(manifests) => (manifests, Vec::new(), plan.parts.iter().map(|part| part.shards.len()).sum()),
+        None => write(&source, &plan, options)?,
+    };
+    let place = |part: &Part| part.store.name("").trim_end_matches('/').to_owned();
+    Ok(Packed { sets: plan.parts.iter().map(place).zip(manifests).collect(), bad, kept, untouched })
 }
 
-/// Packs the pictures under `source` into `out`. Sub-folders of `source` are classes, numbered in the order of their
-/// names; a folder without sub-folders has no classes. Faults: Code::Usage for a source without pictures or an
-/// output that holds something else, Code::Corrupt where too many pictures are unreadable, Code::Disk.
-pub fn pack(source: &Path, out: &Path, options: &Options) -> Result<Packed> {
-    check(options)?;
-    let (mut pictures, classes) = pictures(source)?;
-    let name = options.name.clone().unwrap_or_else(|| {
-        out.file_name().map_or("data".into(), |name| name.to_string_lossy().replace(['{', '}', '.'], "-"))
-    });
-    let made_from = fingerprint(&pictures, options)?;
-    let split = options.test_share > 0.0;
-    let folders: Vec<(PathBuf, String)> = match split {
-        true => ["train", "test"].iter().map(|part| (out.join(part), format!("{name}-{part}"))).collect(),
-        false => vec![(out.to_owned(), name)],
-    };
-    if let Some(sets) = standing(&folders, &made_from)? {
-        return Ok(Packed { sets, bad: Vec::new(), untouched: true });
-    }
-    let total = pictures.len();
-    pictures.sort_by_cached_key(|picture| index::digest(picture.key.as_bytes()));
-    let is_test = |key: &str| (crate::rng::id(&["test", key]) as f64 / u64::MAX as f64) < options.test_share;
-    let (test, train): (Vec<_>, Vec<_>) = pictures.into_iter().partition(|picture| split && is_test(&picture.key));
+impl Options {
+    /// Quality of JPEG where nobody says otherwise.
+    pub const QUALITY: u8 = 90;
 
-    let bar = progress(total as u64);
-    let mut bad = Vec::new();
-    let mut manifests = Vec::new();
-    for ((folder, name), part) in folders.iter().zip([train, test]) {
-        let shards = write_shards(folder, name, &part, options, &bar, &mut bad)?;
-        refuse_many(&bad, total, options)?;
-        let samples = shards.iter().map(|shard| shard.samples).sum();
-        if samples == 0 {
-            let message = format!(
-                "{}: no picture would go there; pack more pictures or change the share of the test part",
-                folder.display()
-            );
+    fn check(&self) -> Result<()> {
+        if self.samples_per_shard == 0 || self.shard_bytes == 0 {
+            let message = "a shard needs room for a sample: samples_per_shard and shard_bytes are 1 or more";
             return Err(Fault::usage(message));
         }
-        let source = Some(made_from.clone());
-        manifests.push(Manifest { name: name.clone(), samples, classes: classes.clone(), shards, source });
+        if !(0.0..1.0).contains(&self.test_share) {
+            return Err(Fault::usage(format!(
+                "the test share is {}; it is 0 or more and less than 1",
+                self.test_share
+            )));
+        }
+        if self.resize == Some(0) {
+            return Err(Fault::usage("pictures cannot be resized to 0 pixels; the shorter side needs 1 or more"));
+        }
+        let jpeg = self.encode.map_or(self.resize.is_some(), |encode| encode == Encode::Jpeg);
+        match self.quality {
+            Some(quality) if !(1..=100).contains(&quality) => {
+                return Err(Fault::usage(format!("the quality is {quality}; it is 1 to 100")));
+            }
+            Some(_) if !jpeg => {
+                return Err(Fault::usage("a quality belongs to JPEG, and none is encoded; leave it out"));
+            }
+            _ => {}
+        }
+        let safe = |name: &String| !name.is_empty() && !name.contains(['/', '{', '}', '\0']);
+        match &self.name {
+            Some(name) if !safe(name) => {
+                Err(Fault::usage(format!("{name:?} cannot name a data set: no slash, no brace")))
+            }
+            _ => Ok(()),
+        }
     }
-    bar.finish_and_clear();
-    for ((folder, _), manifest) in folders.iter().zip(&manifests) {
+}
+
+/// Pictures that were left out so far.
+struct Bad<'a> {
+    named: Vec<(String, String)>,
+    total: usize,
+    options: &'a Options,
+}
+
+impl Bad<'_> {
+    /// Counts one more; a fault once they are too many.
+    fn push(&mut self, name: String, why: String) -> Result<()> {
+        tracing::warn!("{name} is left out: {why}");
+        self.named.push((name, why));
+        if self.named.len() as f64 <= self.options.max_bad_share * self.total as f64 {
+            return Ok(());
+        }
+        let named: Vec<String> = self.named.iter().rev().take(10).map(|(name, why)| format!("{name}: {why}")).collect();
+        Err(Fault::new(
+            Code::Corrupt,
+            format!(
+                "{} of {} pictures are unreadable, at most {:.2} % may be; mend or remove them. {}",
+                self.named.len(),
+                self.total,
+                self.options.max_bad_share * 100.0,
+                named.join("; "),
+            ),
+        ))
+    }
+}
+
+/// The manifests, what was left out, and how many shards were there already.
+type Written = (Vec<Manifest>, Vec<(String, String)>, usize);
+
+/// Writes all shards that do not stand yet, then the manifests.
+fn write(source: &Source, plan: &Plan, options: &Options) -> Result<Written> {
+    let mut bad = Bad { named: Vec::new(), total: source.pictures.len(), options };
+    // Both are looked at before anything is written.
+    let prepare = |part| standing::prepare(part, &source.pictures, &plan.made_from);
+    let kept: Vec<Vec<Option<Kept>>> = plan.parts.iter().map(prepare).collect::<Result<_>>()?;
+    let mut shaper = Shaper::new(options);
+    let mut listed: Vec<Vec<Option<Listed>>> = Vec::new();
+    for part in kept {
+        let still = |kept: Option<Kept>| kept.map_or(Ok(None), |kept| still(source, &mut shaper, kept, &mut bad));
+        listed.push(part.into_iter().map(still).collect::<Result<_>>()?);
+    }
+    let count = listed.iter().flatten().flatten().count();
+    let lacking = |(part, listed): (_, &Vec<Option<Listed>>)| -> Vec<(&Part, &Shard)> {
+        let part: &Part = part;
+        part.shards.iter().zip(listed).filter(|(_, listed)| listed.is_none()).map(|(shard, _)| (part, shard)).collect()
+    };
+    let lacking: Vec<(&Part, &Shard)> = plan.parts.iter().zip(&listed).flat_map(lacking).collect();
+    let mut made = shards(source, &lacking, options, &mut bad)?.into_iter();
+    let mut manifests = Vec::new();
+    for (part, listed) in plan.parts.iter().zip(listed) {
+        let filled = listed.into_iter().map(|listed| listed.or_else(|| made.next().expect("one for each that lacks")));
+        let shards: Vec<Listed> = filled.flatten().collect();
+        let samples = shards.iter().map(|shard| shard.samples).sum();
+        if samples == 0 {
+            return Err(plan::nothing(&part.store));
+        }
+        let (name, classes) = (part.name.clone(), source.classes.clone());
+        manifests.push(Manifest { name, samples, classes, shards, source: Some(plan.made_from.clone()) });
+    }
+    for (part, manifest) in plan.parts.iter().zip(&manifests) {
         let text = serde_json::to_string_pretty(manifest).expect("a manifest is JSON") + "\n";
-        commit(&folder.join(Manifest::FILE), text.as_bytes())?;
+        commit(&part.store, Manifest::FILE, text.as_bytes())?;
     }
-    let sets = folders.into_iter().map(|(folder, _)| folder).zip(manifests).collect();
-    Ok(Packed { sets, bad, untouched: false })
+    plan.parts.iter().try_for_each(standing::done)?;
+    Ok((manifests, bad.named, count))
 }
 
-fn check(options: &Options) -> Result<()> {
-    if options.samples_per_shard == 0 || options.shard_bytes == 0 {
-        return Err(Fault::usage("a shard needs room for a sample: samples_per_shard and shard_bytes are 1 or more"));
-    }
-    if !(0.0..1.0).contains(&options.test_share) {
-        return Err(Fault::usage(format!("the test share is {}; it is 0 or more and less than 1", options.test_share)));
-    }
-    let safe = |name: &String| !name.is_empty() && !name.contains(['/', '{', '}', '\0']);
-    match &options.name {
-        Some(name) if !safe(name) => Err(Fault::usage(format!("{name:?} cannot name a data set: no slash, no brace"))),
-        _ => Ok(()),
-    }
-}
-
-/// All pictures under `source` with their keys and classes, by path; hidden files and folders are passed over.
-fn pictures(source: &Path) -> Result<(Vec<Picture>, Vec<String>)> {
-    if !source.is_dir() {
-        let message = format!(
-            "{} is not a folder; give a folder of pictures, with a sub-folder a class or without",
-            source.display()
-        );
-        return Err(Fault::usage(message));
-    }
-    let mut paths = Vec::new();
-    walk(source, &mut paths)?;
-    paths.sort();
-    let parts = |path: &Path| -> Vec<String> {
-        let inside = path.strip_prefix(source).expect("a path under the source");
-        inside.iter().map(|part| part.to_string_lossy().into_owned()).collect()
-    };
-    let mut classes: Vec<String> =
-        paths.iter().map(|path| parts(path)).filter(|p| p.len() > 1).map(|p| p[0].clone()).collect();
-    let loose = paths.len() - classes.len();
-    classes.dedup();
-    if paths.is_empty() {
-        return Err(Fault::usage(format!("{} holds no picture (.{})", source.display(), IMAGE.join(", ."))));
-    }
-    if loose > 0 && !classes.is_empty() {
-        return Err(Fault::usage(format!(
-            "{} holds {loose} pictures beside its class folders ({}, …): move them into a folder, or pack that folder alone",
-            source.display(),
-            classes[0]
-        )));
-    }
-    classes.sort();
-    classes.dedup();
-    let keys = keys(&paths.iter().map(|path| parts(path).join("/")).collect::<Vec<_>>());
-    let pictures = paths.into_iter().zip(keys).map(|(path, key)| {
-        let first = parts(&path).swap_remove(0);
-        Picture {
-            extension: extension(&path).expect("a picture"),
-            label: classes.binary_search(&first).ok(),
-            key,
-            path,
-        }
-    });
-    Ok((pictures.collect(), classes.clone()))
-}
-
-fn walk(folder: &Path, paths: &mut Vec<PathBuf>) -> Result<()> {
-    let disk = |error| Fault::disk(folder.display(), error);
-    for entry in fs::read_dir(folder).map_err(disk)? {
-        let path = entry.map_err(disk)?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
-            continue;
-        }
-        if path.is_dir() {
-            walk(&path, paths)?;
-        } else if extension(&path).is_some() {
-            paths.push(path);
+/// A shard that stands, if the pictures that it lacks are still unreadable.
+fn still(source: &Source, shaper: &mut Shaper, kept: Kept, bad: &mut Bad) -> Result<Option<Listed>> {
+    let mut reasons = Vec::new();
+    for at in kept.lacks {
+        match shaper.shape(source, &source.pictures[at])? {
+            Shaped::Members(_) => return Ok(None),
+            Shaped::Bad(why) => reasons.push((source.name(&source.pictures[at]), why)),
         }
     }
-    Ok(())
+    reasons.into_iter().try_for_each(|(name, why)| bad.push(name, why))?;
+    Ok(Some(kept.listed))
 }
 
-fn extension(path: &Path) -> Option<String> {
-    let extension = path.extension()?.to_str()?.to_ascii_lowercase();
-    IMAGE.contains(&extension.as_str()).then_some(extension)
-}
-
-/// Keys out of relative paths: without the extension, dots and slashes made safe, short enough for a USTAR name.
-/// Where two paths would share a key, or one had to be cut, a digest of the path tells them apart.
-fn keys(relative: &[String]) -> Vec<String> {
-    let plain: Vec<String> = relative
-        .iter()
-        .map(|path| {
-            let stem = path.rsplit_once('.').map_or(path.as_str(), |(stem, _)| stem);
-            stem.chars()
-                .map(|c| {
-                    if c == '/' {
-                        '_'
-                    } else if c == '.' || c.is_control() {
-                        '-'
-                    } else {
-                        c
-                    }
-                })
-                .collect()
-        })
-        .collect();
-    let mut uses: HashMap<&str, usize> = HashMap::new();
-    for key in &plain {
-        *uses.entry(key).or_default() += 1;
-    }
-    let told = |(key, path): (&String, &String)| {
-        if uses[key.as_str()] == 1 && key.len() <= 90 && !path.contains(char::REPLACEMENT_CHARACTER) {
-            return key.clone();
-        }
-        let short = key.char_indices().take_while(|(at, c)| at + c.len_utf8() <= 57).map(|(_, c)| c);
-        format!("{}-{}", short.collect::<String>(), index::hex(&index::digest(path.as_bytes())))
-    };
-    plain.iter().zip(relative).map(told).collect()
-}
-
-/// One digest over what goes in and how.
-fn fingerprint(pictures: &[Picture], options: &Options) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let Options { name, samples_per_shard, shard_bytes, test_share, max_bad_share, limits } = options;
-    hasher.update(
-        format!("1 {name:?} {samples_per_shard} {shard_bytes} {test_share} {max_bad_share} {limits:?}\0").as_bytes(),
-    );
-    for picture in pictures {
-        let disk = |error| Fault::disk(picture.path.display(), error);
-        let meta = fs::metadata(&picture.path).map_err(disk)?;
-        let time = meta.modified().map_err(disk)?.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let Picture { key, extension, label, .. } = picture;
-        hasher.update(format!("{key}.{extension} {label:?} {} {}\0", meta.len(), time.as_nanos()).as_bytes());
-    }
-    Ok(hasher.finalize().to_hex()[..32].to_owned())
-}
-
-/// The manifests, where the output is there and was made from the same pictures; a fault where it holds anything
-/// else than an unfinished pack.
-fn standing(folders: &[(PathBuf, String)], made_from: &str) -> Result<Option<Vec<(PathBuf, Manifest)>>> {
-    let mut sets = Vec::new();
-    for (folder, name) in folders {
-        let taken = |what: String| {
-            let remedy = "choose another output, or remove it";
-            Fault::usage(format!("{} holds {what}; {remedy}", folder.display()))
-        };
-        if let Some(manifest) = Manifest::read(&Store::open(&folder.to_string_lossy())?)? {
-            if manifest.source.as_deref() != Some(made_from) {
-                return Err(taken(format!("the data set {} already, from other pictures or settings", manifest.name)));
-            }
-            sets.push((folder.clone(), manifest));
-        } else if let Ok(entries) = fs::read_dir(folder) {
-            let ours = |file: &str| file.starts_with(&format!("{name}-")) || file.ends_with(".partial");
-            let strange =
-                entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).find(|f| !ours(f));
-            if let Some(file) = strange {
-                return Err(taken(format!("{file}, which no pack of {name} left there")));
-            }
-        }
-    }
-    Ok((sets.len() == folders.len()).then_some(sets))
-}
-
-fn write_shards(
-    folder: &Path,
-    name: &str,
-    pictures: &[Picture],
+/// Makes shards; what `dataset.json` says of each, or none where all of its pictures are unreadable.
+fn shards(
+    source: &Source,
+    lacking: &[(&Part, &Shard)],
     options: &Options,
-    bar: &ProgressBar,
-    bad: &mut Vec<(PathBuf, String)>,
-) -> Result<Vec<Listed>> {
-    fs::create_dir_all(folder).map_err(|error| Fault::disk(folder.display(), error))?;
-    clear(folder)?;
-    let mut shards = Vec::new();
-    let mut open: Option<Writer> = None;
-    for picture in pictures {
-        bar.inc(1);
-        let bytes = fs::read(&picture.path).map_err(|error| Fault::disk(picture.path.display(), error))?;
-        if let Err(fault) = probe(&bytes, &options.limits) {
-            tracing::warn!("{} is left out: {fault}", picture.path.display());
-            bad.push((picture.path.clone(), fault.message));
-            continue;
-        }
-        if open.as_ref().is_some_and(|tar| full(tar, bytes.len() as u64, options)) {
-            shards.extend(open.take().map(Writer::close).transpose()?);
-        }
-        let tar = match &mut open {
-            Some(tar) => tar,
-            None => open.insert(Writer::create(folder.join(format!("{name}-{:06}.tar", shards.len())))?),
+    bad: &mut Bad,
+) -> Result<Vec<Option<Listed>>> {
+    let order: Vec<usize> = lacking.iter().flat_map(|(_, shard)| shard.pictures.clone()).collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if options.threads > 0 { options.threads } else { source.lanes(cores) };
+    let bar = progress(order.len() as u64);
+    let made = std::thread::scope(|scope| {
+        let order = &order;
+        // Thread n shapes every n-th picture, and the writer asks them by turns: the order needs no sorting, and
+        // nobody runs far ahead.
+        let lane = |lane: usize| -> Receiver<Result<Shaped>> {
+            let (sender, receiver) = sync_channel(AHEAD);
+            scope.spawn(move || {
+                let mut shaper = Shaper::new(options);
+                let mut mine = order.iter().skip(lane).step_by(threads);
+                // The writer hangs up when it fails.
+                mine.all(|&at| sender.send(shaper.shape(source, &source.pictures[at])).is_ok());
+            });
+            receiver
         };
-        // Members stand in the order of their extensions: `cls` in front of every picture's.
-        if let Some(label) = picture.label {
-            tar.member(format!("{}.cls", picture.key), label.to_string().as_bytes())?;
+        let lanes: Vec<_> = (0..threads.min(order.len())).map(lane).collect();
+        let mut turns = lanes.iter().cycle();
+        let mut made = Vec::new();
+        let mut closing: Option<ScopedJoinHandle<Result<Listed>>> = None;
+        for (part, shard) in lacking {
+            let mut tar = Writer::create(&part.store, &shard.file, shard.bytes)?;
+            for at in shard.pictures.clone() {
+                bar.inc(1);
+                let picture = &source.pictures[at];
+                match turns.next().expect("a thread").recv().expect("threads end after their last picture")? {
+                    Shaped::Members(members) => tar.sample(&picture.key, &members)?,
+                    Shaped::Bad(why) => bad.push(source.name(picture), why)?,
+                }
+            }
+            made.extend(closing.take().map(closed).transpose()?.map(Some));
+            match tar.samples() {
+                0 => {
+                    tar.discard()?;
+                    made.push(None);
+                }
+                _ => closing = Some(scope.spawn(move || tar.close())),
+            }
         }
-        tar.member(format!("{}.{}", picture.key, picture.extension), &bytes)?;
-        tar.samples += 1;
-    }
-    shards.extend(open.take().map(Writer::close).transpose()?);
-    Ok(shards)
+        made.extend(closing.map(closed).transpose()?.map(Some));
+        Ok(made)
+    });
+    bar.finish_and_clear();
+    made
 }
 
-fn full(tar: &Writer, next: u64, options: &Options) -> bool {
-    // A sample costs two headers, a padded label, and the two blocks of zeros at the end.
-    tar.samples >= options.samples_per_shard || tar.bytes() + next + 3072 > options.shard_bytes
-}
-
-/// Shards that an unfinished pack left; `standing` has seen that nothing else is there.
-fn clear(folder: &Path) -> Result<()> {
-    let disk = |error| Fault::disk(folder.display(), error);
-    for entry in fs::read_dir(folder).map_err(disk)? {
-        fs::remove_file(entry.map_err(disk)?.path()).map_err(disk)?;
-    }
-    Ok(())
-}
-
-fn refuse_many(bad: &[(PathBuf, String)], total: usize, options: &Options) -> Result<()> {
-    if bad.len() as f64 <= options.max_bad_share * total as f64 {
-        return Ok(());
-    }
-    let named: Vec<String> = bad.iter().take(10).map(|(path, why)| format!("{}: {why}", path.display())).collect();
-    Err(Fault::new(
-        Code::Corrupt,
-        format!(
-            "{} of {total} pictures are unreadable, at most {:.2} % may be; mend or remove them. {}{}",
-            bad.len(),
-            options.max_bad_share * 100.0,
-            named.join("; "),
-            if bad.len() > named.len() { "; …" } else { "" }
-        ),
-    ))
+fn closed(closing: ScopedJoinHandle<Result<Listed>>) -> Result<Listed> {
+    closing.join().expect("no panic in a writer")
 }
 
 /// Drawn on a terminal only.

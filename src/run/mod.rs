@@ -6,6 +6,7 @@ pub mod dump;
 pub mod evaluate;
 pub mod events;
 pub mod exchange;
+pub mod inspect;
 pub mod lease;
 pub mod log;
 pub mod spool;

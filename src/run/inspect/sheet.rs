@@ -1,0 +1,53 @@
+//! The contact sheet: some of the pictures, small, side by side.
+
+use super::look::spread;
+use crate::data::decode::{Decoder, Limits, Region};
+use crate::data::set::DataSet;
+use crate::data::shard::IMAGE;
+use crate::fault::{Code, Result};
+use crate::part::view::crop::{Interpolation, resize};
+use crate::run::picture::{Tile, grid, save_png};
+use std::path::Path;
+
+/// Pictures on a row, and rows.
+const ROW: usize = 8;
+const PICTURES: u64 = 64;
+/// Pixels of a picture's longer side on the sheet; a smaller picture is not enlarged but by whole factors.
+const SIDE: u32 = 112;
+
+/// Writes up to 64 of the `wanted` samples that were looked at, spread evenly; false where none has a picture that
+/// can be decoded.
+pub fn write(set: &DataSet, wanted: u64, path: &Path) -> Result<bool> {
+    let shown = wanted.min(PICTURES);
+    let mut decoder = Decoder::new(Limits::default());
+    let mut tiles = Vec::new();
+    for at in 0..shown {
+        let number = spread(spread(at, shown, wanted), wanted, set.len());
+        match tile(set, number, &mut decoder) {
+            Ok(tile) => tiles.push(tile),
+            // The report has named it.
+            Err(fault) if fault.code == Code::Corrupt => {}
+            Err(fault) => return Err(fault),
+        }
+    }
+    if tiles.is_empty() {
+        return Ok(false);
+    }
+    let rows: Vec<Vec<Tile>> = tiles.chunks(ROW).map(<[Tile]>::to_vec).collect();
+    save_png(&grid(&[], &rows), path)?;
+    Ok(true)
+}
+
+fn tile(set: &DataSet, number: u64, decoder: &mut Decoder) -> Result<Tile> {
+    let (shard, row) = set.sample(number)?;
+    let bytes = shard.read(row, IMAGE)?;
+    let picture = decoder.open(&bytes, 3)?;
+    let (width, height) = (picture.width(), picture.height());
+    let longer = width.max(height).max(SIDE);
+    let small = |side: u32| (side * SIDE / longer).max(1);
+    let size = [small(width), small(height)];
+    let part = picture.region(Region { left: 0, top: 0, width, height }, size)?;
+    let mut pixels = vec![0; size[0] as usize * size[1] as usize * 3];
+    resize(&part, size, Interpolation::Bicubic, &mut pixels);
+    Ok(Tile::rgb(size[0], size[1], pixels))
+}
