@@ -65,7 +65,8 @@ pub struct Data {
     /// Decoding threads of each rank; as many as its share of the cores when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
-    /// The most that waits, decoded, ahead of the step.
+    /// The most that waits, decoded, ahead of the step; and as much again that was fetched from a store and waits for a
+    /// decoder.
     #[serde(default = "Data::prefetch_mb")]
     pub prefetch_mb: u64,
     /// Shards whose samples are mixed with each other at a time.

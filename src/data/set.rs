@@ -157,6 +157,11 @@ impl DataSet {
         Ok(shard)
     }
 
+    /// Shard `number` if its index is here already and nobody is busy with it; never waits.
+    pub fn open_shard(&self, number: usize) -> Option<Arc<Shard>> {
+        self.open[number].try_lock().ok()?.clone()
+    }
+
     /// Where sample `index` of 0..len lies: its shard, and its row there.
     pub fn sample(&self, index: u64) -> Result<(Arc<Shard>, usize)> {
         let (shard, row) = self.place(index);

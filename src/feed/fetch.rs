@@ -94,9 +94,14 @@ impl Fetcher {
 
     /// Fetches samples of one shard.
     async fn shard(self, set: usize, shard: usize, orders: Vec<Order>) {
-        let sets = self.set.clone();
-        let opened = tokio::task::spawn_blocking(move || sets.sets()[set].shard(shard)).await;
-        let opened = opened.unwrap_or_else(|error| Err(Fault::failed(format!("a shard's index: {error}"))));
+        let opened = match self.set.sets()[set].open_shard(shard) {
+            Some(shard) => Ok(shard),
+            None => {
+                let sets = self.set.clone();
+                let opened = tokio::task::spawn_blocking(move || sets.sets()[set].shard(shard)).await;
+                opened.unwrap_or_else(|error| Err(Fault::failed(format!("a shard's index: {error}"))))
+            }
+        };
         let shard = match opened {
             Ok(shard) => shard,
             Err(fault) => return self.fail(orders, &fault),

@@ -1,8 +1,9 @@
 //! The conveyor: fetch | decode | view | batch.
 //!
-//! Bytes of samples in a store are fetched ahead; worker threads make rows in any order; one thread lays them into steps and hands those over in order. The steps
-//! under way are bounded by their bytes. What a row holds depends on its position alone, never on threads, ranks or
-//! on where a training resumed: a sample that cannot be decoded is replaced by one drawn from its own stream.
+//! Bytes of samples in a store are fetched ahead; worker threads make rows in any order; one thread lays them into steps
+//! and hands those over in order. What is under way is bounded in bytes. What a row holds depends on its position alone,
+//! never on threads, ranks or on where a training resumed: a sample that cannot be decoded is replaced by one drawn from
+//! its own stream.
 
 mod clock;
 mod fetch;
