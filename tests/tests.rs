@@ -55,6 +55,15 @@ fn main() {
     if let Ok(case) = std::env::var("OCCLUDE_CASE") {
         std::process::exit(bridge::case(&case));
     }
+    // What the program keeps between runs, it keeps for the tests in a folder that goes with them.
+    if std::env::var_os("OCCLUDE_TESTS").is_none() {
+        let cache = tempfile::tempdir().expect("a folder");
+        let mut again = std::process::Command::new(std::env::current_exe().expect("this binary"));
+        again.args(std::env::args_os().skip(1)).env("OCCLUDE_TESTS", "1").env("XDG_CACHE_HOME", cache.path());
+        let status = again.status().expect("this binary starts");
+        drop(cache);
+        std::process::exit(status.code().unwrap_or(101));
+    }
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
