@@ -247,6 +247,9 @@ fn any_number_of_threads_makes_the_same_bytes() -> Outcome {
     Ok(())
 }
 
+/// Two lists of sizes, and a mean and greatest difference where there is one.
+type Told = (Vec<u32>, Vec<u32>, Option<[f64; 2]>);
+
 fn a_resize_is_pillow_s() -> Outcome {
     let folder = tempfile::tempdir()?;
     let source = text(&folder.path().join("in"));
@@ -259,7 +262,7 @@ fn a_resize_is_pillow_s() -> Outcome {
         let options = Options { name: Some("r".into()), resize: Some(40), encode: Some(encode), ..Options::default() };
         pack(&source, &text(&out), &options)?;
         let told = oracle("pack.py", &["compare", &source, "40", &text(&out.join("r-000000.tar"))])?;
-        let told: BTreeMap<String, (Vec<u32>, Vec<u32>, Option<[f64; 2]>)> = serde_json::from_str(&told)?;
+        let told: BTreeMap<String, Told> = serde_json::from_str(&told)?;
         assert_eq!(told.len(), 8);
         assert_eq!(told["turned"].0, [40, 58], "EXIF's orientation is applied");
         assert_eq!(told["small"].0, [30, 20], "nothing is enlarged");
