@@ -24,7 +24,7 @@ crate::trials![
     half_precision_is_stored_as_fp32,
     an_export_says_there_what_it_says_here,
     what_goes_out_and_comes_in_again_is_the_same_to_the_bit,
-    another_grid_gets_its_own_positions,
+    another_grid_gets_interpolated_positions,
     training_goes_on_from_imported_weights_on_any_number_of_ranks,
     what_does_not_fit_is_refused_by_name_and_nothing_is_written,
 ];
@@ -255,18 +255,21 @@ fn what_goes_out_and_comes_in_again_is_the_same_to_the_bit() -> Outcome {
     Ok(())
 }
 
-fn another_grid_gets_its_own_positions() -> Outcome {
+fn another_grid_gets_interpolated_positions() -> Outcome {
     let theirs = Theirs::make("transformers", grey())?;
     let told = theirs.import(Format::Transformers, "", &["input.height=28", "input.width=36"])?;
-    assert!(said(&told, "for 5 × 5 patches; the table is computed anew for 7 × 9"), "{told:?}");
+    assert!(said(&told, "for 5 × 5 patches; they are interpolated to 7 × 9"), "{told:?}");
     exchange::export(Format::Timm, &text(theirs.at("ours")), &theirs.at("out"))?;
     let out = read(&theirs.at("out/model.safetensors"))?;
     assert_eq!(out["pos_embed"].size(), [1, 64, 24]);
-    let before = &read(&theirs.at("theirs/model.safetensors"))?["vit.embeddings.position_embeddings"];
-    // A fixed table of (row, column): what both grids have is the same in both.
-    let (row, col) = (3, 4);
-    let off = (out["pos_embed"].select(1, 1 + row * 9 + col) - before.select(1, 1 + row * 5 + col)).abs().max();
-    assert!(off.double_value(&[]) < 1e-6);
+    let (source, wanted) = (text(theirs.at("theirs/model.safetensors")), theirs.at("wanted.safetensors"));
+    let name = "vit.embeddings.position_embeddings";
+    oracle("interpolate.py", &[&source, name, "5", "5", "7", "9", &text(wanted.clone())])?;
+    let off = (&out["pos_embed"] - &read(&wanted)?["positions"]).abs().max().double_value(&[]);
+    assert!(off < 1e-5, "off by {off}");
+    // The config says so, and a training from it must.
+    let loaded = checkpoint::open(&text(theirs.at("ours")))?;
+    assert_eq!(state::config(&loaded)?.resolved()["method"]["mae"]["trained_grid"], serde_json::json!([5, 5]));
     Ok(())
 }
 

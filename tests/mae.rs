@@ -99,6 +99,7 @@ impl Case {
             mask: mae::MaskConfig { ratio: self.ratio },
             target: mae::TargetConfig { normalize: self.normalize },
             mask_tokens: mae::MaskTokens::Decoder,
+            trained_grid: None,
         };
         let mut method = mae::Mae::new(&config, &input)?;
         let grid = *method.grid();

@@ -7,6 +7,7 @@ use crate::fault::{Fault, Result};
 use crate::grid::{Grid, Input};
 use crate::op::patch::{self, Scale};
 use crate::part::decoder::vit::Decoder;
+use crate::part::encoder::position;
 use crate::part::encoder::vit::{Shape, Vit};
 use crate::part::weights::{Table, Weights};
 use crate::part::{loss, mask, mask::Mask, target};
@@ -30,6 +31,10 @@ pub struct Config {
     /// accurate; kept for that comparison).
     #[serde(default)]
     pub mask_tokens: MaskTokens,
+    /// The grid [rows, columns] that the weights were trained on, where it is another: its positions are interpolated
+    /// to this input's grid, instead of counting on beyond it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trained_grid: Option<[i64; 2]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -68,6 +73,13 @@ impl Config {
     pub fn check(&self, at: &str, grid: &Grid) -> Result<()> {
         self.encoder.check(&format!("{at}.encoder"))?;
         self.decoder.check(&format!("{at}.decoder"))?;
+        if let Some([rows, cols]) =
+            self.trained_grid.filter(|sides| sides.iter().any(|side| !(1..=4096).contains(side)))
+        {
+            return Err(Fault::usage(format!(
+                "{at}.trained_grid is [{rows}, {cols}]; it is the rows and columns of patches that weights were trained on"
+            )));
+        }
         let ratio = self.mask.ratio;
         if !(ratio > 0.0 && ratio < 1.0) {
             return Err(Fault::usage(format!(
@@ -111,8 +123,10 @@ impl Mae {
         let (mean, std) = input.scale()?;
         let mut table = Table::default();
         let in_place = config.mask_tokens == MaskTokens::Encoder;
-        let encoder = Vit::new(&mut table, "encoder", &grid, &config.encoder, in_place);
-        let decoder = Decoder::new(&mut table, "decoder", &grid, config.encoder.width, &config.decoder, !in_place);
+        let mut encoder = Vit::new(&mut table, "encoder", &grid, &config.encoder, in_place);
+        let mut decoder = Decoder::new(&mut table, "decoder", &grid, config.encoder.width, &config.decoder, !in_place);
+        encoder.positions = position::table(&grid, config.encoder.width, config.trained_grid);
+        decoder.positions = position::table(&grid, config.decoder.width, config.trained_grid);
         Ok(Mae {
             grid,
             scale: Scale { mean, std },

@@ -81,12 +81,12 @@ fn report(spent: &Spent, threads: usize, remote: bool) {
     }
     let busy = (decode + view + if remote { 0.0 } else { fetch }) / (wall * threads as f64);
     let largest = stages.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("five stages").0;
-    let limit = if busy > 0.8 {
-        largest
-    } else if waited > 0.5 * wall {
-        "waiting for bytes"
-    } else {
-        "the consumer"
+    // Cores that are all at work have no room for a stage that waits.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let limit = match busy > 0.8 || process > 0.9 * wall * cores {
+        true => largest,
+        false if waited > 0.5 * wall => "waiting for bytes",
+        false => "the consumer",
     };
     println!(
         "{:.0} samples/s on {threads} threads, which are busy {:.0} % of the time",

@@ -1,7 +1,21 @@
-//! Fixed sine-cosine positions.
+//! Fixed sine-cosine positions, of the grid itself or of another one stretched over it.
 
 use crate::grid::Grid;
 use tch::Tensor;
+
+/// The table of a grid: its own, or where the weights were trained on a grid of `trained` [rows, columns], that one's
+/// table brought to this grid's size by bicubic interpolation (official `interpolate_pos_embed`). fp32 [N, D].
+pub fn table(grid: &Grid, width: i64, trained: Option<[i64; 2]>) -> Tensor {
+    match trained {
+        Some([rows, cols]) if [rows, cols] != [grid.rows, grid.cols] => {
+            let table = sine_cosine(&Grid { rows, cols, ..*grid }, width);
+            let table = table.view([1, rows, cols, width]).permute([0, 3, 1, 2]);
+            let table = table.upsample_bicubic2d([grid.rows, grid.cols], false, None, None);
+            table.permute([0, 2, 3, 1]).reshape([grid.rows * grid.cols, width])
+        }
+        _ => sine_cosine(grid, width),
+    }
+}
 
 /// fp32 [N, D], computed in fp64 (official `get_2d_sincos_pos_embed`): the first half of the channels encodes the
 /// column, the second half the row; inside each half all sines, then all cosines; frequencies 10000^(−i / (D/4)).

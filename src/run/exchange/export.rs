@@ -68,7 +68,10 @@ fn fits(format: Format, config: &Config, method: &method::Config) -> Result<()> 
 
 fn positions(format: Format, method: &method::Config, grid: &Grid) -> Vec<(String, Tensor)> {
     let widths = [("encoder", method.encoder.width), ("decoder", method.decoder.width)];
-    let table = |(part, width)| Some((format.names()[0].position(part)?.to_owned(), position::table(grid, width)));
+    let table = |(part, width)| {
+        let name = format.names()[0].position(part)?.to_owned();
+        Some((name, position::table(grid, width, method.trained_grid)))
+    };
     widths.into_iter().filter_map(table).collect()
 }
 

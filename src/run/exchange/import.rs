@@ -46,10 +46,11 @@ pub fn import(order: &Order) -> Result<Vec<String>> {
     }
     let names = recognise(&sheet, order.format)?;
     let about = order.format.about(&sheet)?;
-    let (config, assumed) = match &order.config {
+    let (mut config, assumed) = match &order.config {
         Some(path) => (Config::read(path, &order.set)?, Vec::new()),
         None => derive::config(&sheet, names, &about, &order.set)?,
     };
+    let stretched = positions(&sheet, names, &mut config)?;
     let catalog::Config::Mae(method) = &config.method;
     agrees(&sheet, &about, &[("encoder", method.encoder.heads), ("decoder", method.decoder.heads)])?;
     let method = config.method.build(&config.input)?;
@@ -59,7 +60,7 @@ pub fn import(order: &Order) -> Result<Vec<String>> {
         vec![format!("read {} tensors from {} under {} names", sheet.tensors.len(), sheet.path.display(), names.title)];
     lines.extend(about.notes);
     lines.extend(assumed);
-    lines.extend(positions(&sheet, names, method.as_ref())?);
+    lines.extend(stretched);
     lines.extend(statistics(&config, about.mean.zip(about.std))?);
     let fresh: Vec<&str> = fresh(&flat, &taken);
     if !fresh.is_empty() {
@@ -169,8 +170,9 @@ fn fresh<'a>(flat: &'a Flat, taken: &BTreeSet<String>) -> Vec<&'a str> {
     flat.specs.iter().map(|spec| spec.name.as_str()).filter(|name| !taken.contains(*name)).collect()
 }
 
-/// Checks that the file's positions are sine-cosine tables; says where the model's grid is another.
-fn positions(sheet: &Sheet, names: &Names, method: &dyn Method) -> Result<Option<String>> {
+/// Checks that the file's positions are sine-cosine tables. Where the model's grid is another, the config is told which
+/// one they are to be interpolated from, unless it says so itself.
+fn positions(sheet: &Sheet, names: &Names, config: &mut Config) -> Result<Option<String>> {
     let (rows, cols) = derive::grid(sheet, names)?;
     if let Some(name) = names.position("decoder").filter(|name| sheet.tensors.contains_key(*name))
         && position::grid_of(&sheet.tensors[name]) != Some((rows, cols))
@@ -180,13 +182,16 @@ fn positions(sheet: &Sheet, names: &Names, method: &dyn Method) -> Result<Option
              positions. Remove the decoder.* and mask_token tensors to keep the encoder."
         )));
     }
-    let grid = method.grid();
-    Ok(((rows, cols) != (grid.rows, grid.cols)).then(|| {
-        format!(
-            "the file's positions are for {rows} × {cols} patches; the table is computed anew for {} × {}",
-            grid.rows, grid.cols
-        )
-    }))
+    let grid = config.input.grid()?;
+    let catalog::Config::Mae(method) = &mut config.method;
+    if (rows, cols) == (grid.rows, grid.cols) || method.trained_grid.is_some() {
+        return Ok(None);
+    }
+    method.trained_grid = Some([rows, cols]);
+    Ok(Some(format!(
+        "the file's positions are for {rows} × {cols} patches; they are interpolated to {} × {} (method.mae.trained_grid)",
+        grid.rows, grid.cols
+    )))
 }
 
 /// Says where the config normalises pixels in another way than the model was trained with.

@@ -2,12 +2,12 @@
 //! they are a tensor, which must be that table.
 
 use crate::grid::Grid;
-use crate::part::encoder::position::sine_cosine;
+use crate::part::encoder::position;
 use tch::{Kind, Tensor};
 
-/// fp32 [1, 1+N, D]: a row of zeros for the class token, then the sine-cosine table.
-pub fn table(grid: &Grid, width: i64) -> Tensor {
-    let patches = sine_cosine(grid, width);
+/// fp32 [1, 1+N, D]: a row of zeros for the class token, then the model's table.
+pub fn table(grid: &Grid, width: i64, trained: Option<[i64; 2]>) -> Tensor {
+    let patches = position::table(grid, width, trained);
     Tensor::cat(&[Tensor::zeros([1, width], (Kind::Float, patches.device())), patches], 0).unsqueeze(0)
 }
 
@@ -30,7 +30,7 @@ pub fn grid_of(found: &Tensor) -> Option<(i64, i64)> {
     pairs.reverse(); // A square first.
     pairs.into_iter().flat_map(|(a, b)| [(a, b), (b, a)]).find(|&(rows, cols)| {
         let grid = Grid { frames: 1, rows, cols, channels: 1, patch_frames: 1, patch: 1 };
-        let off = (&found - table(&grid, width)).abs().max().double_value(&[]);
+        let off = (&found - table(&grid, width, None)).abs().max().double_value(&[]);
         off <= within
     })
 }
