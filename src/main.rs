@@ -10,11 +10,19 @@ use occlude::fault::{Fault, Result};
 use occlude::run::{bench, budget, doctor, evaluate, exchange, inspect, reconstruct, report, train};
 use occlude::{bridge, config};
 use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     bridge::open_cuda();
     bridge::keep_memory();
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).without_time().init();
+    // The store's client would tell of every request that it makes again; we tell of outages.
+    let told = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,object_store=error"));
+    tracing_subscriber::fmt()
+        .with_env_filter(told)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
     let verb = Arguments::parse().verb;
     match run(verb) {
         Ok(()) => ExitCode::SUCCESS,
