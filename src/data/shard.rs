@@ -239,11 +239,6 @@ impl Shard {
         self.store.fetch(&self.file, range).await
     }
 
-    /// Whether its bytes travel over a network.
-    pub fn remote(&self) -> bool {
-        self.store.local().is_none()
-    }
-
     /// The tar's name, for messages.
     pub fn name(&self) -> String {
         self.store.name(&self.file)

@@ -387,11 +387,6 @@ impl Store {
         self.root.filename().or_else(bucket).unwrap_or("data").to_owned()
     }
 
-    /// How often a call was made again because the store was away.
-    pub fn repeats(&self) -> u64 {
-        self.patience.repeats()
-    }
-
     /// How a message names an object.
     pub fn name(&self, path: &str) -> String {
         match self.local() {

@@ -15,22 +15,17 @@ const WORDS: Duration = Duration::from_secs(15);
 pub(super) struct Patience {
     name: String,
     limit: Duration,
-    /// When the user was last told, and how often a call was made again, ever.
-    told: Mutex<(Option<Instant>, u64)>,
+    /// When the user was last told.
+    told: Mutex<Option<Instant>>,
 }
 
 impl Patience {
     pub fn new(name: &str, limit: Duration) -> Patience {
-        Patience { name: name.to_owned(), limit, told: Mutex::new((None, 0)) }
+        Patience { name: name.to_owned(), limit, told: Mutex::new(None) }
     }
 
     pub fn limit(&self) -> Duration {
         self.limit
-    }
-
-    /// How often a call was made again.
-    pub fn repeats(&self) -> u64 {
-        self.told.lock().expect("no panic while held").1
     }
 
     /// Makes an idempotent call until it succeeds, or fails in a way that does not pass, or fails for the limit's
@@ -58,13 +53,12 @@ impl Patience {
         }
     }
 
-    /// Counts a repetition, and says from time to time that the store is away.
+    /// Says from time to time that the store is away.
     fn tell(&self, spent: Duration, error: &object_store::Error) {
         let mut told = self.told.lock().expect("no panic while held");
-        told.1 += 1;
         // A single failed request is everyday life.
-        if spent > Duration::from_secs(2) && told.0.is_none_or(|last| last.elapsed() > WORDS) {
-            told.0 = Some(Instant::now());
+        if spent > Duration::from_secs(2) && told.is_none_or(|last| last.elapsed() > WORDS) {
+            *told = Some(Instant::now());
             tracing::warn!(
                 "{} is away for {} s ({}); trying on for up to {} s",
                 self.name,
