@@ -15,7 +15,7 @@ crate::trials![
 
 /// The job has stopped on request: in time, saved where it stood, with one sentence.
 fn stopped(run: &Run, job: Job, since: Instant) -> u64 {
-    let end = job.end(10);
+    let end = job.end(30);
     assert!(since.elapsed().as_secs() < 10, "{:?}", since.elapsed());
     assert_eq!(end.code, 75, "{}", end.told);
     let last = run.lines().last().expect("a line").step;

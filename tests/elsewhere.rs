@@ -35,7 +35,7 @@ fn another_number_of_ranks_repeats_no_sample_and_skips_none() -> Outcome {
     let mut job = begun.start(2, &every);
     job.reach(12);
     signal(job.pid(), Signal::TERM);
-    assert_eq!(job.end(10).code, 75);
+    assert_eq!(job.end(30).code, 75);
     let at = begun.newest()?.manifest.step;
     assert!((12..40).contains(&at) && !(10 * at).is_multiple_of(samples), "no stop in mid-epoch: {at}");
 
@@ -71,7 +71,7 @@ fn finished() -> Run {
 fn a_changed_config_is_refused_key_by_key() -> Outcome {
     let mut run = finished();
     run.sets = vec!["optim.weight_decay=0.2".into(), "method.mae.mask.ratio=0.5".into()];
-    let end = run.start(0, &[]).end(20);
+    let end = run.start(0, &[]).end(60);
     assert_eq!(end.code, 2, "{}", end.told);
     for words in ["optim.weight_decay was 0.05 and is now 0.2", "method.mae.mask.ratio was 0.75 and is now 0.5"] {
         assert!(end.told.contains(words), "no `{words}` in: {}", end.told);
@@ -84,7 +84,7 @@ fn what_only_changes_speed_may_change() -> Outcome {
     let mut job = run.start(0, &[]);
     job.reach(30);
     signal(job.pid(), Signal::USR1);
-    assert_eq!(job.end(10).code, 75);
+    assert_eq!(job.end(30).code, 75);
     run.sets = ["checkpoint.every_steps=70", "train.micro_batch=4", "data.threads=2", "world.frozen_s=9"]
         .map(String::from)
         .into();
@@ -100,7 +100,7 @@ fn what_only_changes_speed_may_change() -> Outcome {
 
 fn never_does_not_begin_over_checkpoints() -> Outcome {
     let run = finished();
-    let end = run.start(0, &["--resume", "never"]).end(20);
+    let end = run.start(0, &["--resume", "never"]).end(60);
     assert_eq!(end.code, 2, "{}", end.told);
     for words in ["--resume never", &format!("step {STEPS}"), "--resume auto"] {
         assert!(end.told.contains(words), "no `{words}` in: {}", end.told);
@@ -111,7 +111,7 @@ fn never_does_not_begin_over_checkpoints() -> Outcome {
 fn another_run_s_model_is_refused() -> Outcome {
     let run = Run::with(&["method.mae.encoder.width=24"]);
     let other = undisturbed(0).folder();
-    let end = run.start(0, &["--resume", other.to_str().expect("UTF-8")]).end(20);
+    let end = run.start(0, &["--resume", other.to_str().expect("UTF-8")]).end(60);
     assert_eq!(end.code, 2, "{}", end.told);
     assert!(end.told.contains("method.mae.encoder.width was 16 and is now 24"), "{}", end.told);
     assert!(run.saved().is_empty() && run.lines().is_empty());

@@ -273,7 +273,7 @@ impl Job {
     pub fn end(mut self, seconds: u64) -> End {
         within(seconds, "the job ends", || self.child.try_wait().expect("wait").is_some());
         let code = self.child.wait().expect("wait").code().unwrap_or(-1);
-        within(5, "no process of the job is left", || self.processes().is_empty());
+        within(20, "no process of the job is left", || self.processes().is_empty());
         let told = self.told.take().expect("told once").join().expect("text");
         let told = told.lines().filter(|line| !line.starts_with("step ")).collect::<Vec<_>>().join("\n");
         End { code, told }

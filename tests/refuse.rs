@@ -36,7 +36,7 @@ pub fn refused(code: i32, told: &str, words: &[&str]) {
 
 /// A training is refused, and its run folder at most made.
 pub fn train(run: &Run, ranks: usize, words: &[&str]) {
-    let end = run.start(ranks, &[]).end(20);
+    let end = run.start(ranks, &[]).end(60);
     refused(end.code, &end.told, words);
     let left: Vec<_> = run.folder().read_dir().into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     assert!(left.is_empty(), "work was begun: {left:?}");

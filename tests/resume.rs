@@ -1,6 +1,6 @@
 //! Kills: whatever dies, and whenever, the same command goes on as if nothing had happened, to the bit.
 
-use crate::job::{EVERY, Run, STEPS, program, signal, undisturbed, within};
+use crate::job::{EVERY, End, Job, Run, STEPS, program, signal, undisturbed, within};
 use crate::support::Outcome;
 use occlude::rng::{Draw, Purpose};
 use rustix::process::Signal;
@@ -41,17 +41,28 @@ impl Drop for Moment {
     }
 }
 
-fn a_killed_rank_costs_no_step_and_no_bit() -> Outcome {
-    for seed in [1, 2, 3] {
-        let moment = Moment::draw(seed);
+/// A training on two ranks that `strike` ended at the seed's moment. A busy machine may let a training finish before
+/// the blow falls, which shows nothing; it is tried again then.
+fn struck(seed: u64, strike: impl Fn(&Job, &Moment)) -> (Run, End) {
+    let moment = Moment::draw(seed);
+    for _ in 0..5 {
         let run = Run::tiny();
         let mut job = run.start(2, &[]);
         job.reach(moment.step);
         std::thread::sleep(moment.pause);
-        signal(job.rank(moment.rank), Signal::KILL);
-        let end = job.end(10);
+        strike(&job, &moment);
+        let end = job.end(30);
+        if run.saved().last() < Some(&STEPS) {
+            return (run, end);
+        }
+    }
+    panic!("killed too late to show anything, five times");
+}
+
+fn a_killed_rank_costs_no_step_and_no_bit() -> Outcome {
+    for seed in [1, 2, 3] {
+        let (run, end) = struck(seed, |job, moment| signal(job.rank(moment.rank), Signal::KILL));
         assert_eq!(end.code, 70, "{}", end.told);
-        assert!(run.saved().last() < Some(&STEPS), "killed too late to show anything");
         run.finish(2, &[]);
         run.same_as(undisturbed(2))?;
     }
@@ -60,14 +71,7 @@ fn a_killed_rank_costs_no_step_and_no_bit() -> Outcome {
 
 fn a_job_killed_whole_costs_no_step_and_no_bit() -> Outcome {
     for seed in [4, 5, 6] {
-        let moment = Moment::draw(seed);
-        let run = Run::tiny();
-        let mut job = run.start(2, &[]);
-        job.reach(moment.step);
-        std::thread::sleep(moment.pause);
-        job.processes().into_iter().for_each(|pid| signal(pid, Signal::KILL));
-        job.end(10);
-        assert!(run.saved().last() < Some(&STEPS), "killed too late to show anything");
+        let (run, _) = struck(seed, |job, _| job.processes().into_iter().for_each(|pid| signal(pid, Signal::KILL)));
         run.finish(2, &[]);
         run.same_as(undisturbed(2))?;
     }
@@ -84,7 +88,7 @@ fn the_launcher_carries_a_job_over_killed_ranks() -> Outcome {
         std::thread::sleep(moment.pause);
         let ranks = [job.rank(0), job.rank(1)];
         signal(ranks[moment.rank], Signal::KILL);
-        within(5, "the other rank is gone", || !job.processes().iter().any(|pid| ranks.contains(pid)));
+        within(20, "the other rank is gone", || !job.processes().iter().any(|pid| ranks.contains(pid)));
     }
     let end = job.end(60);
     assert_eq!(end.code, 0, "{}", end.told);
@@ -109,7 +113,7 @@ fn stopped() -> Run {
     let mut job = run.start(0, &[]);
     job.reach(3 * EVERY + 5);
     signal(job.pid(), Signal::USR1);
-    let end = job.end(10);
+    let end = job.end(30);
     assert_eq!(end.code, 75, "{}", end.told);
     run
 }
@@ -150,7 +154,7 @@ fn a_run_without_a_whole_checkpoint_is_not_begun_anew() -> Outcome {
         std::fs::write(run.folder().join(format!("checkpoints/step-{step:08}/manifest.json")), "{")?;
     }
     let lines = run.lines();
-    let end = run.start(0, &[]).end(20);
+    let end = run.start(0, &[]).end(60);
     assert!(end.code == 78 && end.told.contains("no checkpoint there can be used"), "{}: {}", end.code, end.told);
     assert_eq!(run.lines(), lines);
     Ok(())

@@ -212,6 +212,9 @@ impl Heart {
         let mut farewell = false;
         while !self.flags.dropped.load(Ordering::SeqCst) {
             if let Err(fault) = self.exchange(&mut sent, &mut farewell) {
+                // A neighbour out of reach mostly means that the job is being ended, and who ended it has told why:
+                // the launcher kills this rank within the second.
+                std::thread::sleep(2 * PERIOD);
                 eprintln!("heartbeat of rank {}: {fault}", self.world.rank());
                 self.world.abort(Code::Failed);
             }
