@@ -24,7 +24,7 @@ fn main() {
         .compile("occlude_bridge");
     println!("cargo:rustc-link-lib=c10");
     println!("cargo:rustc-link-lib=torch_cpu");
-    for lib in ["site/torch/lib", "venv/lib", "lib"] {
+    for lib in ["site/torch/lib", "site/nvidia/cu13/lib", "venv/lib", "lib"] {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", deps.join(lib).display());
     }
     // RUNPATH rather than RPATH, so that LD_LIBRARY_PATH can point a carried binary at another libtorch.

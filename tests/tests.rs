@@ -9,6 +9,7 @@ mod bridge;
 mod device;
 mod launch;
 mod launchers;
+mod emulator;
 mod op;
 mod store;
 mod shard;
@@ -71,6 +72,7 @@ fn main() {
     trials.extend(device::trials());
     trials.extend(launch::trials());
     trials.extend(launchers::trials());
+    trials.extend(emulator::trials());
     trials.extend(op::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());

@@ -1,6 +1,8 @@
 //! One operation a file: a plain formula (the reference, public so that tests and readers can call it) and, where one
 //! exists, a faster form of the same name and signature. An operation looks at where its tensors live and chooses.
 
+pub mod launch; // from a kernel's source to its launch
+
 pub mod adamw;
 pub mod attention;
 pub mod fill;

@@ -1,0 +1,257 @@
+//! The emulator of a GPU's block: kernels compute in it what they say, and what a GPU lets pass in silence ends them.
+
+use crate::support::{Outcome, normal};
+use occlude::op::launch::{Argument, Launch, Source, Variant, plain};
+use tch::{Device, Kind, Tensor};
+
+crate::trials![
+    threads_add_up_through_warps_and_blocks,
+    halves_round_to_the_nearest,
+    a_matrix_product_is_a_matrix_product,
+    a_turned_matrix_is_turned,
+    copies_arrive_when_they_are_waited_for,
+    a_planted_race_is_caught,
+    a_planted_race_within_a_warp_is_caught,
+    a_planted_race_between_blocks_is_caught,
+    a_planted_access_out_of_bounds_is_caught,
+    a_planted_misaligned_access_is_caught,
+    a_planted_read_of_nothing_is_caught,
+    a_planted_missing_barrier_is_caught,
+    a_planted_divergent_barrier_is_caught,
+    a_planted_divergent_warp_is_caught,
+    a_copy_that_nobody_waits_for_is_caught,
+    too_little_shared_memory_is_caught,
+    arguments_that_do_not_fit_are_caught,
+];
+
+/// Runs the kernel `k` whose parameters and body are given.
+fn run(text: &str, threads: u32, grid: u32, shared: usize, arguments: &[Argument]) -> occlude::fault::Result<()> {
+    let text = format!("#include \"device.cuh\"\nKERNEL(1024) void k{text}\nENTRY(k)\n");
+    let source = Source { name: "planted", text: Box::leak(text.into_boxed_str()), variants: plain };
+    let launch = Launch { source: &source, variant: Variant::new(), entry: "k", grid: [grid, 1, 1], threads, shared };
+    launch.run(arguments)
+}
+
+fn caught(words: &[&str], text: &str, threads: u32, grid: u32, shared: usize) {
+    let (x, y) = (Tensor::arange(256, (Kind::Float, Device::Cpu)), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
+    let fault = run(text, threads, grid, shared, &[(&x).into(), (&y).into()]).expect_err(words[0]);
+    for word in words {
+        assert!(fault.message.contains(word), "no `{word}` in: {fault}");
+    }
+}
+
+fn threads_add_up_through_warps_and_blocks() -> Outcome {
+    let (x, y) = (normal(1, &[3, 128]), Tensor::zeros([3], (Kind::Float, Device::Cpu)));
+    let body = "(Global<const float> x, Global<float> y) {
+        const auto room = shared<float>(0, 4);
+        const float sum = block_sum(x[block() * 128 + thread()], room);
+        if (thread() == 0) y.set(block(), sum);
+    }";
+    run(body, 128, 3, 16, &[(&x).into(), (&y).into()])?;
+    let wanted = x.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+    assert!((y - wanted).abs().max().double_value(&[]) < 1e-4);
+    Ok(())
+}
+
+fn halves_round_to_the_nearest() -> Outcome {
+    // Every magnitude, ties, what overflows and what is subnormal.
+    let all = [0.0, 1.0, -1.5, 65504.0, 65519.0, 65520.0, 1e-8, 5.97e-8, 6.1e-5, 3.3e38, 1.000_976_6, 1.001_464_8, 2049.0];
+    let x = Tensor::cat(&[Tensor::from_slice(&all.map(|x: f64| x as f32)), normal(2, &[243])], 0);
+    for (name, kind) in [("bf16", Kind::BFloat16), ("f16", Kind::Half)] {
+        let (half, back) = (Tensor::zeros([256], (kind, Device::Cpu)), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
+        let body = format!(
+            "(Global<const float> x, Global<{name}> half, Global<float> back) {{
+                const u32 i = thread();
+                half.set(i, narrow<{name}>(x[i]));
+                back.set(i, wide(half[i]));
+            }}"
+        );
+        run(&body, 256, 1, 0, &[(&x).into(), (&half).into(), (&back).into()])?;
+        let bits = |x: &Tensor, kind| x.view_dtype(kind);
+        assert_eq!(bits(&half, Kind::Int16), bits(&x.to_kind(kind), Kind::Int16), "{name}");
+        let wide = x.to_kind(kind).to_kind(Kind::Float);
+        assert_eq!(bits(&back, Kind::Int), bits(&wide, Kind::Int), "{name}, back");
+    }
+    Ok(())
+}
+
+/// c [16, 8] = a [16, 16] · b, where b lies as [8, 16] (columns side by side) or as [16, 8] (turned on loading).
+fn product(turned: bool) -> Outcome {
+    let kind = Kind::BFloat16;
+    let (a, b) = (normal(3, &[16, 16]).to_kind(kind), normal(4, &[16, 8]).to_kind(kind));
+    let lies = if turned { b.copy() } else { b.transpose(0, 1).contiguous() };
+    let c = Tensor::zeros([16, 8], (Kind::Float, Device::Cpu));
+    // For b as it lies by columns: matrices of rows 0..8 of columns 0..8 and 8..16; turned: rows 0..8 and 8..16.
+    let place = if turned { "(l % 16) * 8" } else { "(l % 8) * 16 + l / 8 % 2 * 8" };
+    let body = format!(
+        "(Global<const bf16> a, Global<const bf16> b, Global<float> c) {{
+            const auto left = shared<bf16>(0, 256);
+            const auto right = shared<bf16>(512, 128);
+            const u32 l = thread();
+            for (u32 i = l; i < 256; i += 32) left.set(i, a[i]);
+            for (u32 i = l; i < 128; i += 32) right.set(i, b[i]);
+            barrier();
+            u32 x[4], y[4];
+            load_matrices<false>(x, left, (l % 16) * 16 + l / 16 * 8);
+            load_matrices<{turned}>(y, right, {place});
+            float sums[4] = {{}};
+            multiply<bf16>(sums, x, y[0], y[1]);
+            for (u32 e = 0; e < 4; ++e) c.set((l / 4 + e / 2 * 8) * 8 + l % 4 * 2 + e % 2, sums[e]);
+        }}"
+    );
+    run(&body, 32, 1, 768, &[(&a).into(), (&lies).into(), (&c).into()])?;
+    let wanted = a.to_kind(Kind::Float).matmul(&b.to_kind(Kind::Float));
+    assert!((c - wanted).abs().max().double_value(&[]) < 1e-5);
+    Ok(())
+}
+
+fn a_matrix_product_is_a_matrix_product() -> Outcome {
+    product(false)
+}
+
+fn a_turned_matrix_is_turned() -> Outcome {
+    product(true)
+}
+
+const COPY: &str = "(Global<const float> x, Global<float> y) {
+    const auto room = shared<float>(0, 256);
+    copy_async(room, 4 * thread(), x, 4 * thread());
+    copy_commit();
+    WAIT
+    barrier();
+    for (u32 i = thread(); i < 256; i += 64) y.set(i, room[255 - i]);
+}";
+
+fn copies_arrive_when_they_are_waited_for() -> Outcome {
+    let (x, y) = (normal(5, &[256]), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
+    run(&COPY.replace("WAIT", "copy_wait<0>();"), 64, 1, 1024, &[(&x).into(), (&y).into()])?;
+    assert_eq!(y, x.flip([0]));
+    Ok(())
+}
+
+fn a_copy_that_nobody_waits_for_is_caught() -> Outcome {
+    caught(&["read before it is written"], &COPY.replace("WAIT", ""), 64, 1, 1024);
+    let early = "(Global<const float> x, Global<float> y) {
+        copy_async(shared<float>(0, 256), 4 * thread(), x, 4 * thread());
+        copy_commit();
+    }";
+    caught(&["ends before its asynchronous copies"], early, 64, 1, 1024);
+    Ok(())
+}
+
+fn a_planted_race_is_caught() -> Outcome {
+    let body = "(Global<const float> x, Global<float> y) {
+        const auto room = shared<float>(0, 64);
+        room.set(thread() / 2, x[thread()]);
+        barrier();
+        y.set(thread(), room[thread() / 2]);
+    }";
+    caught(&["race of two writers", "kernel k", "thread 1"], body, 64, 1, 256);
+    Ok(())
+}
+
+fn a_planted_race_within_a_warp_is_caught() -> Outcome {
+    let body = "(Global<const float> x, Global<float> y) {
+        const auto room = shared<float>(0, 32);
+        room.set(thread(), x[thread()]);
+        BARRIER
+        y.set(thread(), room[thread() ^ 1]);
+    }";
+    // Lane 1 has not written yet when lane 0 reads; with a warp's barrier it has.
+    caught(&["read before it is written"], &body.replace("BARRIER", ""), 32, 1, 128);
+    let (x, y) = (normal(6, &[256]), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
+    run(&body.replace("BARRIER", "warp_barrier();"), 32, 1, 128, &[(&x).into(), (&y).into()])?;
+    let again = "(Global<const float> x, Global<float> y) {
+        const auto room = shared<float>(0, 32);
+        room.set(thread(), x[thread()]);
+        warp_barrier();
+        const float other = room[thread() ^ 1];
+        room.set(thread(), other);
+        y.set(thread(), room[thread()]);
+    }";
+    caught(&["race of a reader with a writer"], again, 32, 1, 128);
+    Ok(())
+}
+
+fn a_planted_race_between_blocks_is_caught() -> Outcome {
+    let two = "(Global<const float> x, Global<float> y) { y.set(thread(), x[thread()]); }";
+    caught(&["race at global memory", "block (1, 0, 0)"], two, 32, 2, 0);
+    let in_place = "(Global<const float> x, Global<float> y) { y.set(thread(), y[(thread() + 1) % 32]); }";
+    caught(&["race at global memory", "has read it"], in_place, 32, 1, 0);
+    Ok(())
+}
+
+fn a_planted_access_out_of_bounds_is_caught() -> Outcome {
+    let past = "(Global<const float> x, Global<float> y) { y.set(thread(), x[thread() + 225]); }";
+    caught(&["global memory byte 1027 of 1024", "thread 31"], past, 32, 1, 0);
+    let before = "(Global<const float> x, Global<float> y) { y.set(i64(thread()) - 1, x[thread()]); }";
+    caught(&["global memory byte -4"], before, 32, 1, 0);
+    let shared = "(Global<const float> x, Global<float> y) { shared<float>(0, 32).set(thread(), x[thread()]); }";
+    caught(&["element 32 is beyond its part"], shared, 64, 1, 512);
+    Ok(())
+}
+
+fn a_planted_misaligned_access_is_caught() -> Outcome {
+    let body = "(Global<const float> x, Global<float> y) { y.store<4>(4 * thread(), x.load<4>(4 * thread() + 1)); }";
+    caught(&["byte 4 is not aligned"], body, 32, 1, 0);
+    Ok(())
+}
+
+fn a_planted_read_of_nothing_is_caught() -> Outcome {
+    let body = "(Global<const float> x, Global<float> y) { y.set(thread(), shared<float>(0, 64)[thread()]); }";
+    caught(&["read before it is written"], body, 32, 1, 256);
+    Ok(())
+}
+
+fn a_planted_missing_barrier_is_caught() -> Outcome {
+    let body = "(Global<const float> x, Global<float> y) {
+        const auto room = shared<float>(0, 64);
+        for (u32 turn = 0; turn < 2; ++turn) {
+            room.set(thread(), x[thread()]);
+            barrier();
+            y.set(64 * turn + thread(), room[63 - thread()]);
+            MISSING
+        }
+    }";
+    caught(&["race of a", "there is no barrier between them"], &body.replace("MISSING", ""), 64, 1, 256);
+    let (x, y) = (normal(7, &[256]), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
+    run(&body.replace("MISSING", "barrier();"), 64, 1, 256, &[(&x).into(), (&y).into()])?;
+    Ok(())
+}
+
+fn a_planted_divergent_barrier_is_caught() -> Outcome {
+    let left_out = "(Global<const float> x, Global<float> y) { if (thread() < 40) barrier(); }";
+    caught(&["ended while others wait at a barrier"], left_out, 64, 1, 0);
+    let two = "(Global<const float> x, Global<float> y) {
+        if (thread() < 32) {
+            barrier();
+        } else {
+            barrier();
+        }
+    }";
+    caught(&["waits at this barrier while others wait at line"], two, 64, 1, 0);
+    Ok(())
+}
+
+fn a_planted_divergent_warp_is_caught() -> Outcome {
+    let body = "(Global<const float> x, Global<float> y) { if (thread() != 5) y.set(thread(), warp_sum(x[thread()])); }";
+    caught(&["not every lane of the warp has reached"], body, 32, 1, 0);
+    Ok(())
+}
+
+fn too_little_shared_memory_is_caught() -> Outcome {
+    let body = "(Global<const float> x, Global<float> y) { shared<float>(0, 64).set(thread(), x[thread()]); }";
+    caught(&["256 bytes of shared memory are used, 128 were given"], body, 32, 1, 128);
+    Ok(())
+}
+
+fn arguments_that_do_not_fit_are_caught() -> Outcome {
+    let x = normal(8, &[4]);
+    let fault = run("(Global<const float> x, int n) {}", 32, 1, 0, &[(&x).into()]).expect_err("one argument of two");
+    assert!(fault.message.contains("takes 2 arguments, 1 were given"), "{fault}");
+    let fault = run("(Global<const float> x) {}", 32, 1, 0, &[(&x.view([2, 2]).transpose(0, 1)).into()]);
+    assert!(fault.expect_err("turned").message.contains("wants contiguous tensors"));
+    let fault = run("(Global<const float> x) { nothing(); }", 32, 1, 0, &[(&x).into()]).expect_err("no such name");
+    assert!(fault.message.contains("nothing"), "{fault}");
+    Ok(())
+}
