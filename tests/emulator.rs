@@ -55,10 +55,12 @@ fn threads_add_up_through_warps_and_blocks() -> Outcome {
 
 fn halves_round_to_the_nearest() -> Outcome {
     // Every magnitude, ties, what overflows and what is subnormal.
-    let all = [0.0, 1.0, -1.5, 65504.0, 65519.0, 65520.0, 1e-8, 5.97e-8, 6.1e-5, 3.3e38, 1.000_976_6, 1.001_464_8, 2049.0];
+    let all =
+        [0.0, 1.0, -1.5, 65504.0, 65519.0, 65520.0, 1e-8, 5.97e-8, 6.1e-5, 3.3e38, 1.000_976_6, 1.001_464_8, 2049.0];
     let x = Tensor::cat(&[Tensor::from_slice(&all.map(|x: f64| x as f32)), normal(2, &[243])], 0);
     for (name, kind) in [("bf16", Kind::BFloat16), ("f16", Kind::Half)] {
-        let (half, back) = (Tensor::zeros([256], (kind, Device::Cpu)), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
+        let (half, back) =
+            (Tensor::zeros([256], (kind, Device::Cpu)), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
         let body = format!(
             "(Global<const float> x, Global<{name}> half, Global<float> back) {{
                 const u32 i = thread();
@@ -234,7 +236,8 @@ fn a_planted_divergent_barrier_is_caught() -> Outcome {
 }
 
 fn a_planted_divergent_warp_is_caught() -> Outcome {
-    let body = "(Global<const float> x, Global<float> y) { if (thread() != 5) y.set(thread(), warp_sum(x[thread()])); }";
+    let body =
+        "(Global<const float> x, Global<float> y) { if (thread() != 5) y.set(thread(), warp_sum(x[thread()])); }";
     caught(&["not every lane of the warp has reached"], body, 32, 1, 0);
     Ok(())
 }

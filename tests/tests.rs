@@ -6,6 +6,7 @@ mod support;
 
 mod rng;
 mod bridge;
+mod node;
 mod device;
 mod launch;
 mod launchers;
@@ -69,6 +70,7 @@ fn main() {
     let mut trials = Vec::new();
     trials.extend(rng::trials());
     trials.extend(bridge::trials());
+    trials.extend(node::trials());
     trials.extend(device::trials());
     trials.extend(launch::trials());
     trials.extend(launchers::trials());

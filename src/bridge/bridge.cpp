@@ -1,5 +1,6 @@
 // The CPU half of the bridge: what tch leaves out, as C functions over tensor handles.
-// No exception crosses the boundary: each function returns false and leaves its reason in occlude_reason().
+
+#include "bridge.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -20,22 +21,7 @@
 
 namespace {
 
-thread_local std::string reason;
-
-template <class Body>
-bool guarded(Body body) {
-  try {
-    body();
-    return true;
-  } catch (const c10::Error& error) {
-    reason = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    reason = error.what();
-  } catch (...) {
-    reason = "an unknown exception";
-  }
-  return false;
-}
+using occlude::guarded;
 
 // ---- linear: oneDNN's matrix product -----------------------------------------------------------------------------
 // libtorch multiplies fp32 matrices with MKL, which leaves half of the speed of non-Intel processors unused; oneDNN
@@ -158,7 +144,7 @@ std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t n) {
 
 extern "C" {
 
-const char* occlude_reason() { return reason.c_str(); }
+const char* occlude_reason() { return occlude::reason.c_str(); }
 
 // The linker drops libtorch_cuda, since nothing refers to it; opened here it registers its kernels.
 bool occlude_open_cuda() { return dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr; }

@@ -1,7 +1,10 @@
-//! What tch leaves out: gradient hooks, `.grad` as views of a buffer of our own, the fused CPU forms of operations,
-//! the bytes of a tensor. Together with `device/mpi.rs` the only place for `unsafe`.
+//! What tch leaves out: autograd nodes, gradient hooks, `.grad` as views of a buffer of our own, the fused CPU forms of
+//! operations, the bytes of a tensor. Together with `device/mpi.rs` the only place for `unsafe`.
 
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
+mod node; // an autograd node of closures
+
+pub use node::{Forward, node};
 
 use crate::fault::{Fault, Result};
 use std::ffi::{CStr, c_char, c_void};

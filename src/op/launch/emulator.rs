@@ -31,9 +31,8 @@ pub(super) fn launch(launch: &Launch, arguments: &[Argument]) -> Result<()> {
     let entry = unsafe { library.get::<Entry>(name.as_bytes()) };
     let entry = entry.map_err(|error| Fault::failed(format!("no ENTRY({}): {error}", launch.entry)))?;
     // SAFETY: tensors live through the call, which touches none of their bytes but through checked accesses.
-    let reason = unsafe {
-        entry(passed.as_ptr(), passed.len(), launch.grid.as_ptr(), launch.threads, launch.shared as u32)
-    };
+    let reason =
+        unsafe { entry(passed.as_ptr(), passed.len(), launch.grid.as_ptr(), launch.threads, launch.shared as u32) };
     if reason.is_null() {
         return Ok(());
     }
