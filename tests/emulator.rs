@@ -27,7 +27,7 @@ crate::trials![
 /// Runs the kernel `k` whose parameters and body are given.
 fn run(text: &str, threads: u32, grid: u32, shared: usize, arguments: &[Argument]) -> occlude::fault::Result<()> {
     let text = format!("#include \"device.cuh\"\nKERNEL(1024) void k{text}\nENTRY(k)\n");
-    let source = Source { name: "planted", text: Box::leak(text.into_boxed_str()), variants: plain };
+    let source = Source { name: "planted", built_in: Box::leak(text.into_boxed_str()), variants: plain };
     let launch = Launch { source: &source, variant: Variant::new(), entry: "k", grid: [grid, 1, 1], threads, shared };
     launch.run(arguments)
 }

@@ -1,13 +1,14 @@
 //! Every operation against its plain formula: values and gradients, in odd sizes.
 //!
-//! The bar for a faster form: its RMS error against the formula in fp64 is at most twice that of the formula in the
-//! same precision, plus one unit in the last place of the output's RMS. What has no faster form is held to loops.
+//! Faster forms are held to the bar of `bar.rs`; what has none is held to loops.
 
+use crate::bar::{View, compare, inputs, judge, rms, ulp};
 use crate::support::{Outcome, normal};
 use occlude::grid::Grid;
+use occlude::op::bias_gelu::Form;
 use occlude::op::patch::{Scale, gather, patch, patches, pixels};
 use occlude::op::shuffle::{Origin, shuffle};
-use occlude::op::{adamw, attention, fill, gelu, layer_norm, lerp, linear, masked_mse, square_sum};
+use occlude::op::{adamw, attention, bias_gelu, fill, layer_norm, lerp, linear, masked_mse, square_sum};
 use tch::{Device, Kind, Tensor};
 
 crate::trials![
@@ -31,50 +32,6 @@ crate::trials![
     patch_reads_bytes_as_it_reads_normalised_floats,
     a_sample_s_order_depends_on_nothing_but_the_sample,
 ];
-
-fn rms(x: &Tensor) -> f64 {
-    x.to_kind(Kind::Double).square().mean(Kind::Double).sqrt().double_value(&[])
-}
-
-/// The distance between neighbouring numbers of this kind around `at`.
-fn ulp(kind: Kind, at: f64) -> f64 {
-    let digits = if kind == Kind::BFloat16 { 7 } else { 23 };
-    if at == 0.0 { 0.0 } else { 2f64.powi(at.log2().floor() as i32 - digits) }
-}
-
-/// The bar of this file.
-fn judge(what: &str, ours: &Tensor, plain: &Tensor, exact: &Tensor) {
-    assert_eq!((ours.size(), ours.kind()), (plain.size(), plain.kind()), "{what}: shape and kind");
-    let error = |of: &Tensor| rms(&(of.to_kind(Kind::Double) - exact));
-    let (off, bar) = (error(ours), 2.0 * error(plain) + ulp(ours.kind(), rms(exact)));
-    assert!(off <= bar, "{what}: RMS error {off:e}, allowed {bar:e} (the formula's own is {:e})", error(plain));
-}
-
-type Op = dyn Fn(&[Tensor]) -> Tensor;
-type View = fn(&Tensor) -> Tensor;
-
-/// The output, and the gradients of the inputs under a random gradient of the output.
-fn pass(inputs: &[Tensor], op: &Op) -> Vec<Tensor> {
-    let leaves: Vec<Tensor> = inputs.iter().map(|input| input.detach().set_requires_grad(true)).collect();
-    let y = op(&leaves);
-    let upstream = normal(99, &y.size()).to_kind(inputs[0].kind()).to_kind(y.kind());
-    (&y * upstream).sum(y.kind()).backward();
-    std::iter::once(y.detach()).chain(leaves.iter().map(Tensor::grad)).collect()
-}
-
-/// `op` on inputs of their own kind against `formula` in the same kind and in fp64.
-fn compare(what: &str, inputs: &[Tensor], op: &Op, formula: &Op) {
-    let wide: Vec<Tensor> = inputs.iter().map(|input| input.to_kind(Kind::Double)).collect();
-    let all = pass(inputs, op).into_iter().zip(pass(inputs, formula)).zip(pass(&wide, formula));
-    for (index, ((ours, plain), exact)) in all.enumerate() {
-        let part = if index == 0 { "output".to_string() } else { format!("gradient of input {}", index - 1) };
-        judge(&format!("{what}, {part}"), &ours, &plain, &exact);
-    }
-}
-
-fn inputs(seed: u64, shapes: &[&[i64]], kind: Kind) -> Vec<Tensor> {
-    shapes.iter().zip(seed..).map(|(shape, seed)| normal(seed, shape).to_kind(kind)).collect()
-}
 
 fn linear_op(x: &[Tensor]) -> Tensor {
     linear::linear(&x[0], &x[1], &x[2]).expect("a product")
@@ -175,8 +132,15 @@ fn gelu_agrees_far_out_too() -> Outcome {
     for kind in [Kind::Float, Kind::BFloat16] {
         for spread in [0.01, 1.0, 4.0] {
             let x = (normal(6, &[3, 7, 53]) * spread).to_kind(kind);
-            let formula = |x: &[Tensor]| gelu::formula(&x[0].to_kind(wide(x[0].kind()))).to_kind(x[0].kind());
-            compare(&format!("{kind:?} × {spread}"), &[x], &|x| gelu::gelu(&x[0]), &formula);
+            let formula = |x: &[Tensor]| {
+                bias_gelu::formula(&x[0].to_kind(wide(x[0].kind())), None, Form::Exact).to_kind(x[0].kind())
+            };
+            compare(
+                &format!("{kind:?} × {spread}"),
+                &[x],
+                &|x| bias_gelu::bias_gelu(&x[0], None, Form::Exact).expect("on a CPU"),
+                &formula,
+            );
         }
     }
     Ok(())

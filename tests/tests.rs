@@ -1,5 +1,6 @@
 //! The one test binary: the modules below, in travel order.
 
+mod bar;
 mod heap;
 mod job;
 mod support;
@@ -12,6 +13,8 @@ mod launch;
 mod launchers;
 mod emulator;
 mod op;
+mod kernel;
+mod nvrtc;
 mod store;
 mod shard;
 mod order;
@@ -76,6 +79,8 @@ fn main() {
     trials.extend(launchers::trials());
     trials.extend(emulator::trials());
     trials.extend(op::trials());
+    trials.extend(kernel::trials());
+    trials.extend(nvrtc::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());
     trials.extend(order::trials());

@@ -465,6 +465,8 @@ void copy_wait(LINE) {
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
+using std::max;
+using std::min;
 inline float of_bits(u32 x) { return std::bit_cast<float>(x); }
 inline u32 bits_of(float x) { return std::bit_cast<u32>(x); }
 inline float wide(float x) { return x; }
@@ -492,6 +494,7 @@ inline f16 narrow<f16>(float x) {
   const float size = fabsf(x);
   if (x != x) return {0x7FFF};
   if (size >= 65520.0f) return {u16(sign | 0x7C00)};
+  if (size == 0) return {sign};
   int exponent = 0;
   frexpf(size, &exponent);  // size = m · 2^exponent with m in [0.5, 1)
   const int step = std::max(exponent - 11, -24);  // of the last digit

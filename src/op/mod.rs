@@ -5,8 +5,9 @@ pub mod launch; // from a kernel's source to its launch
 
 pub mod adamw;
 pub mod attention;
+pub mod bias_gelu;
 pub mod fill;
-pub mod gelu;
+pub mod fold;
 pub mod layer_norm;
 pub mod lerp;
 pub mod linear;
@@ -15,7 +16,13 @@ pub mod patch;
 pub mod shuffle;
 pub mod square_sum;
 
+use launch::Source;
 use tch::Tensor;
+
+/// Every file of kernels.
+pub fn sources() -> Vec<&'static Source> {
+    vec![&bias_gelu::SOURCE, &fold::SOURCE]
+}
 
 /// The sizes of a tensor of `R` dimensions; naming them on a function's first line documents and checks the shape.
 pub fn sizes<const R: usize>(tensor: &Tensor) -> [i64; R] {

@@ -1,8 +1,9 @@
 //! Kernels on a CPU: compiled with the C++ compiler against `kernels/host/emulator.hpp`, which checks every access.
 
-use super::{Argument, HEADERS, HOST, Launch, Source, Variant, cache, digest};
+use super::{Argument, HEADERS, HOST, Launch, Source, Variant, cache, digest, text};
 use crate::fault::{Fault, Result};
 use libloading::Library;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::path::Path;
@@ -56,14 +57,13 @@ fn pass(argument: &Argument) -> Passed {
 
 fn library<'a>(open: &'a mut HashMap<String, Library>, source: &Source, variant: &Variant) -> Result<&'a Library> {
     let macros: Vec<String> = variant.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-    let mut parts = vec![source.text];
-    parts.extend(HEADERS.iter().chain(&HOST).map(|(_, text)| *text));
-    parts.extend(macros.iter().map(String::as_str));
+    let files = files(source)?;
+    let parts: Vec<&str> = files.iter().map(|(_, text)| &**text).chain(macros.iter().map(String::as_str)).collect();
     let key = digest(&parts);
     if !open.contains_key(&key) {
         let path = cache()?.join(format!("{}-{key}.so", source.name));
         if !path.exists() {
-            compile(source, &macros, &path)?;
+            compile(&files, &macros, &path)?;
         }
         // SAFETY: a library that the compiler just made of our own source; it runs nothing when it is opened.
         let library = unsafe { Library::new(&path) };
@@ -72,23 +72,27 @@ fn library<'a>(open: &'a mut HashMap<String, Library>, source: &Source, variant:
     Ok(&open[&key])
 }
 
-fn compile(source: &Source, macros: &[String], path: &Path) -> Result<()> {
+/// The source and what it includes, by name.
+fn files(source: &Source) -> Result<Vec<(String, Cow<'static, str>)>> {
+    let included = HEADERS.iter().chain(&HOST).map(|(name, built_in)| Ok(((*name).to_owned(), text(name, built_in)?)));
+    std::iter::once(Ok((format!("{}.cu", source.name), source.text()?))).chain(included).collect()
+}
+
+fn compile(files: &[(String, Cow<str>)], macros: &[String], path: &Path) -> Result<()> {
     let folder = path.with_extension(format!("{}.src", std::process::id()));
-    let write = |name: &str, text: &str| {
-        let file = folder.join(name);
-        let made = std::fs::create_dir_all(file.parent().expect("a folder"));
-        made.and_then(|()| std::fs::write(&file, text)).map_err(|error| Fault::disk(file.display(), error))
-    };
-    HEADERS.iter().chain(&HOST).try_for_each(|(name, text)| write(name, text))?;
-    let file = format!("{}.cu", source.name);
-    write(&file, source.text)?;
+    for (name, text) in files {
+        let path = folder.join(name);
+        let made = std::fs::create_dir_all(path.parent().expect("a folder"));
+        made.and_then(|()| std::fs::write(&path, &**text)).map_err(|error| Fault::disk(path.display(), error))?;
+    }
+    let file = &files[0].0;
     let made = folder.join("made.so");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     // No library may share the emulator's state with another, hence hidden symbols and no unique ones.
     let flags = "-std=c++20 -O1 -g1 -fPIC -shared -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -Wall -Wno-unused \
                  -Wno-unknown-pragmas -DOCCLUDE_HOST -U_FORTIFY_SOURCE -x c++";
     let mut command = Command::new(&compiler);
-    command.current_dir(&folder).args(flags.split(' ').filter(|flag| !flag.is_empty())).args(macros).arg(&file);
+    command.current_dir(&folder).args(flags.split(' ').filter(|flag| !flag.is_empty())).args(macros).arg(file);
     let output = command.arg("-o").arg(&made).output();
     let output = output.map_err(|error| Fault::failed(format!("the compiler {compiler} does not start: {error}")))?;
     if !output.status.success() {

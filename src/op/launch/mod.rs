@@ -3,7 +3,8 @@
 //!
 //! A source is compiled once a variant, where a variant is a list of macros such as the element type. Programs are kept
 //! in the user's cache folder under a digest of all that they are made from, and are looked for beside the program first
-//! (`kernels/`), where a bundle has them.
+//! (`kernels/`), where a bundle has them. Whoever works on a kernel sets `OCCLUDE_KERNELS` to the folder of sources: they
+//! are read from there, and the program need not be compiled again.
 
 mod emulator;
 mod nvrtc;
@@ -11,6 +12,7 @@ mod nvrtc;
 pub use nvrtc::{Compiled, Resources, compile};
 
 use crate::fault::{Fault, Result};
+use std::borrow::Cow;
 use std::path::PathBuf;
 use tch::{Device, Kind, Tensor};
 
@@ -29,9 +31,24 @@ pub type Variant = Vec<(&'static str, String)>;
 pub struct Source {
     /// That of the operation, and of `kernels/<name>.cu`.
     pub name: &'static str,
-    pub text: &'static str,
+    /// What the file holds.
+    pub built_in: &'static str,
     /// Every variant that launches ask for.
     pub variants: fn() -> Vec<Variant>,
+}
+
+/// A file of kernels, as it was built in or as it lies under OCCLUDE_KERNELS.
+fn text(name: &str, built_in: &'static str) -> Result<Cow<'static, str>> {
+    let Some(folder) = std::env::var_os("OCCLUDE_KERNELS") else { return Ok(built_in.into()) };
+    let path = PathBuf::from(folder).join(name);
+    let text = std::fs::read_to_string(&path).map_err(|error| Fault::disk(path.display(), error))?;
+    Ok(text.into())
+}
+
+impl Source {
+    fn text(&self) -> Result<Cow<'static, str>> {
+        text(&format!("{}.cu", self.name), self.built_in)
+    }
 }
 
 /// The one variant of a source without macros.
@@ -39,9 +56,9 @@ pub fn plain() -> Vec<Variant> {
     vec![Variant::new()]
 }
 
-/// The variants of a source whose macro `T` is its element type.
+/// The variants of a source whose macro `ELEMENT` is its element type.
 pub fn by_type(types: &[Kind]) -> Vec<Variant> {
-    types.iter().map(|kind| vec![("T", type_name(*kind).to_owned())]).collect()
+    types.iter().map(|kind| vec![("ELEMENT", type_name(*kind).to_owned())]).collect()
 }
 
 /// What kernels call a kind of number.
@@ -92,6 +109,11 @@ macro_rules! number {
     )*};
 }
 number!(i32 => I32, i64 => I64, u64 => U64, f32 => F32);
+
+/// How many blocks of `each` hold `n`.
+pub fn blocks(n: i64, each: i64) -> u32 {
+    u32::try_from((n + each - 1) / each).expect("a grid of less than 2³² blocks")
+}
 
 /// One launch of a kernel.
 pub struct Launch<'a> {

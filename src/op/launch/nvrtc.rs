@@ -1,10 +1,13 @@
 //! Kernels compiled for a GPU, which takes no GPU.
 
-use super::{HEADERS, Source, Variant, cache, digest, keep};
+use super::{HEADERS, Source, Variant, cache, digest, keep, text};
 use crate::fault::{Fault, Result};
 use cudarc::nvrtc::sys;
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char};
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 /// A program for one architecture.
 pub struct Compiled {
@@ -25,14 +28,12 @@ pub struct Resources {
 /// Compiles a variant of a source for an architecture such as `sm_90a`. A fault with the compiler's words, or where
 /// there is no NVRTC.
 pub fn compile(source: &Source, variant: &Variant, architecture: &str) -> Result<Compiled> {
-    // SAFETY: only asks whether the library can be opened.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(Fault::failed("there is no libnvrtc: install the CUDA build of torch, which brings it"));
-    }
+    open()?;
     let c = |text: &str| CString::new(text).expect("sources and macros hold no NUL");
-    let (text, name) = (c(source.text), c(&format!("{}.cu", source.name)));
-    let [headers, names] = [HEADERS.map(|(_, text)| c(text)), HEADERS.map(|(name, _)| c(name))];
-    let [headers, names] = [&headers, &names].map(|all| all.iter().map(|s| s.as_ptr()).collect::<Vec<_>>());
+    let (text, name) = (c(&source.text()?), c(&format!("{}.cu", source.name)));
+    let (headers, names) =
+        (headers()?.iter().map(|text| c(text)).collect::<Vec<_>>(), HEADERS.map(|(name, _)| c(name)));
+    let [headers, names] = [&headers[..], &names].map(|all| all.iter().map(|s| s.as_ptr()).collect::<Vec<_>>());
     let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++20".into()];
     options.extend(["--ptxas-options=-v".into(), "--extra-device-vectorization".into()]);
     options.extend(variant.iter().map(|(name, value)| format!("--define-macro={name}={value}")));
@@ -65,9 +66,22 @@ pub fn compile(source: &Source, variant: &Variant, architecture: &str) -> Result
     }
 }
 
+/// Opens NVRTC, and first the library that it looks for itself, and only where the system keeps its libraries.
+fn open() -> Result<()> {
+    static BUILTINS: LazyLock<Option<Library>> = LazyLock::new(|| {
+        // SAFETY: a library of NVIDIA's that holds data; opening it runs nothing of note.
+        unsafe { Library::open(Some("libnvrtc-builtins.so.13.0"), RTLD_NOW | RTLD_GLOBAL) }.ok()
+    });
+    // SAFETY: only asks whether the library can be opened.
+    if BUILTINS.is_some() && unsafe { sys::is_culib_present() } {
+        return Ok(());
+    }
+    Err(Fault::failed("there is no NVRTC 13.0: install the CUDA build of torch, which brings it"))
+}
+
 /// The cubin of a variant, from beside the program, from the user's cache, or compiled now and kept.
 pub(super) fn cubin(source: &Source, variant: &Variant, architecture: &str) -> Result<Vec<u8>> {
-    let name = file_name(source, variant, architecture);
+    let name = file_name(source, variant, architecture)?;
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("kernels").join(&name)));
     let kept = cache()?.join(&name);
     if let Some(bytes) = beside.into_iter().chain([kept.clone()]).find_map(|path: PathBuf| std::fs::read(path).ok()) {
@@ -79,12 +93,17 @@ pub(super) fn cubin(source: &Source, variant: &Variant, architecture: &str) -> R
 }
 
 /// What the file of a compiled variant is called.
-pub fn file_name(source: &Source, variant: &Variant, architecture: &str) -> String {
+pub fn file_name(source: &Source, variant: &Variant, architecture: &str) -> Result<String> {
     let macros: Vec<String> = variant.iter().map(|(name, value)| format!("{name}={value}")).collect();
-    let mut parts = vec![source.text, architecture];
-    parts.extend(HEADERS.iter().map(|(_, text)| *text));
+    let (text, headers) = (source.text()?, headers()?);
+    let mut parts = vec![&*text, architecture];
+    parts.extend(headers.iter().map(|text| &**text));
     parts.extend(macros.iter().map(String::as_str));
-    format!("{}-{architecture}-{}.cubin", source.name, digest(&parts))
+    Ok(format!("{}-{architecture}-{}.cubin", source.name, digest(&parts)))
+}
+
+fn headers() -> Result<Vec<Cow<'static, str>>> {
+    HEADERS.iter().map(|(name, built_in)| text(name, built_in)).collect()
 }
 
 fn checked(result: sys::nvrtcResult, log: &str) -> Result<()> {

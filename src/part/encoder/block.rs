@@ -1,7 +1,8 @@
 //! The transformer block, normalised before each half (Dosovitskiy et al., 2021, equations 2 and 3).
 
 use crate::fault::Result;
-use crate::op::{attention::attention, gelu::gelu};
+use crate::op::attention::attention;
+use crate::op::bias_gelu::{Form, bias_gelu};
 use crate::part::weights::{Linear, Norm, Table, Weights};
 use tch::Tensor;
 
@@ -39,7 +40,7 @@ impl Block {
         let qkv = self.qkv.forward(w, &self.norm1.forward(w, x))?; // [B, S, 3D]
         let mixed = self.proj.forward(w, &attention(&qkv, self.heads, from))?; // [B, S − from, D]
         let x = x.narrow(1, from, x.size()[1] - from) + mixed;
-        let hidden = gelu(&self.fc1.forward(w, &self.norm2.forward(w, &x))?);
+        let hidden = bias_gelu(&self.fc1.forward(w, &self.norm2.forward(w, &x))?, None, Form::Exact)?;
         Ok(&x + self.fc2.forward(w, &hidden)?)
     }
 }
