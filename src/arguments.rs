@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use occlude::config::Config;
+use occlude::data::medium::Medium;
 use occlude::data::pack;
 use occlude::fault::{Fault, Result};
 use occlude::run::evaluate::{self, Probe, Protocol, Question, Recipe};
@@ -19,7 +20,7 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 pub enum Verb {
-    /// Write pictures as shards that training reads
+    /// Write pictures or sounds as shards that training reads
     Pack(PackArguments),
     /// Look at shards: counts, classes, sizes, whether they are whole; the last line is one JSON object
     Inspect(InspectArguments),
@@ -76,7 +77,7 @@ pub struct TrainArguments {
 
 #[derive(clap::Args)]
 pub struct PackArguments {
-    /// A folder of images, whose sub-folders are classes, or a .csv, .tsv, .jsonl or .parquet file with the columns
+    /// A folder of images (or sounds), whose sub-folders are classes, or a .csv, .tsv, .jsonl or .parquet file with the columns
     /// path, label, caption; a path or a URL
     pub source: String,
     /// The folder for the shards, a path or a URL
@@ -101,6 +102,12 @@ pub struct PackArguments {
     /// Quality of JPEGs that are encoded, 1 to 100 [default: 90]
     #[arg(long)]
     pub quality: Option<u8>,
+    /// Pack sounds: .wav, .flac, .mp3 and .ogg (Vorbis) files
+    #[arg(long)]
+    pub sound: bool,
+    /// Decode all sounds and store them as 16-bit WAV of one channel at this many samples a second
+    #[arg(long, value_name = "HZ", requires = "sound")]
+    pub rate: Option<u32>,
     /// Threads that read and encode; 0: one for each core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -130,6 +137,8 @@ impl PackArguments {
             resize: self.resize,
             encode: self.encode.map(encode),
             quality: self.quality,
+            medium: if self.sound { Medium::Sound } else { Medium::Picture },
+            rate: self.rate,
             threads: self.threads,
             ..Default::default()
         }

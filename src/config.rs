@@ -20,7 +20,7 @@ pub struct Config {
     pub about: About,
     /// What the model sees of a sample.
     pub input: Input,
-    /// How a sample is cropped and flipped.
+    /// How a picture is cropped and flipped, or a sound becomes a spectrogram.
     #[serde(default)]
     pub view: view::View,
     /// The method and its numbers.
@@ -272,6 +272,7 @@ impl Config {
     /// Everything that can be said without data and without a world.
     pub fn check(&self) -> Result<()> {
         self.view.check()?;
+        self.view.sound.as_ref().map_or(Ok(()), |sound| sound.check(&self.input))?;
         self.optim.check()?;
         let grid = self.input.grid()?;
         self.input.scale()?;

@@ -2,7 +2,7 @@
 
 use crate::support::{Outcome, oracle};
 use libtest_mimic::Failed;
-use occlude::data::decode::Decoded;
+use occlude::data::decode::{Decoded, Picture};
 use occlude::grid::Grid;
 use occlude::part::view::View;
 use occlude::part::view::affine::{self, affine};
@@ -313,13 +313,13 @@ fn grey_blur_and_solarise_come_at_their_rates() -> Outcome {
 /// Training's view at [seed, id, epoch, repeat].
 fn shown(view: &View, image: &Decoded, at: [u64; 4]) -> Vec<u8> {
     let mut out = vec![0; grid().pixels().iter().product::<i64>() as usize];
-    view.train(&grid(), image.into(), at[0], at[1], at[2], at[3] as u32, &mut out).expect("a view");
+    view.train(&grid(), Picture::from(image), at[0], at[1], at[2], at[3] as u32, &mut out).expect("a view");
     out
 }
 
 fn evaluated(view: &View, image: &Decoded) -> Vec<u8> {
     let mut out = vec![0; grid().pixels().iter().product::<i64>() as usize];
-    view.eval(&grid(), image.into(), &mut out).expect("a view");
+    view.eval(&grid(), Picture::from(image), &mut out).expect("a view");
     out
 }
 

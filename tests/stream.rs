@@ -5,7 +5,8 @@ use crate::shard::{packed, pictures, text};
 use crate::support::Outcome;
 use libtest_mimic::Failed;
 use occlude::data::cache::Cache;
-use occlude::data::decode::{Limits, Picture};
+use occlude::data::decode::Limits;
+use occlude::data::medium::{Medium, Sample};
 use occlude::data::mix::{self, Mix};
 use occlude::data::order::Order;
 use occlude::data::store::Store;
@@ -72,6 +73,7 @@ fn source(set: Arc<Mix>) -> Source {
     Source {
         set,
         cache: None,
+        medium: Medium::Picture,
         view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, 11, id, epoch, 0, out)),
         shape: grid.pixels(),
         limits: Limits::default(),
@@ -282,9 +284,9 @@ fn what_was_fetched_keeps_to_its_bytes() -> Outcome {
     rows(source(set.clone()), 1)?;
     // Views that take their time: what was fetched piles up in front of them, up to the limit.
     let inner = source(set.clone()).view;
-    let view = Arc::new(move |picture: Picture<'_>, id, epoch, out: &mut [u8]| {
+    let view = Arc::new(move |sample: Sample<'_>, id, epoch, out: &mut [u8]| {
         std::thread::sleep(Duration::from_millis(3));
-        inner(picture, id, epoch, out)
+        inner(sample, id, epoch, out)
     });
     let narrow = Source { view, prefetch_bytes: 6000, ..source(set) };
     both.server.faults(|faults| faults.latency = Duration::from_millis(5));

@@ -87,13 +87,13 @@ fn resized(image: &Decoded, region: Region, size: [u32; 2], how: Interpolation) 
 /// Evaluation's view.
 fn eval(view: &View, grid: &Grid, picture: Picture) -> occlude::fault::Result<Vec<u8>> {
     let mut out = vec![0; grid.pixels().iter().product::<i64>() as usize];
-    view.eval(grid, picture, &mut out).map(|()| out)
+    view.eval(grid, picture, &mut out).map(|_| out)
 }
 
 /// Training's view.
 fn train(view: &View, grid: &Grid, picture: Picture, at: [u64; 4]) -> occlude::fault::Result<Vec<u8>> {
     let mut out = vec![0; grid.pixels().iter().product::<i64>() as usize];
-    view.train(grid, picture, at[0], at[1], at[2], at[3] as u32, &mut out).map(|()| out)
+    view.train(grid, picture, at[0], at[1], at[2], at[3] as u32, &mut out).map(|_| out)
 }
 
 /// Mean and greatest difference.

@@ -11,5 +11,7 @@ pub mod cache; // pieces of shards, kept on this machine
 pub mod order; // which sample stands at which position
 pub mod complete; // does a file hold all of its picture
 pub mod decode; // bytes become pixels
+pub mod sound; // bytes become samples of sound, and those a spectrogram
+pub mod medium; // pictures or sounds
 pub mod write; // a shard being written
-pub mod pack; // pictures become shards
+pub mod pack; // pictures and sounds become shards

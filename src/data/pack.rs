@@ -1,6 +1,6 @@
-//! The writer: pictures become shards with their indices, and `dataset.json` last.
+//! The writer: pictures or sounds become shards with their indices, and `dataset.json` last.
 //!
-//! The same pictures give the same bytes, on every machine and with any number of threads: members are USTAR, mode
+//! The same files give the same bytes, on every machine and with any number of threads: members are USTAR, mode
 //! 0444, time 0, in the order of a digest of their keys, which mixes the classes over the shards. Threads read and
 //! shape pictures ahead of the one that writes; a shard is put in its place while the next one is made, so at most two
 //! are in memory, and none where they go to a disk.
@@ -11,10 +11,12 @@ mod keys; // of samples, out of paths
 mod rows; // CSV, TSV, JSON lines, Parquet
 mod source; // where pictures come from
 mod shape; // one picture becomes a sample's members
+mod voice; // one sound does
 mod plan; // which picture goes into which shard
 mod standing; // what stands at the destination already
 
 use super::decode::Limits;
+use super::medium::Medium;
 use super::set::{Listed, Manifest};
 use super::store::Store;
 use super::write::{Writer, commit};
@@ -44,6 +46,9 @@ pub struct Options {
     pub test_share: f64,
     /// Share of unreadable pictures past which packing fails.
     pub max_bad_share: f64,
+    /// What the source is looked through for.
+    pub medium: Medium,
+    /// Of pictures; sounds have [`sound::Limits::default`](super::sound::Limits::default).
     pub limits: Limits,
     /// Pictures whose shorter side has more pixels are brought down to this many.
     pub resize: Option<u32>,
@@ -52,6 +57,9 @@ pub struct Options {
     pub encode: Option<Encode>,
     /// Of JPEG, 1 to 100; [`Options::QUALITY`] where none is given.
     pub quality: Option<u8>,
+    /// All sounds are decoded, brought to so many samples a second and stored as WAV of 16 bits and one channel;
+    /// without it their bytes are stored as they came.
+    pub rate: Option<u32>,
     /// Threads that read and shape pictures; 0: one for each core, and more where pictures come from a store.
     pub threads: usize,
 }
@@ -84,10 +92,12 @@ impl Default for Options {
             shard_bytes: 1 << 30,
             test_share: 0.0,
             max_bad_share: 0.01,
+            medium: Medium::Picture,
             limits: Limits::default(),
             resize: None,
             encode: None,
             quality: None,
+            rate: None,
             threads: 0,
         }
     }
@@ -115,7 +125,7 @@ pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
     if !out.lists() {
         return Err(Fault::usage(format!("{url}: nothing can be written through a web server; give its store's URL")));
     }
-    let mut source = Source::find(source)?;
+    let mut source = Source::find(source, options.medium)?;
     let plan = Plan::new(&mut source, &out, options)?;
     let standing = standing::finished(&plan)?;
     let untouched = standing.is_some();
@@ -141,6 +151,18 @@ impl Options {
                 "the test share is {}; it is 0 or more and less than 1",
                 self.test_share
             )));
+        }
+        if self.medium == Medium::Sound && (self.resize.is_some() || self.encode.is_some() || self.quality.is_some()) {
+            return Err(Fault::usage("sounds have no size, format or quality to be changed; give a rate, or nothing"));
+        }
+        match self.rate {
+            Some(_) if self.medium == Medium::Picture => {
+                return Err(Fault::usage("a rate is for sounds; pack sounds, or leave it out"));
+            }
+            Some(rate) if !(1000..=384_000).contains(&rate) => {
+                return Err(Fault::usage(format!("the rate is {rate}; it is samples a second, 1000 to 384000")));
+            }
+            _ => {}
         }
         if self.resize == Some(0) {
             return Err(Fault::usage("pictures cannot be resized to 0 pixels; the shorter side needs 1 or more"));
@@ -184,9 +206,10 @@ impl Bad<'_> {
         Err(Fault::new(
             Code::Corrupt,
             format!(
-                "{} of {} pictures are unreadable, at most {:.2} % may be; mend or remove them. {}",
+                "{} of {} {} are unreadable, at most {:.2} % may be; mend or remove them. {}",
                 self.named.len(),
                 self.total,
+                self.options.medium.plural(),
                 self.options.max_bad_share * 100.0,
                 named.join("; "),
             ),
@@ -309,6 +332,6 @@ fn closed(closing: ScopedJoinHandle<Result<Listed>>) -> Result<Listed> {
 
 /// Drawn on a terminal only.
 fn progress(length: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("packing {bar:40} {pos}/{len} pictures, {per_sec}, {eta} left");
+    let style = ProgressStyle::with_template("packing {bar:40} {pos}/{len}, {per_sec}, {eta} left");
     ProgressBar::new(length).with_style(style.expect("a valid template"))
 }

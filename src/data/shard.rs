@@ -14,6 +14,8 @@ use std::sync::Arc;
 
 /// The extensions of pictures that `decode` reads.
 pub const IMAGE: &[&str] = &["jpg", "jpeg", "png", "webp"];
+/// The extensions of sounds that `sound` reads.
+pub const SOUND: &[&str] = &["wav", "flac", "mp3", "ogg"];
 
 /// Where the index of a tar is to be had.
 #[derive(Clone, Debug)]

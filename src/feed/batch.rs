@@ -2,7 +2,7 @@
 
 use super::clock::{Clock, Stage};
 use super::fetch::Fetcher;
-use super::row::{Done, Order, Raw};
+use super::row::{Done, Order, Raw, Row};
 use super::{Plan, Rows, Source};
 use crate::fault::{Code, Fault, Result};
 use bytes::BytesMut;
@@ -21,7 +21,7 @@ const STEPS: usize = 1024;
 struct Step {
     step: u64,
     /// What each row will hold; none until it is made, and for a row that is left out.
-    ids: Vec<Option<(u64, u64, Option<i64>)>>,
+    rows: Vec<Option<Row>>,
     /// The rows' places, as they come back.
     pixels: Vec<BytesMut>,
     missing: usize,
@@ -126,7 +126,12 @@ impl Belt {
             let mut room = BytesMut::zeroed(samples.len() * each);
             self.each = room.len();
             let pixels = samples.iter().map(|_| BytesMut::new()).collect();
-            self.open.push_back(Step { step, ids: vec![None; samples.len()], pixels, missing: samples.len() });
+            self.open.push_back(Step {
+                step,
+                rows: samples.iter().map(|_| None).collect(),
+                pixels,
+                missing: samples.len(),
+            });
             let order =
                 |(row, (epoch, index))| Order { step, row, epoch, index, out: room.split_to(each), raw: Raw::Disk };
             self.lines.give.fetch(samples.into_iter().enumerate().map(order).collect());
@@ -147,7 +152,7 @@ impl Belt {
         let step = &mut self.open[(done.step - first) as usize];
         step.missing -= 1;
         step.pixels[done.row] = done.out;
-        step.ids[done.row] = made.map(|row| (row.id, row.epoch, row.label));
+        step.rows[done.row] = made;
         Ok(())
     }
 
@@ -175,24 +180,26 @@ impl Belt {
     /// The rows' places side by side again, which they are in memory; the gaps that left-out rows leave are closed,
     /// and labels dropped where the set has none.
     fn finished(&self, step: Step) -> Rows {
-        let Step { step, ids, pixels: places, .. } = step;
+        let Step { step, rows, pixels: places, .. } = step;
         let bytes = self.source.row_bytes();
         let mut pixels = BytesMut::new();
         places.into_iter().for_each(|place| pixels.unsplit(place));
         let mut kept = 0;
-        for (row, _) in ids.iter().enumerate().filter(|(_, row)| row.is_some()) {
+        for (row, _) in rows.iter().enumerate().filter(|(_, row)| row.is_some()) {
             if kept != row {
                 pixels.copy_within(row * bytes..(row + 1) * bytes, kept * bytes);
             }
             kept += 1;
         }
         pixels.truncate(kept * bytes);
-        let rows: Vec<_> = ids.into_iter().flatten().collect();
+        let rows: Vec<Row> = rows.into_iter().flatten().collect();
         Rows {
             step,
-            ids: rows.iter().map(|row| row.0).collect(),
-            epochs: rows.iter().map(|row| row.1).collect(),
-            labels: self.labelled.then(|| rows.iter().filter_map(|row| row.2).collect()),
+            ids: rows.iter().map(|row| row.id).collect(),
+            epochs: rows.iter().map(|row| row.epoch).collect(),
+            labels: self.labelled.then(|| rows.iter().filter_map(|row| row.label).collect()),
+            valid: rows.iter().map(|row| row.valid).collect(),
+            kind: self.source.medium.kind(),
             pixels,
             waited: Duration::ZERO,
         }

@@ -5,8 +5,9 @@
 use super::Source;
 use super::row::{Order, Raw};
 use crate::data::cache::Cache;
+use crate::data::medium::Medium;
 use crate::data::mix::Mix;
-use crate::data::shard::{IMAGE, Shard};
+use crate::data::shard::Shard;
 use crate::data::store;
 use crate::fault::{Fault, Result};
 use bytes::Bytes;
@@ -31,7 +32,8 @@ const UNIT: u64 = 1 << 10;
 pub struct Fetched {
     pub shard: Arc<Shard>,
     pub row: usize,
-    pub image: Bytes,
+    /// The member that is decoded.
+    pub bytes: Bytes,
     /// The `.cls` member, where labels are wanted.
     pub label: Option<Bytes>,
     /// Its part of the budget, given back when the sample is decoded.
@@ -43,6 +45,7 @@ pub struct Fetched {
 pub struct Fetcher {
     set: Arc<Mix>,
     cache: Option<Arc<Cache>>,
+    medium: Medium,
     labelled: bool,
     requests: Arc<Semaphore>,
     budget: Arc<Semaphore>,
@@ -57,9 +60,10 @@ impl Fetcher {
     /// What is fetched and not yet decoded is bounded by the source's bytes.
     pub fn new(source: &Source, labelled: bool, out: Sender<Order>) -> Fetcher {
         let (set, cache, bytes) = (source.set.clone(), source.cache.clone(), source.prefetch_bytes);
+        let medium = source.medium;
         let units = (bytes as u64 / UNIT).clamp(1, u64::from(u32::MAX >> 4)) as u32;
         let (requests, budget) = (Arc::new(Semaphore::new(REQUESTS)), Arc::new(Semaphore::new(units as usize)));
-        Fetcher { set, cache, labelled, requests, budget, units, out, stop: Arc::new(Semaphore::new(0)) }
+        Fetcher { set, cache, medium, labelled, requests, budget, units, out, stop: Arc::new(Semaphore::new(0)) }
     }
 
     /// What ends everything under way when it is closed.
@@ -133,7 +137,7 @@ impl Fetcher {
 
     /// Where the members of a sample lie that a decoder wants.
     fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, Option<Range<u64>>)> {
-        let image = shard.wanted(row, IMAGE)?;
+        let image = shard.wanted(row, self.medium.extensions())?;
         let label = if self.labelled { shard.member(row, &["cls"]) } else { None };
         Ok((image.offset..image.end(), label.map(|label| label.offset..label.end())))
     }
@@ -158,8 +162,8 @@ impl Fetcher {
             fetched[at].slice(from as usize..(from + member.end - member.start) as usize)
         };
         for Wanted { mut order, row, image, label } in group {
-            let (image, label) = (cut(&image), label.as_ref().map(cut));
-            order.raw = Raw::Fetched(Ok(Fetched { shard: shard.clone(), row, image, label, _held: held.clone() }));
+            let (bytes, label) = (cut(&image), label.as_ref().map(cut));
+            order.raw = Raw::Fetched(Ok(Fetched { shard: shard.clone(), row, bytes, label, _held: held.clone() }));
             let _ = self.out.send(order);
         }
     }

@@ -13,7 +13,8 @@ mod batch;
 pub use clock::{Clock, Stage, process_seconds};
 
 use crate::data::cache::Cache;
-use crate::data::decode::{Decoder, Limits, Picture};
+use crate::data::decode::Limits;
+use crate::data::medium::{Decoder, Medium, Sample};
 use crate::data::mix::Mix;
 use crate::data::order::{self, Order};
 use crate::fault::{Fault, Result};
@@ -28,8 +29,9 @@ use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tokio::sync::Semaphore;
 
-/// A sample's view: (picture, id, epoch) → [C, T, Y, X], 8 bits, into the last argument.
-pub type ViewFn = Arc<dyn Fn(Picture, u64, u64, &mut [u8]) -> Result<()> + Send + Sync>;
+/// A sample's view: (sample, id, epoch) → [C, T, Y, X] as bytes into the last argument; how many of its Y rows, from the
+/// top, show the sample.
+pub type ViewFn = Arc<dyn Fn(Sample, u64, u64, &mut [u8]) -> Result<u32> + Send + Sync>;
 
 /// Which (epoch, sample) pairs this rank reads in a step, in the order of its rows.
 pub type Plan = Box<dyn Fn(u64) -> Vec<(u64, u64)> + Send>;
@@ -40,6 +42,8 @@ pub struct Source {
     pub set: Arc<Mix>,
     /// Where bytes that were fetched from a store are kept.
     pub cache: Option<Arc<Cache>>,
+    /// What samples are decoded as; it decides the element of a row.
+    pub medium: Medium,
     pub view: ViewFn,
     /// [C, T, Y, X] of what the view returns.
     pub shape: [i64; 4],
@@ -57,7 +61,7 @@ pub struct Source {
 impl Source {
     /// Bytes of one row.
     pub fn row_bytes(&self) -> usize {
-        self.shape.iter().product::<i64>() as usize
+        self.shape.iter().product::<i64>() as usize * self.medium.kind().elt_size_in_bytes()
     }
 }
 
@@ -69,6 +73,10 @@ pub struct Rows {
     pub epochs: Vec<u64>,
     /// Classes; none where the data set has none.
     pub labels: Option<Vec<i64>>,
+    /// Of each view, how many of its Y rows show the sample; the rest, of a short sound, is padding.
+    pub valid: Vec<u32>,
+    /// The element of `pixels`.
+    pub kind: Kind,
     /// [rows, C, T, Y, X], contiguous; empty where this rank has no row.
     pub pixels: BytesMut,
     /// How long the caller waited for it.
@@ -79,11 +87,11 @@ impl Rows {
     /// Pixels of some of the rows as a tensor [rows, C, T, Y, X] on a device. To a GPU they go through pinned memory,
     /// which libtorch keeps for the next time, and without waiting for the copy.
     pub fn to_device(&self, rows: Range<usize>, shape: [i64; 4], device: Device) -> Result<Tensor> {
-        let row = shape.iter().product::<i64>() as usize;
+        let row = shape.iter().product::<i64>() as usize * self.kind.elt_size_in_bytes();
         let shape = [&[(rows.end - rows.start) as i64][..], &shape].concat();
-        let pixels = Tensor::f_from_data_size(&self.pixels[rows.start * row..rows.end * row], &shape, Kind::Uint8)?;
+        let pixels = Tensor::f_from_data_size(&self.pixels[rows.start * row..rows.end * row], &shape, self.kind)?;
         match device.is_cuda() {
-            true => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, Kind::Uint8, true, false)?),
+            true => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, self.kind, true, false)?),
             false => Ok(pixels),
         }
     }

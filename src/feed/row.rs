@@ -3,8 +3,8 @@
 use super::Source;
 use super::clock::{Clock, Stage};
 use super::fetch::Fetched;
-use crate::data::decode::Decoder;
-use crate::data::shard::{IMAGE, Shard};
+use crate::data::medium::Decoder;
+use crate::data::shard::Shard;
 use crate::fault::{Code, Fault, Result};
 use crate::rng::{Draw, Purpose};
 use bytes::{Bytes, BytesMut};
@@ -48,13 +48,15 @@ pub struct Row {
     pub id: u64,
     pub epoch: u64,
     pub label: Option<i64>,
+    /// Rows of the view that show the sample.
+    pub valid: u32,
 }
 
 /// A sample's bytes, and where they came from.
 struct Sample {
     shard: Arc<Shard>,
     row: usize,
-    image: Bytes,
+    bytes: Bytes,
     label: Option<i64>,
 }
 
@@ -121,38 +123,39 @@ impl Reader {
     }
 
     fn make(&self, decoder: &mut Decoder, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
-        let Source { set, view, shape, .. } = &self.source;
-        let Sample { shard, row, image, label } = self.clock.of(Stage::Fetch, || self.read(index, raw))?;
+        let Source { set, medium, view, shape, .. } = &self.source;
+        let Sample { shard, row, bytes, label } = self.clock.of(Stage::Fetch, || self.read(index, raw))?;
         let place = || format!("{}: {}", shard.name(), shard.key(row));
         if self.labelled && label.is_none() {
             return Err(Fault::new(Code::Corrupt, format!("{}: it has no .cls, other samples have", place())));
         }
         let id = set.set(index).0.id_of(shard.key(row));
-        let picture = self.clock.of(Stage::Decode, || decoder.open(&image, shape[0] as u32));
-        let picture = picture.map_err(|fault| fault.at(place()))?;
+        let opened = self.clock.of(Stage::Decode, || decoder.open(&bytes, *medium, shape[0] as u32));
+        let opened = opened.map_err(|fault| fault.at(place()))?;
         // A view says which part of the picture it shows, and so decodes inside: the decoder keeps its own time.
-        let viewed = self.clock.of(Stage::View, || view(picture, id, epoch, out));
+        let viewed = self.clock.of(Stage::View, || view(opened, id, epoch, out));
         self.clock.part_of(Stage::View, Stage::Decode, decoder.spent());
-        viewed.map_err(|fault| fault.at(place()))?;
-        Ok(Row { id, epoch, label })
+        let valid = viewed.map_err(|fault| fault.at(place()))?;
+        Ok(Row { id, epoch, label, valid })
     }
 
     /// The bytes of a sample, as its index says that they are.
     fn read(&self, index: u64, raw: Raw) -> Result<Sample> {
+        let extensions = self.source.medium.extensions();
         if let Raw::Fetched(fetched) = raw {
-            let Fetched { shard, row, image, label, .. } = &fetched?;
-            let member = shard.wanted(*row, IMAGE)?;
-            if shard.whole(&member, image).is_ok() {
+            let Fetched { shard, row, bytes, label, .. } = &fetched?;
+            let member = shard.wanted(*row, extensions)?;
+            if shard.whole(&member, bytes).is_ok() {
                 let label = label.as_ref().map(|bytes| shard.class(*row, bytes)).transpose()?;
-                return Ok(Sample { shard: shard.clone(), row: *row, image: image.clone(), label });
+                return Ok(Sample { shard: shard.clone(), row: *row, bytes: bytes.clone(), label });
             }
             // Bits flip on the way, and in a cache: what the store itself says now is what counts.
             tracing::warn!("{}: the bytes of {} came damaged; fetching them again", shard.name(), member.name);
             self.source.cache.iter().for_each(|cache| cache.forget(shard, member.offset..member.end()));
         }
         let (shard, row) = self.source.set.sample(index)?;
-        let image = shard.read(row, IMAGE)?.into();
+        let bytes = shard.read(row, extensions)?.into();
         let label = if self.labelled { shard.label(row)? } else { None };
-        Ok(Sample { shard, row, image, label })
+        Ok(Sample { shard, row, bytes, label })
     }
 }

@@ -2,6 +2,7 @@
 
 use super::step::Stepper;
 use crate::config::Config;
+use crate::data::medium::Medium;
 use crate::device::World;
 use crate::fault::{Fault, Result};
 use crate::method::Batch;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
-/// Steps of the config's model on this rank's share of a global batch of uint8 noise.
+/// Steps of the config's model on this rank's share of a global batch of noise, in the element of its samples.
 pub struct Bench {
     stepper: Stepper,
     pixels: Tensor,
@@ -28,7 +29,11 @@ impl Bench {
         let updater = Updater::new(&flat, &config.optim);
         let [c, t, y, x] = method.grid().pixels();
         let rows = (config.train.global_batch as usize / world.size()) as i64;
-        let pixels = Tensor::randint(256, [rows, c, t, y, x], (tch::Kind::Uint8, world.device()));
+        let shape = [rows, c, t, y, x];
+        let pixels = match config.view.medium() {
+            Medium::Picture => Tensor::randint(256, shape, (tch::Kind::Uint8, world.device())),
+            Medium::Sound => Tensor::randn(shape, (tch::Kind::Float, world.device())),
+        };
         let bytes = (config.world.bucket_mb * 1e6) as usize;
         let stepper = Stepper::new(method, flat, updater, world.clone(), bytes, Duration::from_secs(600))?;
         Ok(Bench { stepper, pixels, seed: config.train.seed, done: 0 })

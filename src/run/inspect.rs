@@ -49,12 +49,20 @@ pub struct Report {
     pub classes: BTreeMap<String, u64>,
     /// Pictures whose header could be read.
     pub pictures: u64,
-    /// Bytes of a picture's file.
+    /// Sounds whose structure is whole.
+    pub sounds: u64,
+    /// Bytes of a picture's or sound's file.
     pub file_bytes: Spread,
     /// Pixels of the shorter side.
     pub shorter_side: Vec<Bin>,
     /// Width / height, upright.
     pub aspect: Vec<Bin>,
+    /// Seconds of a sound, and of all together.
+    pub seconds: Vec<Bin>,
+    pub seconds_total: f64,
+    /// Sounds by samples a second, and by number of channels.
+    pub rates: BTreeMap<u32, u64>,
+    pub channels: BTreeMap<u32, u64>,
     /// `ok`: all members have the digests that their indices say. `unchecked`: some index says none. `damaged`.
     pub verdict: String,
     /// Members without a digest to compare with.
@@ -62,7 +70,7 @@ pub struct Report {
     /// What is damaged, the first hundred of them, and how many there are.
     pub damaged: Vec<String>,
     pub damaged_count: u64,
-    /// Pictures and labels that cannot be read though their bytes are as they were written.
+    /// Pictures, sounds and labels that cannot be read though their bytes are as they were written.
     pub unreadable: Vec<String>,
     pub unreadable_count: u64,
     /// The contact sheet.

@@ -9,8 +9,10 @@ use super::step::Stepper;
 use crate::config::{self, Config};
 use crate::data::cache::Cache;
 use crate::data::decode::Limits;
+use crate::data::medium::Medium;
 use crate::data::mix::Mix;
 use crate::data::order::Order;
+use crate::data::set::DataSet;
 use crate::data::store::Store;
 use crate::device::{self, Beat, Channel, Limits as Patience, Phase, Pulse, World};
 use crate::fault::{Code, Fault, Result};
@@ -142,7 +144,27 @@ pub(super) fn training_set(config: &Config) -> Result<Arc<Mix>> {
     let set = Mix::open(&config.data.train.list(), Duration::from_secs_f64(config.data.patience_s))?;
     // One window gives way to the next; some room for replacements.
     set.sets().iter().for_each(|set| set.hold(2 * config.data.open_shards + 8));
+    set.sets().iter().try_for_each(|set| fits(set, config.view.medium()))?;
     Ok(Arc::new(set))
+}
+
+/// Refuses a set of sounds where pictures are wanted, and the other way round, by its first sample.
+fn fits(set: &DataSet, wanted: Medium) -> Result<()> {
+    let (shard, row) = set.sample(0)?;
+    let has = |medium: Medium| shard.member(row, medium.extensions()).is_some();
+    let (other, remedy) = match wanted {
+        Medium::Picture => (Medium::Sound, "configure view.sound"),
+        Medium::Sound => (Medium::Picture, "leave view.sound out"),
+    };
+    match has(other) && !has(wanted) {
+        true => Err(Fault::usage(format!(
+            "data set {} holds {}, and the config's view is of {}; {remedy}, or give another data set",
+            set.name,
+            other.plural(),
+            wanted.plural()
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// A batch that the ranks can share.
@@ -276,7 +298,8 @@ pub(super) fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Gr
     Ok(Source {
         set,
         cache: cache.transpose()?,
-        view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, seed, id, epoch, 0, out)),
+        medium: view.medium(),
+        view: Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out)),
         shape: grid.pixels(),
         limits: Limits::default(),
         seed,

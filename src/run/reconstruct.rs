@@ -3,8 +3,9 @@
 use super::picture::{self, Tile};
 use super::step::Stepper;
 use super::{checkpoint, state};
-use crate::data::decode::{Decoder, Limits};
-use crate::data::shard::IMAGE;
+use crate::config::Config;
+use crate::data::decode::Limits;
+use crate::data::medium::{Decoder, Medium};
 use crate::fault::{Fault, Result};
 use crate::feed::Source;
 use crate::method::{Batch, Method, Reconstruction};
@@ -21,22 +22,24 @@ const SHOWN: u64 = 8;
 const HEADINGS: [&str; 3] = ["masked", "reconstructed", "original"];
 
 /// The first samples of the training set under fixed masks, the same at every step.
-pub fn sheet(stepper: &Stepper, source: &Source, seed: u64) -> Result<RgbImage> {
+pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbImage> {
     let channels = source.shape[0] as u32;
-    let whole = View::default();
+    let medium = source.medium;
+    let whole = if medium == Medium::Sound { config.view.clone() } else { View::default() };
     let mut decoder = Decoder::new(source.limits);
     let mut samples = Vec::new();
     for index in 0..SHOWN.min(source.set.len()) {
         // A sample that cannot be read is the feed's to report; the sheet shows the next ones.
         let (shard, row) = source.set.sample(index)?;
-        let Ok(bytes) = shard.read(row, IMAGE) else { continue };
+        let Ok(bytes) = shard.read(row, medium.extensions()) else { continue };
         let mut view = vec![0; source.row_bytes()];
-        let picture = decoder.open(&bytes, channels);
-        if picture.and_then(|picture| whole.eval(stepper.method.grid(), picture, &mut view)).is_ok() {
+        let opened = decoder.open(&bytes, medium, channels);
+        if opened.and_then(|sample| whole.eval(stepper.method.grid(), sample, &mut view)).is_ok() {
             samples.push((source.set.id(index)?, view));
         }
     }
-    picture_of(stepper.method.as_ref(), &stepper.flat.weights(&stepper.flat.master), &samples, seed)
+    let weights = stepper.flat.weights(&stepper.flat.master);
+    picture_of(stepper.method.as_ref(), &weights, &samples, medium.kind(), config.train.seed)
 }
 
 /// `occlude reconstruct`: a user's own files through a checkpoint's model, a sheet for each into `out`.
@@ -44,13 +47,15 @@ pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<Pat
     let loaded = checkpoint::open(checkpoint)?;
     let (config, method, flat) = state::model(&loaded, Device::Cpu)?;
     let mut decoder = Decoder::new(Limits::default());
+    let medium = config.view.medium();
     let mut views = Vec::new();
     for path in inputs {
         let bytes = std::fs::read(path).map_err(|error| Fault::usage(format!("{}: {error}", path.display())))?;
-        let mut view = vec![0; method.grid().pixels().iter().product::<i64>() as usize];
+        let values = method.grid().pixels().iter().product::<i64>() as usize;
+        let mut view = vec![0; values * medium.kind().elt_size_in_bytes()];
         decoder
-            .open(&bytes, config.input.channels as u32)
-            .and_then(|picture| config.view.eval(method.grid(), picture, &mut view))
+            .open(&bytes, medium, config.input.channels as u32)
+            .and_then(|sample| config.view.eval(method.grid(), sample, &mut view))
             .map_err(|fault| Fault::usage(format!("{}: {}", path.display(), fault.message)))?;
         views.push((path, view));
     }
@@ -58,7 +63,7 @@ pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<Pat
     let mut written = Vec::new();
     for (number, (path, view)) in views.into_iter().enumerate() {
         let id = rng::id(&[&path.display().to_string()]);
-        let sheet = picture_of(method.as_ref(), &flat.leaves, &[(id, view)], config.train.seed)?;
+        let sheet = picture_of(method.as_ref(), &flat.leaves, &[(id, view)], medium.kind(), config.train.seed)?;
         let stem = path.file_stem().map_or_else(|| "input".into(), |stem| stem.to_string_lossy());
         let to = out.join(format!("{number:03}-{stem}.png"));
         picture::save_png(&sheet, &to)?;
@@ -67,12 +72,18 @@ pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<Pat
     Ok(written)
 }
 
-/// One row of pictures for each (id, [C, T, Y, X] uint8).
-fn picture_of(method: &dyn Method, weights: &Weights, samples: &[(u64, Vec<u8>)], seed: u64) -> Result<RgbImage> {
+/// One row of pictures for each (id, [C, T, Y, X] of `kind`, as bytes).
+fn picture_of(
+    method: &dyn Method,
+    weights: &Weights,
+    samples: &[(u64, Vec<u8>)],
+    kind: Kind,
+    seed: u64,
+) -> Result<RgbImage> {
     let shape = [&[samples.len() as i64][..], &method.grid().pixels()].concat();
     let pixels: Vec<u8> = samples.iter().flat_map(|(_, view)| view).copied().collect();
     let batch = Batch {
-        pixels: Tensor::f_from_data_size(&pixels, &shape, Kind::Uint8)?.to_device(weights.0[0].device()),
+        pixels: Tensor::f_from_data_size(&pixels, &shape, kind)?.to_device(weights.0[0].device()),
         origins: samples.iter().map(|(id, _)| Origin { id: *id, epoch: 0, repeat: 0 }).collect(),
         seed,
     };

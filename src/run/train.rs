@@ -78,7 +78,7 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         let pictures = config.log.pictures_every_steps;
         if let (Some(log), true) = (&mut run.log, pictures > 0 && (done % pictures == 0 || last)) {
             run.beat.at(done, Phase::Evaluate);
-            log.picture(done, "reconstruction", &reconstruct::sheet(&run.stepper, &run.source, config.train.seed)?)?;
+            log.picture(done, "reconstruction", &reconstruct::sheet(&run.stepper, &run.source, config)?)?;
         }
         if request.stop && !last {
             run.beat(done, Phase::Save);

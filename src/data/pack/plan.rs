@@ -2,6 +2,7 @@
 //! A pack that was killed comes to the same plan, and a picture that turns out unreadable moves no other.
 
 use super::super::index;
+use super::super::medium::Medium;
 use super::super::store::Store;
 use super::super::write::{END, Writer};
 use super::Options;
@@ -69,7 +70,7 @@ impl Plan {
 /// A data set that would hold no sample.
 pub fn nothing(store: &Store) -> Fault {
     Fault::usage(format!(
-        "{}: no picture would go there; pack more pictures or change the share of the test part",
+        "{}: no sample would go there; pack more or change the share of the test part",
         store.name("")
     ))
 }
@@ -106,6 +107,9 @@ fn fingerprint(source: &Source, options: &Options) -> String {
     let Options { name, samples_per_shard, shard_bytes, test_share, max_bad_share, limits, .. } = options;
     let Options { resize, encode, quality, .. } = options;
     let mut hasher = blake3::Hasher::new();
+    if options.medium == Medium::Sound {
+        hasher.update(format!("sound {:?}\0", options.rate).as_bytes());
+    }
     let how = format!(
         "2 {name:?} {samples_per_shard} {shard_bytes} {test_share} {max_bad_share} {limits:?} {resize:?} {encode:?} \
          {quality:?} {:?}\0",

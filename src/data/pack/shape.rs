@@ -1,7 +1,9 @@
-//! One picture becomes the members of a sample: checked, and where asked for made smaller and encoded anew.
+//! One picture or sound becomes the members of a sample: checked, and where asked for made smaller and encoded anew.
 
 use super::super::decode::{Decoded, Decoder, Limits};
+use super::super::medium::Medium;
 use super::source::{Picture, Source};
+use super::voice::Voice;
 use super::{Encode, Options};
 use crate::fault::{Code, Fault, Result};
 use fast_image_resize::images::{TypedImage, TypedImageRef};
@@ -24,6 +26,8 @@ pub enum Shaped {
 pub struct Shaper {
     decoder: Decoder,
     resizer: Resizer,
+    /// Where sounds are packed.
+    voice: Option<Voice>,
     limits: Limits,
     resize: Option<u32>,
     encode: Option<Encode>,
@@ -34,19 +38,24 @@ impl Shaper {
     pub fn new(options: &Options) -> Shaper {
         let Options { limits, resize, encode, quality, .. } = *options;
         let quality = quality.unwrap_or(Options::QUALITY);
-        Shaper { decoder: Decoder::new(limits), resizer: Resizer::new(), limits, resize, encode, quality }
+        let voice = (options.medium == Medium::Sound).then(|| Voice::new(options.rate));
+        Shaper { decoder: Decoder::new(limits), resizer: Resizer::new(), voice, limits, resize, encode, quality }
     }
 
     /// A picture's sample. Faults only where the place that pictures come from fails.
     pub fn shape(&mut self, source: &Source, picture: &Picture) -> Result<Shaped> {
+        let most = self.voice.as_ref().map_or(self.limits.max_bytes, Voice::most_bytes);
         match picture.bytes {
             None => return Ok(Shaped::Bad("there is no such file".into())),
-            Some(bytes) if bytes > self.limits.max_bytes as u64 => {
-                return Ok(Shaped::Bad(format!("{bytes} bytes, the limit is {}", self.limits.max_bytes)));
+            Some(bytes) if bytes > most as u64 => {
+                return Ok(Shaped::Bad(format!("{bytes} bytes, the limit is {most}")));
             }
             Some(_) => {}
         }
-        let shaped = source.read(picture).and_then(|bytes| self.encoded(picture, bytes));
+        let shaped = source.read(picture).and_then(|bytes| match &mut self.voice {
+            Some(voice) => voice.encoded(picture, bytes),
+            None => self.encoded(picture, bytes),
+        });
         let (extension, bytes) = match shaped {
             Ok(done) => done,
             Err(fault) if matches!(fault.code, Code::Usage | Code::Corrupt) => return Ok(Shaped::Bad(fault.message)),

@@ -1,6 +1,6 @@
-//! Where pictures come from: a folder, or a list beside which they lie; on a disk or in a store.
+//! Where pictures or sounds come from: a folder, or a list beside which they lie; on a disk or in a store.
 
-use super::super::shard::IMAGE;
+use super::super::medium::Medium;
 use super::super::store::Store;
 use super::keys::keys;
 use super::rows::{LISTS, Row, rows};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// Sizes that are asked of a web server at a time.
 const AT_A_TIME: usize = 32;
 
-/// Pictures to pack.
+/// Pictures to pack, or sounds.
 pub struct Source {
     place: Place,
     /// In the order of the list, or of the paths.
@@ -26,13 +26,13 @@ enum Place {
     Store(Store),
 }
 
-/// One picture to pack.
+/// One picture or sound to pack.
 #[derive(Debug)]
 pub struct Picture {
     /// Seen from the source's folder.
     path: PathBuf,
     pub key: String,
-    /// One of [`IMAGE`], or none where the path does not say.
+    /// One of the medium's, or none where the path does not say.
     pub extension: Option<&'static str>,
     pub label: Option<u64>,
     pub caption: Option<String>,
@@ -54,14 +54,14 @@ struct Seen {
 impl Source {
     /// Finds the pictures. `source` is a folder or a list (CSV, TSV, JSON lines, Parquet), as a path or a URL.
     /// Sub-folders of a folder are classes, numbered in the order of their names; a folder without sub-folders has no
-    /// classes. Faults with Code::Usage where no picture is there.
-    pub fn find(source: &str) -> Result<Source> {
+    /// classes. Faults with Code::Usage where nothing of the medium is there.
+    pub fn find(source: &str, medium: Medium) -> Result<Source> {
         let extension = source.rsplit_once('.').map(|(_, last)| last.to_ascii_lowercase()).unwrap_or_default();
         let plain = plain(source)?;
         let folder = plain.as_ref().is_some_and(|path| path.is_dir());
         match LISTS.contains(&extension.as_str()) && !folder {
-            true => Self::list(source, plain, &extension).map_err(|fault| fault.at(source)),
-            false => Self::folder(source, plain),
+            true => Self::list(source, plain, &extension, medium).map_err(|fault| fault.at(source)),
+            false => Self::folder(source, plain, medium),
         }
     }
 
@@ -93,18 +93,19 @@ impl Source {
         }
     }
 
-    fn folder(source: &str, plain: Option<PathBuf>) -> Result<Source> {
+    fn folder(source: &str, plain: Option<PathBuf>, medium: Medium) -> Result<Source> {
         let (place, seen) = match plain {
             Some(folder) => {
                 let mut seen = Vec::new();
                 if !folder.is_dir() {
                     return Err(Fault::usage(format!(
-                        "{source} is not a folder; give a folder of pictures, with a sub-folder a class or without, or \
-                         a list (.{})",
+                        "{source} is not a folder; give a folder of {}, with a sub-folder a class or without, or a \
+                         list (.{})",
+                        medium.plural(),
                         LISTS.join(", .")
                     )));
                 }
-                walk(&folder, Path::new(""), &mut seen)?;
+                walk(&folder, Path::new(""), medium, &mut seen)?;
                 (Place::Disk(folder), seen)
             }
             None => {
@@ -118,14 +119,14 @@ impl Source {
                 let hidden = |path: &str| path.split('/').any(|part| part.starts_with('.'));
                 let files = store.list("")?.into_iter().filter(|(path, _)| !hidden(path));
                 let seen = files.map(|(path, bytes)| Seen { path: path.into(), bytes: Some(bytes), changed: 0 });
-                (Place::Store(store), seen.filter(|seen| extension(&seen.path).is_some()).collect())
+                (Place::Store(store), seen.filter(|seen| extension(&seen.path, medium).is_some()).collect())
             }
         };
-        let (pictures, classes) = by_folder(source, seen)?;
+        let (pictures, classes) = by_folder(source, seen, medium)?;
         Ok(Source { place, pictures, classes })
     }
 
-    fn list(source: &str, plain: Option<PathBuf>, extension: &str) -> Result<Source> {
+    fn list(source: &str, plain: Option<PathBuf>, extension: &str, medium: Medium) -> Result<Source> {
         let (place, rows, seen) = match plain {
             Some(file) => {
                 let bytes = fs::read(&file).map_err(|error| Fault::usage(error.to_string()))?;
@@ -141,7 +142,7 @@ impl Source {
                 (Place::Store(store), rows, seen)
             }
         };
-        let (pictures, classes) = by_row(rows, seen)?;
+        let (pictures, classes) = by_row(rows, seen, medium)?;
         Ok(Source { place, pictures, classes })
     }
 }
@@ -155,8 +156,8 @@ fn plain(source: &str) -> Result<Option<PathBuf>> {
     }
 }
 
-/// The pictures below a folder; hidden files and folders are passed over.
-fn walk(root: &Path, below: &Path, seen: &mut Vec<Seen>) -> Result<()> {
+/// The files of the medium below a folder; hidden files and folders are passed over.
+fn walk(root: &Path, below: &Path, medium: Medium, seen: &mut Vec<Seen>) -> Result<()> {
     let folder = root.join(below);
     let disk = |error| Fault::disk(folder.display(), error);
     for entry in fs::read_dir(&folder).map_err(disk)? {
@@ -166,8 +167,8 @@ fn walk(root: &Path, below: &Path, seen: &mut Vec<Seen>) -> Result<()> {
         }
         let path = below.join(name);
         if root.join(&path).is_dir() {
-            walk(root, &path, seen)?;
-        } else if extension(&path).is_some() {
+            walk(root, &path, medium, seen)?;
+        } else if extension(&path, medium).is_some() {
             seen.push(on_disk(root, path)?);
         }
     }
@@ -204,15 +205,22 @@ fn in_store(store: &Store, rows: &[Row]) -> Result<Vec<Seen>> {
     })
 }
 
-fn extension(path: &Path) -> Option<&'static str> {
+fn extension(path: &Path, medium: Medium) -> Option<&'static str> {
     let extension = path.extension()?.to_str()?.to_ascii_lowercase();
-    IMAGE.iter().copied().find(|known| *known == extension)
+    medium.extensions().iter().copied().find(|known| *known == extension)
 }
 
-fn by_folder(source: &str, mut seen: Vec<Seen>) -> Result<(Vec<Picture>, Vec<String>)> {
+fn by_folder(source: &str, mut seen: Vec<Seen>, medium: Medium) -> Result<(Vec<Picture>, Vec<String>)> {
     seen.sort_by(|a, b| a.path.cmp(&b.path));
     if seen.is_empty() {
-        return Err(Fault::usage(format!("{source} holds no picture (.{})", IMAGE.join(", ."))));
+        let (wanted, other) = match medium {
+            Medium::Picture => ("picture", "sounds are packed with --sound"),
+            Medium::Sound => ("sound", "pictures are packed without --sound"),
+        };
+        return Err(Fault::usage(format!(
+            "{source} holds no {wanted} (.{}); {other}",
+            medium.extensions().join(", .")
+        )));
     }
     let class = |seen: &Seen| {
         let mut parts = seen.path.iter();
@@ -223,8 +231,9 @@ fn by_folder(source: &str, mut seen: Vec<Seen>) -> Result<(Vec<Picture>, Vec<Str
     let loose = seen.iter().filter(|seen| class(seen).is_none()).count();
     if loose > 0 && !classes.is_empty() {
         return Err(Fault::usage(format!(
-            "{source} holds {loose} pictures beside its class folders ({}, …): move them into a folder, or pack that \
+            "{source} holds {loose} {} beside its class folders ({}, …): move them into a folder, or pack that \
              folder alone",
+            medium.plural(),
             classes[0]
         )));
     }
@@ -233,10 +242,10 @@ fn by_folder(source: &str, mut seen: Vec<Seen>) -> Result<(Vec<Picture>, Vec<Str
     let keys = keys(&seen.iter().map(|seen| text(&seen.path)).collect::<Vec<_>>());
     let row = Row::default();
     let pictures = seen.into_iter().zip(keys).zip(labels);
-    Ok((pictures.map(|((seen, key), label)| Picture::new(seen, key, label, row.clone())).collect(), classes))
+    Ok((pictures.map(|((seen, key), label)| Picture::new(seen, key, label, row.clone(), medium)).collect(), classes))
 }
 
-fn by_row(rows: Vec<Row>, seen: Vec<Seen>) -> Result<(Vec<Picture>, Vec<String>)> {
+fn by_row(rows: Vec<Row>, seen: Vec<Seen>, medium: Medium) -> Result<(Vec<Picture>, Vec<String>)> {
     if rows.is_empty() {
         return Err(Fault::usage("the list has no rows"));
     }
@@ -250,7 +259,7 @@ fn by_row(rows: Vec<Row>, seen: Vec<Seen>) -> Result<(Vec<Picture>, Vec<String>)
     let (labels, classes) = labels(&rows)?;
     let keys = keys(&rows.iter().map(|row| row.path.clone()).collect::<Vec<_>>());
     let pictures = rows.into_iter().zip(seen).zip(keys).zip(labels);
-    Ok((pictures.map(|(((row, seen), key), label)| Picture::new(seen, key, label, row)).collect(), classes))
+    Ok((pictures.map(|(((row, seen), key), label)| Picture::new(seen, key, label, row, medium)).collect(), classes))
 }
 
 /// Labels as numbers, and the names behind them: whole numbers stay, names are numbered in their order.
@@ -279,9 +288,9 @@ fn text(path: &Path) -> String {
 }
 
 impl Picture {
-    fn new(seen: Seen, key: String, label: Option<u64>, row: Row) -> Picture {
+    fn new(seen: Seen, key: String, label: Option<u64>, row: Row, medium: Medium) -> Picture {
         let Seen { path, bytes, changed } = seen;
         let Row { caption, more, .. } = row;
-        Picture { extension: extension(&path), path, key, label, caption, more, bytes, changed }
+        Picture { extension: extension(&path, medium), path, key, label, caption, more, bytes, changed }
     }
 }

@@ -1,5 +1,5 @@
-//! A view: one augmented form of a sample, as the model receives it but for the normalisation, which happens on the
-//! device: 8-bit pixels, planes [C, Y, X].
+//! A view: one augmented form of a sample. Of a picture it is what the model receives but for the normalisation, which
+//! happens on the device: 8-bit pixels, planes [C, Y, X]. Of a sound it is a spectrogram, normalised (`spectrogram.rs`).
 
 pub mod crop; // which box of a picture is shown, and its resize
 pub mod tone; // curves from old values to new
@@ -13,20 +13,25 @@ pub mod augment; // the config's `view.augment`
 pub mod plane; // pixel by pixel → plane by plane
 pub mod erase; // random boxes become noise, in batches
 pub mod mix; // mixup and CutMix, of batches
+pub mod spectrogram; // a window of a sound as an image
+mod said; // the config's `view`, as it is written
 
 use crate::data::decode::Picture;
+use crate::data::medium::{Medium, Sample};
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::rng::{Draw, Purpose};
 use augment::Augment;
 use crop::Crop;
-use schemars::JsonSchema;
+use said::Said;
 use serde::{Deserialize, Serialize};
+use spectrogram::Sound;
 use std::cell::RefCell;
 
-/// How a sample becomes a view: the config's `view`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+/// How a sample becomes a view: the config's `view`. With `sound` its samples are sounds, and the other keys, which are
+/// for pictures, say nothing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Said", into = "Said")]
 pub struct View {
     /// The random box that training shows.
     pub crop: Crop,
@@ -42,11 +47,20 @@ pub struct View {
     /// decode on photographs by 0.4 to 1.7 of 255 in the mean, on noise with a photograph's spectrum by 2.6 (5.3 in
     /// the worst view, 43 in the worst pixel). Evaluation never does it.
     pub scaled_decode: bool,
+    /// How sounds become spectrograms.
+    pub sound: Option<Sound>,
 }
 
 impl Default for View {
     fn default() -> Self {
-        View { crop: Crop::default(), flip: 0.5, center: 0.875, augment: Augment::default(), scaled_decode: false }
+        View {
+            crop: Crop::default(),
+            flip: 0.5,
+            center: 0.875,
+            augment: Augment::default(),
+            scaled_decode: false,
+            sound: None,
+        }
     }
 }
 
@@ -66,23 +80,33 @@ impl View {
         Ok(())
     }
 
-    /// Training's view of sample `id` in `epoch` into `out`, [C, Y, X], 8 bits: random box, random flip. `repeat` tells
-    /// several views of one sample apart. The box is drawn from the header; no pixel outside of it is decoded for
-    /// nothing. Faults as [`Picture::region`] does.
+    /// What samples are read as.
+    pub fn medium(&self) -> Medium {
+        if self.sound.is_some() { Medium::Sound } else { Medium::Picture }
+    }
+
+    /// Training's view of sample `id` in `epoch` into `out`: of a picture [C, Y, X], 8 bits, random box, random flip; of
+    /// a sound as [`Sound::train`] says. How many of its rows show the sample. `repeat` tells several views of one
+    /// sample apart. The box is drawn from the header; no pixel outside of it is decoded for nothing. Faults as
+    /// [`Picture::region`] does.
     #[allow(clippy::too_many_arguments)] // a sample's place in the training, and where it goes
-    pub fn train(
+    pub fn train<'a>(
         &self,
         grid: &Grid,
-        picture: Picture,
+        sample: impl Into<Sample<'a>>,
         seed: u64,
         id: u64,
         epoch: u64,
         repeat: u32,
         out: &mut [u8],
-    ) -> Result<()> {
+    ) -> Result<u32> {
+        let mut place = Draw::new(seed, id, epoch, Purpose::Crop, repeat);
+        let picture = match (sample.into(), &self.sound) {
+            (Sample::Sound(clip), Some(sound)) => return sound.train(grid, &clip, &mut place, out),
+            (sample, sound) => picture(sample, sound)?,
+        };
         let size = size(grid);
-        let region =
-            self.crop.region(picture.width(), picture.height(), &mut Draw::new(seed, id, epoch, Purpose::Crop, repeat));
+        let region = self.crop.region(picture.width(), picture.height(), &mut place);
         let least = if self.scaled_decode { size } else { [region.width, region.height] };
         let part = picture.region(region, least)?;
         with_pixels(out.len(), |pixels| {
@@ -94,11 +118,16 @@ impl View {
             let mirror = Draw::new(seed, id, epoch, Purpose::Flip, repeat).uniform() < self.flip;
             plane::planes(pixels, part.image.channels as usize, size[0] as usize, mirror, out);
         });
-        Ok(())
+        Ok(size[1])
     }
 
-    /// Evaluation's view into `out`, [C, Y, X], 8 bits: resized, central crop. Always decoded at full size.
-    pub fn eval(&self, grid: &Grid, picture: Picture, out: &mut [u8]) -> Result<()> {
+    /// Evaluation's view into `out`, as [`View::train`]'s: of a picture its central crop, resized, always decoded at
+    /// full size; of a sound its middle.
+    pub fn eval<'a>(&self, grid: &Grid, sample: impl Into<Sample<'a>>, out: &mut [u8]) -> Result<u32> {
+        let picture = match (sample.into(), &self.sound) {
+            (Sample::Sound(clip), Some(sound)) => return sound.eval(grid, &clip, out),
+            (sample, sound) => picture(sample, sound)?,
+        };
         let size = size(grid);
         let (width, height) = (picture.width(), picture.height());
         let [left, top, w, h] = crop::center(width, height, size, self.center);
@@ -109,7 +138,16 @@ impl View {
             crop::resize_box(&part, inside, size, self.crop.interpolation, pixels);
             plane::planes(pixels, part.image.channels as usize, size[0] as usize, false, out);
         });
-        Ok(())
+        Ok(size[1])
+    }
+}
+
+/// The picture that a view of pictures wants.
+fn picture<'a>(sample: Sample<'a>, sound: &Option<Sound>) -> Result<Picture<'a>> {
+    match (sample, sound) {
+        (Sample::Picture(picture), None) => Ok(picture),
+        (Sample::Picture(_), Some(_)) => Err(Fault::failed("view.sound was given a picture")),
+        (Sample::Sound(_), _) => Err(Fault::failed("a view without `sound` was given a sound")),
     }
 }
 

@@ -29,6 +29,8 @@ impl Augmentation {
     /// cuts what does not fit.
     fn view(self, config: &Config) -> View {
         match self {
+            // The paper's is for pictures.
+            _ if config.view.sound.is_some() => config.view.clone(),
             Augmentation::Run => config.view.clone(),
             Augmentation::Paper => {
                 let crop = Crop { scale: [0.08, 1.0], interpolation: Interpolation::Bicubic, ..Crop::default() };
@@ -56,7 +58,7 @@ pub fn share(set: &Mix, ranks: &Ranks) -> u64 {
 /// This rank's share of a set in evaluation's view, each sample once, `batch` rows at a time.
 pub fn sweep(set: &Arc<Mix>, batch: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Result<Feed> {
     let view = config.view.clone();
-    let view: ViewFn = Arc::new(move |picture, _, _, out| view.eval(&grid, picture, out));
+    let view: ViewFn = Arc::new(move |sample, _, _, out| view.eval(&grid, sample, out));
     Feed::sweep(source(set, view, config.train.seed, config, grid, ranks), batch, ranks.rank(), ranks.size())
 }
 
@@ -73,7 +75,7 @@ pub fn epoch(
     ranks: &Ranks,
 ) -> Result<Feed> {
     let view = augmentation.view(config);
-    let view: ViewFn = Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, seed, id, epoch, 0, out));
+    let view: ViewFn = Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out));
     let order = Order::mixed(&set.sizes(), seed, config.data.open_shards);
     let source = source(set, view, seed, config, grid, ranks);
     Feed::train(source, order, piece, ranks.rank(), ranks.size(), 0..steps)
@@ -84,6 +86,7 @@ fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, 
     Source {
         set: set.clone(),
         cache: None,
+        medium: config.view.medium(),
         view,
         shape: grid.pixels(),
         limits: Limits::default(),

@@ -4,7 +4,8 @@ use super::side_by_side;
 use super::tally::Tally;
 use crate::data::decode::{Limits, probe};
 use crate::data::set::DataSet;
-use crate::data::shard::{IMAGE, Shard};
+use crate::data::shard::{IMAGE, SOUND, Shard};
+use crate::data::sound;
 use crate::data::store;
 use crate::fault::{Code, Fault, Result};
 use bytes::Bytes;
@@ -111,7 +112,7 @@ fn fetch(piece: &Piece) -> std::sync::mpsc::Receiver<Result<Bytes, Fault>> {
 fn sample(piece: &Piece, row: usize, bytes: &[u8], tally: &mut Tally) {
     let shard = &piece.shard;
     tally.sample();
-    let mut pictured = false;
+    let (mut pictured, mut heard) = (false, false);
     for member in shard.index().sample(row) {
         let name = || format!("{} in {}", member.name, shard.name());
         let (from, to) = (member.offset - piece.bytes.start, member.end() - piece.bytes.start);
@@ -137,6 +138,12 @@ fn sample(piece: &Piece, row: usize, bytes: &[u8], tally: &mut Tally) {
             pictured = true;
             match probe(&member_bytes, &Limits::default()) {
                 Ok(size) => tally.picture(size, member_bytes.len() as u64),
+                Err(fault) => tally.unreadable(format!("{}: {}", name(), fault.message)),
+            }
+        } else if SOUND.contains(&extension.as_str()) && !heard {
+            heard = true;
+            match sound::probe(&member_bytes, &sound::Limits::default()) {
+                Ok(header) => tally.sound(&header, member_bytes.len() as u64),
                 Err(fault) => tally.unreadable(format!("{}: {}", name(), fault.message)),
             }
         }

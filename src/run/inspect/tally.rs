@@ -1,6 +1,7 @@
 //! Counts of what was seen, and their histograms.
 
 use super::Report;
+use crate::data::sound::Header;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -12,6 +13,9 @@ const SIDES: [f64; 15] =
     [0.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 768.0, 1024.0, 1536.0, 2048.0, 4096.0, 8192.0];
 /// Lower bounds of the bins of width / height.
 const ASPECTS: [f64; 10] = [0.0, 1.0 / 3.0, 0.5, 2.0 / 3.0, 0.75, 1.0, 4.0 / 3.0, 1.5, 2.0, 3.0];
+
+/// Lower bounds of the bins of a sound's length, seconds.
+const SECONDS: [f64; 13] = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 15.0, 30.0, 60.0, 300.0];
 
 /// One bar of a histogram.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -51,6 +55,11 @@ pub struct Tally {
     most: u64,
     sides: Histogram,
     aspects: Histogram,
+    sounds: u64,
+    seconds: Histogram,
+    seconds_total: f64,
+    rates: BTreeMap<u32, u64>,
+    channels: BTreeMap<u32, u64>,
     damaged: Named,
     unreadable: Named,
 }
@@ -75,6 +84,11 @@ impl Default for Tally {
             most: 0,
             sides: Histogram::over(&SIDES),
             aspects: Histogram::over(&ASPECTS),
+            sounds: 0,
+            seconds: Histogram::over(&SECONDS),
+            seconds_total: 0.0,
+            rates: BTreeMap::new(),
+            channels: BTreeMap::new(),
             damaged: Named::default(),
             unreadable: Named::default(),
         }
@@ -101,11 +115,25 @@ impl Tally {
     /// A picture of this width and height, and the bytes of its file.
     pub fn picture(&mut self, (width, height): (u32, u32), bytes: u64) {
         self.pictures += 1;
+        self.file(bytes);
+        self.sides.add(f64::from(width.min(height)));
+        self.aspects.add(f64::from(width) / f64::from(height));
+    }
+
+    /// A sound, and the bytes of its file.
+    pub fn sound(&mut self, header: &Header, bytes: u64) {
+        self.sounds += 1;
+        self.file(bytes);
+        self.seconds.add(header.seconds());
+        self.seconds_total += header.seconds();
+        *self.rates.entry(header.rate).or_default() += 1;
+        *self.channels.entry(header.channels).or_default() += 1;
+    }
+
+    fn file(&mut self, bytes: u64) {
         self.total += bytes;
         self.least = self.least.min(bytes);
         self.most = self.most.max(bytes);
-        self.sides.add(f64::from(width.min(height)));
-        self.aspects.add(f64::from(width) / f64::from(height));
     }
 
     pub fn damaged(&mut self, name: String) {
@@ -128,6 +156,11 @@ impl Tally {
         other.classes.into_iter().for_each(|(class, count)| *self.classes.entry(class).or_default() += count);
         self.sides.join(&other.sides);
         self.aspects.join(&other.aspects);
+        self.sounds += other.sounds;
+        self.seconds.join(&other.seconds);
+        self.seconds_total += other.seconds_total;
+        other.rates.into_iter().for_each(|(rate, count)| *self.rates.entry(rate).or_default() += count);
+        other.channels.into_iter().for_each(|(channels, count)| *self.channels.entry(channels).or_default() += count);
         self.damaged.join(other.damaged);
         self.unreadable.join(other.unreadable);
         self
@@ -145,14 +178,20 @@ impl Tally {
             _ => "damaged",
         };
         let spread = |count: u64| Spread { least: self.least, mean: self.total as f64 / count as f64, most: self.most };
+        let files = self.pictures + self.sounds;
         Report {
             looked_at: self.samples,
             members: self.members,
             classes: self.classes.into_iter().map(class).collect(),
             pictures: self.pictures,
-            file_bytes: if self.pictures > 0 { spread(self.pictures) } else { Spread::default() },
+            sounds: self.sounds,
+            file_bytes: if files > 0 { spread(files) } else { Spread::default() },
             shorter_side: self.sides.bins(),
             aspect: self.aspects.bins(),
+            seconds: self.seconds.bins(),
+            seconds_total: self.seconds_total,
+            rates: self.rates,
+            channels: self.channels,
             verdict: verdict.into(),
             unchecked: self.unchecked,
             damaged_count: self.damaged.count,

@@ -1,6 +1,7 @@
 //! The report as people read it.
 
 use super::{Bin, Report};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Classes and names that are shown one by one.
@@ -38,10 +39,22 @@ impl Report {
             writeln!(text, "members: {}", members.join(", "))?;
         }
         self.classes(text)?;
-        if self.pictures > 0 {
+        if self.pictures + self.sounds > 0 {
             let [least, mean, most] =
                 [self.file_bytes.least as f64, self.file_bytes.mean, self.file_bytes.most as f64].map(size);
-            writeln!(text, "a picture's file: {least} to {most}, {mean} on average")?;
+            let what = if self.sounds == 0 { "picture" } else { "sound" };
+            writeln!(text, "a {what}'s file: {least} to {most}, {mean} on average")?;
+        }
+        if self.sounds > 0 {
+            let counts = |of: &BTreeMap<u32, u64>| -> String {
+                of.iter().map(|(value, count)| format!("{value} ({count})")).collect::<Vec<_>>().join(", ")
+            };
+            writeln!(text, "{:.2} hours of sound", self.seconds_total / 3600.0)?;
+            writeln!(text, "samples a second: {}; channels: {}", counts(&self.rates), counts(&self.channels))?;
+            writeln!(text, "seconds:")?;
+            histogram(text, &self.seconds, |value| format!("{value}"))?;
+        }
+        if self.pictures > 0 {
             writeln!(text, "shorter side, pixels:")?;
             histogram(text, &self.shorter_side, |value| format!("{value:.0}"))?;
             writeln!(text, "width / height:")?;
