@@ -72,8 +72,10 @@ fn packed() -> Result<(tempfile::TempDir, PathBuf), Failed> {
     Ok((folder, out))
 }
 
-/// Key, class and bytes of every sample.
-fn samples(out: &Path) -> Result<BTreeMap<String, (Option<i64>, Vec<u8>)>, Failed> {
+/// Class and bytes of every sample, by its key.
+type Samples = BTreeMap<String, (Option<i64>, Vec<u8>)>;
+
+fn samples(out: &Path) -> Result<Samples, Failed> {
     let set = DataSet::open(&text(out))?;
     let sample = |index| -> Result<_, Failed> {
         let (shard, row) = set.sample(index)?;
