@@ -8,6 +8,8 @@ mod support;
 mod rng;
 mod bridge;
 mod node;
+mod fused;
+mod cuda;
 mod device;
 mod launch;
 mod launchers;
@@ -74,6 +76,8 @@ fn main() {
     trials.extend(rng::trials());
     trials.extend(bridge::trials());
     trials.extend(node::trials());
+    trials.extend(fused::trials());
+    trials.extend(cuda::trials());
     trials.extend(device::trials());
     trials.extend(launch::trials());
     trials.extend(launchers::trials());

@@ -2,6 +2,7 @@
 //!
 //! The checks only look. Of credentials they tell names of variables and files, never contents.
 
+use crate::bridge::cuda;
 use crate::fault::{Fault, Result};
 use rustix::process::{Resource, getrlimit};
 use std::env;
@@ -76,6 +77,7 @@ pub fn checks() -> Vec<Check> {
     vec![
         libtorch(torch.as_deref()),
         libtorch_cuda(torch.as_deref(), gpu),
+        bridge_cuda(gpu),
         driver_and_devices(driver.as_deref()),
         wheel("NVRTC", site.as_deref(), "nvidia/cu13/lib", "libnvrtc.so", gpu),
         wheel("NCCL", site.as_deref(), "nvidia/nccl/lib", "libnccl.so", gpu),
@@ -130,6 +132,19 @@ fn libtorch_cuda(lib: Option<&Path>, gpu: bool) -> Check {
         return Check::new(what, State::Missing, detail, remedy);
     }
     Check::new(what, State::Ok, "installed; no device here, training uses the CPU", "")
+}
+
+/// Streams, events and graphs: the program's own CUDA half.
+fn bridge_cuda(gpu: bool) -> Check {
+    let what = "bridge, CUDA half";
+    match cuda::opened() {
+        Ok(path) => Check::new(what, State::Ok, path.display().to_string(), ""),
+        Err(fault) if gpu => {
+            let remedy = "run launch/setup and build anew; a program that is copied takes libocclude_cuda.so along";
+            Check::new(what, State::Missing, fault.message, remedy)
+        }
+        Err(fault) => Check::new(what, State::Absent, format!("{fault}; only a GPU needs it"), ""),
+    }
 }
 
 fn driver_and_devices(driver: Option<&str>) -> Check {
