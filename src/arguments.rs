@@ -300,32 +300,25 @@ pub struct ReportArguments {
     pub out: Option<PathBuf>,
 }
 
-impl BenchArguments {
-    /// Refuses what the thing timed has no use for.
-    pub fn check(&self) -> Result<()> {
-        let of_step = self.steps.is_some() || self.by_turns;
-        match self.what {
-            Benched::Data if of_step => Err(Fault::usage("bench data takes --seconds, not --steps or --by-turns")),
-            Benched::Step if self.seconds.is_some() => Err(Fault::usage("bench step takes --steps, not --seconds")),
-            _ => Ok(()),
-        }
-    }
-}
-
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Benched {
     Step,
     Data,
+    Op,
 }
 
 #[derive(clap::Args)]
 pub struct BenchArguments {
-    /// The step on made-up input, or the config's data with nobody computing behind it
+    /// The step on made-up input, the config's data with nobody computing behind it, or every operation by itself
     #[arg(value_enum, default_value = "step")]
     pub what: Benched,
-    #[command(flatten)]
-    pub config: ConfigArguments,
+    /// The config, of a step or of data
+    #[arg(long, required_if_eq_any([("what", "step"), ("what", "data")]))]
+    config: Option<PathBuf>,
+    /// Override a key: --set train.steps=100
+    #[arg(long, value_name = "PATH=VALUE")]
+    set: Vec<String>,
     /// Of the step: how many to time [default: 20]
     #[arg(long)]
     pub steps: Option<usize>,
@@ -335,4 +328,33 @@ pub struct BenchArguments {
     /// Of the step: one for every line on standard input instead
     #[arg(long)]
     pub by_turns: bool,
+    /// Of operations: a file for the same table as JSON
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+impl BenchArguments {
+    /// Refuses what the thing timed has no use for.
+    pub fn check(&self) -> Result<()> {
+        let given = [
+            ("--config", self.config.is_some(), &[Benched::Step, Benched::Data][..]),
+            ("--set", !self.set.is_empty(), &[Benched::Step, Benched::Data]),
+            ("--steps", self.steps.is_some(), &[Benched::Step]),
+            ("--by-turns", self.by_turns, &[Benched::Step]),
+            ("--seconds", self.seconds.is_some(), &[Benched::Data]),
+            ("--out", self.out.is_some(), &[Benched::Op]),
+        ];
+        for (option, _, of) in given.iter().filter(|(_, given, of)| *given && !of.contains(&self.what)) {
+            let of: Vec<String> = of.iter().map(|what| format!("bench {what:?}").to_lowercase()).collect();
+            let got = format!("{:?}", self.what).to_lowercase();
+            return Err(Fault::usage(format!("{option} belongs to {}, not to bench {got}", of.join(" and "))));
+        }
+        Ok(())
+    }
+
+    /// The config of a step or of data.
+    pub fn config(&self) -> Result<Config> {
+        let path = self.config.as_ref().ok_or_else(|| Fault::usage("--config FILE is missing"))?;
+        Config::read(path, &self.set)
+    }
 }

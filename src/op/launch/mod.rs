@@ -6,6 +6,7 @@
 //! (`kernels/`), where a bundle has them. Whoever works on a kernel sets `OCCLUDE_KERNELS` to the folder of sources: they
 //! are read from there, and the program need not be compiled again.
 
+mod driver;
 mod emulator;
 mod nvrtc;
 
@@ -153,7 +154,7 @@ impl Launch<'_> {
             return Ok(());
         }
         match device {
-            Device::Cuda(_) => Err(Fault::failed("later")),
+            Device::Cuda(index) => driver::launch(self, arguments, index),
             _ => emulator::launch(self, arguments),
         }
         .map_err(|fault| fault.at(what()))
