@@ -38,7 +38,7 @@ pub enum Verb {
     /// Time a config's step on made-up input, or its data: which stage limits
     Bench(BenchArguments),
     /// Say what this machine has and what it lacks
-    Doctor,
+    Doctor(DoctorArguments),
     /// Print the JSON Schema of a config
     Schema,
 }
@@ -298,6 +298,13 @@ pub struct ReportArguments {
     /// The page to write; report.html in the first run when left out
     #[arg(long)]
     pub out: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+pub struct DoctorArguments {
+    /// Instead, compile every kernel for every architecture into a folder
+    #[arg(long, value_name = "FOLDER")]
+    pub kernels: Option<PathBuf>,
 }
 
 /// What is timed.

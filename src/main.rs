@@ -108,7 +108,7 @@ fn run(verb: Verb) -> Result<()> {
                 Benched::Step => bench::bench(&a.config()?, &device::join()?, a.steps.unwrap_or(20)),
             }
         }
-        Verb::Doctor => doctor::doctor(),
+        Verb::Doctor(a) => a.kernels.map_or_else(doctor::doctor, |folder| doctor::kernels(&folder)),
         Verb::Schema => {
             let text = serde_json::to_string_pretty(&config::schema()).expect("a schema is JSON");
             // A reader that has seen enough, as `head` has, closes the pipe.

@@ -41,6 +41,7 @@ pub fn case(name: &str) -> i32 {
             0
         }
         "million" => crate::shard::million(),
+        "nccl" => crate::nccl::case(),
         "server" => crate::server::case(),
         cuda if cuda.starts_with("cuda-") => crate::cuda::case(cuda),
         cloud if cloud.starts_with("cloud-") => crate::cloud::case(cloud),

@@ -11,6 +11,7 @@ mod node;
 mod fused;
 mod cuda;
 mod device;
+mod nccl;
 mod launch;
 mod launchers;
 mod emulator;
@@ -71,6 +72,10 @@ fn main() {
         drop(cache);
         std::process::exit(status.code().unwrap_or(101));
     }
+    // Kernels are tested on a GPU too, where there is one; libtorch's first answer about CUDA is its last.
+    if std::path::Path::new("/dev/nvidiactl").exists() {
+        occlude::bridge::open_cuda();
+    }
     let arguments = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(rng::trials());
@@ -79,6 +84,7 @@ fn main() {
     trials.extend(fused::trials());
     trials.extend(cuda::trials());
     trials.extend(device::trials());
+    trials.extend(nccl::trials());
     trials.extend(launch::trials());
     trials.extend(launchers::trials());
     trials.extend(emulator::trials());

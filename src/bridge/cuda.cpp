@@ -105,6 +105,10 @@ bool synchronize(int64_t device) {
   });
 }
 
+bool device_make_current(int64_t device) {
+  return on_device([&] { c10::cuda::set_device(index(device)); });
+}
+
 // ---- events --------------------------------------------------------------------------------------------------------
 
 bool event_create(bool timed, CUDAEvent** out) {
@@ -209,7 +213,7 @@ const char* reason() { return occlude::reason.c_str(); }
   X(stream_synchronize) X(record_stream) X(synchronize) X(event_create) X(event_record) X(event_block)           \
   X(event_query) X(event_synchronize) X(event_elapsed) X(event_destroy) X(pool_create) X(graph_create)           \
   X(graph_begin) X(graph_end) X(graph_replay) X(graph_reset) X(graph_destroy) X(empty_cache) X(memory_stats)     \
-  X(memory_reset_peak) X(device_properties)
+  X(memory_reset_peak) X(device_properties) X(device_make_current)
 
 #define MEMBER(name) decltype(&half::name) name;
 #define VALUE(name) half::name,

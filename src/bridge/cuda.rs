@@ -132,6 +132,12 @@ pub fn device(index: usize) -> Result<Device> {
     })
 }
 
+/// Makes device `index` this thread's own: what names no device is done there.
+pub fn make_current(index: usize) -> Result<()> {
+    // SAFETY: a plain number.
+    call("choosing a device", |table| unsafe { (table.device_make_current)(index as i64) })
+}
+
 /// Waits for everything that device `index` was given to do.
 pub fn synchronize(index: usize) -> Result<()> {
     // SAFETY: a plain number.

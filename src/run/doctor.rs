@@ -4,6 +4,8 @@
 
 use crate::bridge::cuda;
 use crate::fault::{Fault, Result};
+use crate::op;
+use crate::op::launch::{ARCHITECTURES, compile, file_name};
 use rustix::process::{Resource, getrlimit};
 use std::env;
 use std::fs;
@@ -50,6 +52,24 @@ pub fn doctor() -> Result<()> {
         return Ok(());
     }
     Err(Fault::usage(format!("Training here still needs: {}. The remedies stand in the table.", missing.join(", "))))
+}
+
+/// Compiles every kernel for every architecture into `folder`, where a bundle keeps them.
+pub fn kernels(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|error| Fault::disk(folder.display(), error))?;
+    let mut files = 0;
+    for source in op::sources() {
+        for variant in (source.variants)() {
+            for architecture in ARCHITECTURES {
+                let path = folder.join(file_name(source, &variant, architecture)?);
+                let cubin = compile(source, &variant, architecture)?.cubin;
+                fs::write(&path, cubin).map_err(|error| Fault::disk(path.display(), error))?;
+                files += 1;
+            }
+        }
+    }
+    println!("{files} programs of kernels in {}", folder.display());
+    Ok(())
 }
 
 /// One line a check.

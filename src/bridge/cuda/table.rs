@@ -86,4 +86,5 @@ pub struct Table {
     pub memory_stats: unsafe extern "C" fn(i64, *mut RawMemory) -> bool,
     pub memory_reset_peak: unsafe extern "C" fn(i64) -> bool,
     pub device_properties: unsafe extern "C" fn(i64, *mut RawDevice) -> bool,
+    pub device_make_current: unsafe extern "C" fn(i64) -> bool,
 }

@@ -10,7 +10,7 @@ mod driver;
 mod emulator;
 mod nvrtc;
 
-pub use nvrtc::{Compiled, Resources, compile};
+pub use nvrtc::{Compiled, Resources, compile, file_name};
 
 use crate::fault::{Fault, Result};
 use std::borrow::Cow;
