@@ -9,6 +9,7 @@ mod bridge;
 mod node;
 mod fused;
 mod cuda;
+mod gpu;
 mod device;
 mod launch;
 mod launchers;
@@ -74,6 +75,7 @@ fn main() {
     trials.extend(node::trials());
     trials.extend(fused::trials());
     trials.extend(cuda::trials());
+    trials.extend(gpu::trials());
     trials.extend(device::trials());
     trials.extend(launch::trials());
     trials.extend(launchers::trials());
