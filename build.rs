@@ -40,17 +40,16 @@ fn compiler(torch: &Path) -> cc::Build {
     build
 }
 
-const HALF: &str = "libocclude_cuda.so";
 const HALF_SOURCES: [&str; 3] = ["src/bridge/cuda.cpp", "src/bridge/cuda.map", "src/bridge/bridge.h"];
 
 /// Lays the CUDA half of the bridge beside the program, where the CUDA headers are. The program opens it at its start,
-/// and is not linked with it; they know each other by the sources.
+/// and is not linked with it: they know each other by the sources, whose digest is in the file's name, so that builds of
+/// several trees into one target folder do not take each other's.
 fn cuda(torch: &Path) {
     let version = digest(&HALF_SOURCES);
-    println!("cargo:rustc-env=OCCLUDE_CUDA_VERSION={version}");
+    println!("cargo:rustc-env=OCCLUDE_CUDA_VERSION={version:016x}");
+    let name = format!("libocclude_cuda-{version:016x}.so");
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
-    // OUT_DIR is <profile>/build/<package>/out.
-    let beside = out.ancestors().nth(3).expect("cargo's folders").join(HALF);
     let toolkit = torch.with_file_name("nvidia/cu13");
     let lacking: Vec<String> = [
         torch.join("lib/libtorch_cuda.so"),
@@ -65,11 +64,9 @@ fn cuda(torch: &Path) {
     .collect();
     if !lacking.is_empty() {
         println!("cargo:warning=built without the CUDA half of the bridge: there is no {}", lacking.join(", no "));
-        // What an earlier build left would not fit.
-        let _ = std::fs::remove_file(&beside);
         return;
     }
-    let half = out.join(HALF);
+    let half = out.join(&name);
     once(&half, &[&HALF_SOURCES[..], &["build.rs"]].concat(), torch, || {
         let mut build = compiler(torch);
         build.flag("-isystem").flag(toolkit.join("include").display().to_string());
@@ -83,7 +80,8 @@ fn cuda(torch: &Path) {
         let status = command.status().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         assert!(status.success(), "the CUDA half of the bridge does not compile, see above");
     });
-    // Renamed into its place: a program that runs keeps the file that it has opened.
+    // OUT_DIR is <profile>/build/<package>/out. Renamed into its place: a program that runs keeps the file it has opened.
+    let beside = out.ancestors().nth(3).expect("cargo's folders").join(&name);
     let part = beside.with_extension("part");
     std::fs::copy(&half, &part)
         .and_then(|_| std::fs::rename(&part, &beside))

@@ -10,6 +10,7 @@ mod bridge;
 mod node;
 mod fused;
 mod cuda;
+mod gpu;
 mod device;
 mod nccl;
 mod launch;
@@ -83,6 +84,7 @@ fn main() {
     trials.extend(node::trials());
     trials.extend(fused::trials());
     trials.extend(cuda::trials());
+    trials.extend(gpu::trials());
     trials.extend(device::trials());
     trials.extend(nccl::trials());
     trials.extend(launch::trials());

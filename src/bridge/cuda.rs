@@ -1,10 +1,10 @@
 //! The CUDA half of the bridge: streams, events, graphs, memory and devices.
 //!
-//! It is a shared object of its own, `libocclude_cuda.so`, so that one program serves machines with and without CUDA.
+//! It is a shared object of its own ([`FILE`]), so that one program serves machines with and without CUDA.
 //! [`open_cuda`](super::open_cuda) opens it after libtorch's own half, from beside the program or, for programs that
 //! cargo puts into a folder below (tests), from one folder up: `build.rs` lays it beside the program wherever it finds
-//! the CUDA headers, and `launch/bundle` carries it there. One that was not compiled from the sources of this very
-//! program is refused. Where it is not open, or no device is usable, every call returns a fault that begins with
+//! the CUDA headers, `launch/bundle` carries it there, and whoever copies the program copies it too. One that was not
+//! compiled from the sources of this very program is refused. Where it is not open, or no device is usable, every call returns a fault that begins with
 //! `no CUDA here`.
 
 mod event;
@@ -28,11 +28,8 @@ unsafe extern "C" {
     fn occlude_open_half(path: *const c_char, table: *mut *const c_void) -> bool;
 }
 
-/// The file of the CUDA half.
-pub const FILE: &str = "libocclude_cuda.so";
-
-/// What the CUDA half was compiled from, as build.rs counts it.
-const VERSION: &str = env!("OCCLUDE_CUDA_VERSION");
+/// The file of the CUDA half, named by a digest of its sources.
+pub const FILE: &str = concat!("libocclude_cuda-", env!("OCCLUDE_CUDA_VERSION"), ".so");
 
 struct Half {
     path: PathBuf,
@@ -55,7 +52,9 @@ fn find() -> Result<Half, String> {
     let folders = program.ancestors().skip(1).take(2);
     match folders.map(|folder| folder.join(FILE)).find(|path| path.exists()) {
         Some(path) => load(&path).map(|table| Half { path, table }),
-        None => Err(format!("{FILE} is not beside the program: it was built without the CUDA headers")),
+        None => Err(format!(
+            "{FILE} is not beside the program, which was built without the CUDA headers or copied without it"
+        )),
     }
 }
 
@@ -69,7 +68,7 @@ fn load(path: &Path) -> Result<&'static Table, String> {
     }
     // SAFETY: whatever its version, the table begins with two numbers and lives as long as the process.
     let [version, size] = unsafe { *table.cast::<[u64; 2]>() };
-    if version.to_string() != VERSION || size != size_of::<Table>() as u64 {
+    if format!("{version:016x}") != env!("OCCLUDE_CUDA_VERSION") || size != size_of::<Table>() as u64 {
         return Err(format!("{} is from another build than the program: build anew", path.display()));
     }
     // SAFETY: compiled from the sources that this program was built with, and as long as the mirror.

@@ -160,8 +160,7 @@ fn bridge_cuda(gpu: bool) -> Check {
     match cuda::opened() {
         Ok(path) => Check::new(what, State::Ok, path.display().to_string(), ""),
         Err(fault) if gpu => {
-            let remedy = "run launch/setup and build anew; a program that is copied takes libocclude_cuda.so along";
-            Check::new(what, State::Missing, fault.message, remedy)
+            Check::new(what, State::Missing, fault.message, "run launch/setup and build anew, or copy the file too")
         }
         Err(fault) => Check::new(what, State::Absent, format!("{fault}; only a GPU needs it"), ""),
     }
