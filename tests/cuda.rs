@@ -67,6 +67,8 @@ fn every_call() -> Vec<(&'static str, String)> {
         ("timed event", said(Event::timed().map(drop))),
         ("pool", said(Pool::new().map(drop))),
         ("device", said(cuda::device(0).map(drop))),
+        ("current device", said(cuda::current_device().map(drop))),
+        ("use device", said(cuda::use_device(0))),
         ("synchronize", said(cuda::synchronize(0))),
         ("memory", said(cuda::memory(0).map(drop))),
         ("peak", said(cuda::reset_peak(0))),
@@ -131,11 +133,11 @@ fn without_a_device_every_call_is_a_fault() -> Outcome {
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{told}{}", String::from_utf8_lossy(&output.stderr));
     let lines: Vec<&str> = told.lines().collect();
-    assert_eq!(lines.len(), 12, "{told}");
-    for line in &lines[..11] {
+    assert_eq!(lines.len(), 14, "{told}");
+    for line in &lines[..13] {
         assert!(line.ends_with(": no CUDA here: libtorch finds no usable device"), "{line}");
     }
-    assert_eq!(lines[11], "shape: [4]", "tensors are as they were");
+    assert_eq!(lines[13], "shape: [4]", "tensors are as they were");
     Ok(())
 }
 

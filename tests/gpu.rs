@@ -125,6 +125,9 @@ fn current() -> Result<()> {
         assert_eq!(Stream::current(0)?, side);
     }
     assert_eq!(Stream::current(0)?, usual);
+    cuda::use_device(0)?;
+    assert_eq!(cuda::current_device()?, 0);
+    assert!(cuda::use_device(99).is_err() && cuda::current_device()? == 0);
     let fault = Stream::new(99, Priority::Normal).expect_err("no such device");
     assert!(fault.message.contains("device 99 is asked for"), "{fault}");
     Ok(())

@@ -72,6 +72,14 @@ CUDAStream meant(const Stream* stream) {
 
 // ---- streams -------------------------------------------------------------------------------------------------------
 
+bool device_current(int64_t* out) {
+  return on_device([&] { *out = c10::cuda::current_device(); });
+}
+
+bool device_make_current(int64_t device) {
+  return on_device([&] { c10::cuda::set_device(index(device)); });
+}
+
 bool stream_current(int64_t device, Stream* out) {
   return on_device([&] { *out = told(c10::cuda::getCurrentCUDAStream(index(device))); });
 }
@@ -103,10 +111,6 @@ bool synchronize(int64_t device) {
     const c10::cuda::CUDAGuard guard(index(device));
     c10::cuda::device_synchronize();
   });
-}
-
-bool device_make_current(int64_t device) {
-  return on_device([&] { c10::cuda::set_device(index(device)); });
 }
 
 // ---- events --------------------------------------------------------------------------------------------------------
@@ -209,11 +213,11 @@ const char* reason() { return occlude::reason.c_str(); }
 }  // namespace half
 
 #define FUNCTIONS(X) \
-  X(reason) X(stream_current) X(stream_make_current) X(stream_from_pool) X(stream_external)                      \
-  X(stream_synchronize) X(record_stream) X(synchronize) X(event_create) X(event_record) X(event_block)           \
-  X(event_query) X(event_synchronize) X(event_elapsed) X(event_destroy) X(pool_create) X(graph_create)           \
-  X(graph_begin) X(graph_end) X(graph_replay) X(graph_reset) X(graph_destroy) X(empty_cache) X(memory_stats)     \
-  X(memory_reset_peak) X(device_properties) X(device_make_current)
+  X(reason) X(device_current) X(device_make_current) X(stream_current) X(stream_make_current)                    \
+  X(stream_from_pool) X(stream_external) X(stream_synchronize) X(record_stream) X(synchronize) X(event_create)   \
+  X(event_record) X(event_block) X(event_query) X(event_synchronize) X(event_elapsed) X(event_destroy)           \
+  X(pool_create) X(graph_create) X(graph_begin) X(graph_end) X(graph_replay) X(graph_reset) X(graph_destroy)     \
+  X(empty_cache) X(memory_stats) X(memory_reset_peak) X(device_properties)
 
 #define MEMBER(name) decltype(&half::name) name;
 #define VALUE(name) half::name,

@@ -131,10 +131,18 @@ pub fn device(index: usize) -> Result<Device> {
     })
 }
 
-/// Makes device `index` this thread's own: what names no device is done there.
-pub fn make_current(index: usize) -> Result<()> {
+/// The device of this thread: where CUDA looks when nothing names another. 0 until it is changed.
+pub fn current_device() -> Result<usize> {
+    let mut index = 0;
+    // SAFETY: a number to be written.
+    call("the current device", |table| unsafe { (table.device_current)(&mut index) })?;
+    Ok(index as usize)
+}
+
+/// Makes device `index` this thread's current one.
+pub fn use_device(index: usize) -> Result<()> {
     // SAFETY: a plain number.
-    call("choosing a device", |table| unsafe { (table.device_make_current)(index as i64) })
+    call("making a device current", |table| unsafe { (table.device_make_current)(index as i64) })
 }
 
 /// Waits for everything that device `index` was given to do.

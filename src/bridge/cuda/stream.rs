@@ -1,8 +1,8 @@
 //! CUDA streams: queues of work on a device.
 
-use super::call;
 use super::event::Event;
 use super::table::RawStream;
+use super::{call, current_device, use_device};
 use crate::fault::Result;
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -63,11 +63,13 @@ impl Stream {
         self.0.device as usize
     }
 
-    /// Makes it this thread's current stream on its device until the returned value is dropped.
+    /// Makes it this thread's current stream, and its device the current one, until the returned value is dropped.
     pub fn enter(&self) -> Result<Entered> {
-        let before = Stream::current(self.device())?;
+        let entered =
+            Entered { stream: Stream::current(self.device())?, device: current_device()?, _this_thread: PhantomData };
+        use_device(self.device())?;
         self.make_current()?;
-        Ok(Entered { before, _this_thread: PhantomData })
+        Ok(entered)
     }
 
     fn make_current(&self) -> Result<()> {
@@ -87,18 +89,19 @@ impl Stream {
     }
 }
 
-/// While it lives, a stream is its thread's current one; afterwards the one before is.
+/// While it lives, a stream is its thread's current one; afterwards stream and device are those from before.
 #[must_use = "the stream is current only while this lives"]
 pub struct Entered {
-    before: Stream,
-    /// The current stream is a matter of one thread.
+    stream: Stream,
+    device: usize,
+    /// What is current is a matter of one thread.
     _this_thread: PhantomData<*const ()>,
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        // It was current before: libtorch has no reason to refuse it.
-        if let Err(fault) = self.before.make_current() {
+        // Both were current before: libtorch has no reason to refuse them.
+        if let Err(fault) = self.stream.make_current().and_then(|()| use_device(self.device)) {
             tracing::error!("{fault}");
         }
     }

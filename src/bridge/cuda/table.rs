@@ -61,6 +61,8 @@ pub struct Table {
     pub version: u64,
     pub size: u64,
     pub reason: unsafe extern "C" fn() -> *const c_char,
+    pub device_current: unsafe extern "C" fn(*mut i64) -> bool,
+    pub device_make_current: unsafe extern "C" fn(i64) -> bool,
     pub stream_current: unsafe extern "C" fn(i64, *mut RawStream) -> bool,
     pub stream_make_current: unsafe extern "C" fn(*const RawStream) -> bool,
     pub stream_from_pool: unsafe extern "C" fn(i64, bool, *mut RawStream) -> bool,
@@ -86,5 +88,4 @@ pub struct Table {
     pub memory_stats: unsafe extern "C" fn(i64, *mut RawMemory) -> bool,
     pub memory_reset_peak: unsafe extern "C" fn(i64) -> bool,
     pub device_properties: unsafe extern "C" fn(i64, *mut RawDevice) -> bool,
-    pub device_make_current: unsafe extern "C" fn(i64) -> bool,
 }

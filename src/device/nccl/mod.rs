@@ -44,7 +44,7 @@ impl Nccl {
         }
         let version = Library::get()?.version()?;
         tracing::debug!("rank {} computes on GPU {rank}; NCCL {version}", inner.rank());
-        cuda::make_current(rank)?;
+        cuda::use_device(rank)?;
         Ok(Nccl { watchdog: Watchdog::start(inner.clone())?, inner, device: rank })
     }
 }
