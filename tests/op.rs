@@ -5,6 +5,7 @@
 use crate::bar::{View, compare, inputs, judge, rms, ulp};
 use crate::support::{Outcome, normal};
 use occlude::grid::Grid;
+use occlude::op::attention::Sight;
 use occlude::op::bias_gelu::Form;
 use occlude::op::patch::{Scale, gather, patch, patches, pixels};
 use occlude::op::shuffle::{Origin, shuffle};
@@ -103,8 +104,8 @@ fn attention_agrees_in_odd_sizes() -> Outcome {
             compare(
                 &format!("{tokens} tokens, {heads} heads of {width} in {kind:?}"),
                 &inputs(4, &[&[batch, tokens, 3 * heads * width]], kind),
-                &move |x| attention::attention(&x[0], heads, 0),
-                &move |x| attention::formula(&x[0], heads, 0),
+                &move |x| attention::attention(&x[0], heads, 0).expect("attention"),
+                &move |x| attention::formula(&x[0], heads, Sight::All { from: 0 }),
             );
         }
     }
@@ -113,16 +114,16 @@ fn attention_agrees_in_odd_sizes() -> Outcome {
 
 fn attention_answers_only_the_tokens_asked_for() -> Outcome {
     let qkv = normal(5, &[2, 19, 3 * 24]);
-    let all = attention::attention(&qkv, 3, 0);
+    let all = attention::attention(&qkv, 3, 0)?;
     for from in [1, 7, 18] {
-        let tail = attention::attention(&qkv, 3, from);
+        let tail = attention::attention(&qkv, 3, from)?;
         let off = (&tail - all.narrow(1, from, 19 - from)).abs().max().double_value(&[]);
         assert!(off <= 1e-6, "from {from}: off by {off:e} from the tail of all answers");
         compare(
             &format!("from token {from}"),
             &[qkv.shallow_clone()],
-            &move |x| attention::attention(&x[0], 3, from),
-            &move |x| attention::formula(&x[0], 3, from),
+            &move |x| attention::attention(&x[0], 3, from).expect("attention"),
+            &move |x| attention::formula(&x[0], 3, Sight::All { from }),
         );
     }
     Ok(())

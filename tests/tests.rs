@@ -18,6 +18,7 @@ mod launchers;
 mod emulator;
 mod op;
 mod kernel;
+mod kernel_attention;
 mod nvrtc;
 mod store;
 mod shard;
@@ -92,6 +93,7 @@ fn main() {
     trials.extend(emulator::trials());
     trials.extend(op::trials());
     trials.extend(kernel::trials());
+    trials.extend(kernel_attention::trials());
     trials.extend(nvrtc::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());

@@ -38,7 +38,7 @@ impl Block {
     /// Only the tokens from `from` on → [B, S − from, D]. They attend to all; what nobody reads is not computed.
     pub fn tail(&self, w: &Weights, x: &Tensor, from: i64) -> Result<Tensor> {
         let qkv = self.qkv.forward(w, &self.norm1.forward(w, x))?; // [B, S, 3D]
-        let mixed = self.proj.forward(w, &attention(&qkv, self.heads, from))?; // [B, S − from, D]
+        let mixed = self.proj.forward(w, &attention(&qkv, self.heads, from)?)?; // [B, S − from, D]
         let x = x.narrow(1, from, x.size()[1] - from) + mixed;
         let hidden = bias_gelu(&self.fc1.forward(w, &self.norm2.forward(w, &x))?, None, Form::Exact)?;
         Ok(&x + self.fc2.forward(w, &hidden)?)
