@@ -14,6 +14,7 @@ mod launchers;
 mod emulator;
 mod op;
 mod kernel;
+mod kernel_tokens;
 mod nvrtc;
 mod store;
 mod shard;
@@ -80,6 +81,7 @@ fn main() {
     trials.extend(emulator::trials());
     trials.extend(op::trials());
     trials.extend(kernel::trials());
+    trials.extend(kernel_tokens::trials());
     trials.extend(nvrtc::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());
