@@ -19,6 +19,7 @@ mod emulator;
 mod op;
 mod kernel;
 mod kernel_attention;
+mod kernel_tokens;
 mod nvrtc;
 mod store;
 mod shard;
@@ -94,6 +95,7 @@ fn main() {
     trials.extend(op::trials());
     trials.extend(kernel::trials());
     trials.extend(kernel_attention::trials());
+    trials.extend(kernel_tokens::trials());
     trials.extend(nvrtc::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());

@@ -1,6 +1,8 @@
 //! Named tensors. Parts declare what they need in a [`Table`] and receive values as [`Weights`] with every call, so that
 //! one model runs with the trained weights, their moving average, a teacher's or freshly drawn ones.
 
+use crate::fault::Result;
+use crate::op::layer_norm::{add_layer_norm, layer_norm};
 use crate::rng::{self, Draw, Purpose};
 use std::ops::Index;
 use tch::{Kind, Tensor};
@@ -116,7 +118,7 @@ impl Linear {
         }
     }
     /// x [.., in] → [.., out].
-    pub fn forward(&self, w: &Weights, x: &Tensor) -> crate::fault::Result<Tensor> {
+    pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
         crate::op::linear::linear(x, &w[self.weight], &w[self.bias])
     }
 }
@@ -136,7 +138,11 @@ impl Norm {
         }
     }
     /// x [.., D] → [.., D].
-    pub fn forward(&self, w: &Weights, x: &Tensor) -> Tensor {
-        crate::op::layer_norm::layer_norm(x, &w[self.scale], &w[self.shift])
+    pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
+        layer_norm(x, &w[self.scale], &w[self.shift])
+    }
+    /// x and r [.., D] → x + r, and that normalised.
+    pub fn after(&self, w: &Weights, x: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
+        add_layer_norm(x, r, &w[self.scale], &w[self.shift])
     }
 }

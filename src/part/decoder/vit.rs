@@ -3,7 +3,8 @@
 use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::{fill::fill, patch::gather, sizes};
-use crate::part::encoder::{block::Block, position, vit::Shape};
+use crate::part::encoder::block::{Block, transform};
+use crate::part::encoder::{position, vit::Shape};
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
 use tch::Tensor;
@@ -57,13 +58,8 @@ impl Decoder {
         self.predict(w, Tensor::cat(&[class, tokens], 1), mask)
     }
 
-    /// The last block answers only the hidden tokens, which stand last.
-    fn predict(&self, w: &Weights, mut x: Tensor, mask: &Mask) -> Result<Tensor> {
-        let hidden = 1 + mask.keep.size()[1];
-        let last = self.blocks.len() - 1;
-        for (i, block) in self.blocks.iter().enumerate() {
-            x = block.tail(w, &x, if i == last { hidden } else { 0 })?;
-        }
-        self.pred.forward(w, &self.norm.forward(w, &x))
+    /// Of the hidden tokens alone, which stand last.
+    fn predict(&self, w: &Weights, x: Tensor, mask: &Mask) -> Result<Tensor> {
+        self.pred.forward(w, &transform(&self.blocks, &self.norm, w, x, 1 + mask.keep.size()[1])?)
     }
 }

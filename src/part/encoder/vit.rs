@@ -1,6 +1,7 @@
 //! The vision transformer over the visible tokens, or over all with mask tokens in place.
 
-use super::{block::Block, position};
+use super::block::{Block, transform};
+use super::position;
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::op::{fill::fill, patch::gather};
@@ -88,7 +89,7 @@ impl Vit {
 
     /// rows [B, K, P] of the kept patches → features [B, 1+K, D], the class token first.
     pub fn visible(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
-        self.transform(w, self.begin(w, rows, mask)?)
+        transform(&self.blocks, &self.norm, w, self.begin(w, rows, mask)?, 0)
     }
 
     /// As `visible`, with a mask token at every dropped place → [B, 1+N, D] in the order class, kept, dropped.
@@ -97,7 +98,8 @@ impl Vit {
         let class = w[self.class].expand([rows.size()[0], 1, seen.size()[2]], false);
         let token = &w[self.token.expect("an encoder built with mask tokens")];
         let table = self.table(&seen);
-        self.transform(w, fill(&Tensor::cat(&[class, seen], 1), &token.view(-1), &table, &mask.keep, &mask.drop))
+        let all = fill(&Tensor::cat(&[class, seen], 1), &token.view(-1), &table, &mask.keep, &mask.drop);
+        transform(&self.blocks, &self.norm, w, all, 0)
     }
 
     /// Class token and embedded patches with their positions.
@@ -111,12 +113,5 @@ impl Vit {
 
     fn table(&self, like: &Tensor) -> Tensor {
         self.positions.to_device(like.device()).to_kind(like.kind())
-    }
-
-    fn transform(&self, w: &Weights, mut x: Tensor) -> Result<Tensor> {
-        for block in &self.blocks {
-            x = block.forward(w, &x)?;
-        }
-        Ok(self.norm.forward(w, &x))
     }
 }
