@@ -21,13 +21,7 @@ use tch::Tensor;
 
 /// Every file of kernels.
 pub fn sources() -> Vec<&'static Source> {
-    vec![
-        &attention::SOURCE,
-        &attention::class_row::SOURCE,
-        &bias_gelu::SOURCE,
-        &fold::SOURCE,
-        &layer_norm::SOURCE,
-    ]
+    vec![&attention::SOURCE, &attention::class_row::SOURCE, &bias_gelu::SOURCE, &fold::SOURCE, &layer_norm::SOURCE]
 }
 
 /// The sizes of a tensor of `R` dimensions; naming them on a function's first line documents and checks the shape.
