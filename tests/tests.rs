@@ -41,6 +41,7 @@ mod mae;
 mod optim;
 mod config;
 mod step;
+mod gpu_step;
 mod probe;
 mod overlap;
 mod lease;
@@ -116,6 +117,7 @@ fn main() {
     trials.extend(optim::trials());
     trials.extend(config::trials());
     trials.extend(step::trials());
+    trials.extend(gpu_step::trials());
     trials.extend(probe::trials());
     trials.extend(overlap::trials());
     trials.extend(lease::trials());
