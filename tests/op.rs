@@ -7,9 +7,9 @@ use crate::support::{Outcome, normal};
 use occlude::grid::Grid;
 use occlude::op::attention::Sight;
 use occlude::op::bias_gelu::Form;
-use occlude::op::patch::{Scale, gather, patch, patches, pixels};
+use occlude::op::patch::{Level, Scale, gather, patch, patches, pixels, target};
 use occlude::op::shuffle::{Origin, shuffle};
-use occlude::op::{adamw, attention, bias_gelu, fill, layer_norm, lerp, linear, masked_mse, square_sum};
+use occlude::op::{adamw, attention, bias_gelu, cosine, fill, layer_norm, lerp, linear, masked_mse, square_sum};
 use tch::{Device, Kind, Tensor};
 
 crate::trials![
@@ -23,10 +23,13 @@ crate::trials![
     layer_norm_agrees,
     five_updates_of_adamw_agree,
     masked_mse_sums_over_patches_the_mean_over_values,
+    cosine_sums_the_distance_of_rows,
+    targets_are_levelled_by_patch_or_by_channel,
     square_sum_adds_up,
     square_sum_of_anything_not_finite_is_not_finite,
     lerp_moves_by_its_share,
     fill_puts_every_token_at_its_place,
+    fill_puts_the_class_token_first,
     fill_sends_gradients_to_the_token_and_to_what_was_seen,
     patches_are_in_the_official_order,
     pixels_are_the_inverse_of_patches,
@@ -217,7 +220,7 @@ fn masked_mse_sums_over_patches_the_mean_over_values() -> Outcome {
     for kind in [Kind::Float, Kind::BFloat16] {
         let guess = normal(11, &[3, 5, 7]).to_kind(kind).set_requires_grad(true);
         let truth = normal(12, &[3, 5, 7]);
-        let sum = masked_mse::masked_mse(&guess, &truth);
+        let sum = masked_mse::masked_mse(&guess, &truth)?;
         assert_eq!(sum.kind(), Kind::Float);
         let wanted: f64 = values(&guess).iter().zip(values(&truth)).map(|(g, t)| (g - t).powi(2) / 7.0).sum();
         close("the sum", sum.double_value(&[]), wanted, 1e-6);
@@ -225,6 +228,46 @@ fn masked_mse_sums_over_patches_the_mean_over_values() -> Outcome {
         let wanted = (guess.detach().to_kind(Kind::Float) - &truth) * (2.0 / 7.0);
         let off = rms(&(guess.grad().to_kind(Kind::Float) - &wanted));
         assert!(off <= ulp(kind, rms(&wanted)), "the gradient is off by {off:e} in {kind:?}");
+    }
+    Ok(())
+}
+
+fn cosine_sums_the_distance_of_rows() -> Outcome {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let (x, y) = (normal(23, &[3, 5, 7]).to_kind(kind), normal(24, &[3, 5, 7]));
+        let [ours, plain] = [&y, &y].map(Tensor::shallow_clone);
+        compare(
+            &format!("{kind:?}"),
+            &[x.shallow_clone()],
+            &move |x| cosine::cosine(&x[0], &ours).expect("on a CPU"),
+            &move |x| cosine::formula(&x[0], &plain),
+        );
+        let rows = |of: &Tensor| values(of).chunks(7).map(<[f64]>::to_vec).collect::<Vec<_>>();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let wanted =
+            rows(&x).iter().zip(rows(&y)).map(|(x, y)| 1.0 - dot(x, &y) / (dot(x, x) * dot(&y, &y)).sqrt()).sum();
+        close("the sum", cosine::cosine(&x, &y)?.double_value(&[]), wanted, 1e-6);
+    }
+    Ok(())
+}
+
+fn targets_are_levelled_by_patch_or_by_channel() -> Outcome {
+    let scale = Scale { mean: vec![0.0; 2], std: vec![1.0; 2] };
+    let (x, index) = (bytes(2), Tensor::from_slice2(&[[29i64, 0, 7], [3, 28, 1]]));
+    let raw = target(&x, &GRID, &scale, &index, Level::Raw)?;
+    for (level, stride) in [(Level::Patch, 1), (Level::Channel, 2)] {
+        let ours = target(&x, &GRID, &scale, &index, level)?;
+        for channel in 0..stride {
+            let own =
+                |of: &Tensor| values(&of.get(1).get(2)).into_iter().skip(channel).step_by(stride).collect::<Vec<_>>();
+            let (raw, ours) = (own(&raw), own(&ours));
+            let mean = raw.iter().sum::<f64>() / raw.len() as f64;
+            let variance = raw.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (raw.len() - 1) as f64;
+            let deviation = if level == Level::Patch { (variance + 1e-6).sqrt() } else { variance.sqrt() + 1e-6 };
+            for (raw, ours) in raw.iter().zip(ours) {
+                assert!((ours - (raw - mean) / deviation).abs() < 1e-5, "{level:?}: {ours} from {raw}");
+            }
+        }
     }
     Ok(())
 }
@@ -278,9 +321,14 @@ fn sequence() -> [Tensor; 5] {
     [normal(17, &[2, 4, 5]), normal(18, &[5]), normal(19, &[7, 5]), keep, drop]
 }
 
+fn filled(seen: &Tensor, token: &Tensor, positions: &Tensor, keep: &Tensor, drop: &Tensor) -> Tensor {
+    let places = fill::Places { positions, keep, hidden: Some((token, drop)) };
+    fill::fill(seen, None, places).expect("on a CPU")
+}
+
 fn fill_puts_every_token_at_its_place() -> Outcome {
     let [seen, token, positions, keep, drop] = sequence();
-    let all = fill::fill(&seen, &token, &positions, &keep, &drop);
+    let all = filled(&seen, &token, &positions, &keep, &drop);
     assert_eq!(all.size(), [2, 8, 5]);
     for b in 0..2 {
         for s in 0..8 {
@@ -299,11 +347,27 @@ fn fill_puts_every_token_at_its_place() -> Outcome {
     Ok(())
 }
 
+fn fill_puts_the_class_token_first() -> Outcome {
+    let [seen, token, positions, keep, drop] = sequence();
+    let all = filled(&seen, &token, &positions, &keep, &drop);
+    let (class, visible) = (seen.get(0).get(0), seen.narrow(1, 1, 3));
+    for hidden in [None, Some((&token, &drop))] {
+        let apart = fill::fill(&visible, Some(&class), fill::Places { positions: &positions, keep: &keep, hidden })?;
+        assert_eq!(apart.size()[1], if hidden.is_some() { 8 } else { 4 });
+        for b in 0..2 {
+            assert!(apart.get(b).get(0).equal(&class), "sample {b}");
+            let tokens = apart.size()[1] - 1;
+            assert!(apart.get(b).narrow(0, 1, tokens).equal(&all.get(b).narrow(0, 1, tokens)), "sample {b}");
+        }
+    }
+    Ok(())
+}
+
 fn fill_sends_gradients_to_the_token_and_to_what_was_seen() -> Outcome {
     let [seen, token, positions, keep, drop] = sequence();
     let (seen, token) = (seen.set_requires_grad(true), token.set_requires_grad(true));
     let upstream = normal(20, &[2, 8, 5]);
-    (fill::fill(&seen, &token, &positions, &keep, &drop) * &upstream).sum(Kind::Float).backward();
+    (filled(&seen, &token, &positions, &keep, &drop) * &upstream).sum(Kind::Float).backward();
     assert!(seen.grad().equal(&upstream.narrow(1, 0, 4)), "what was seen stands first, class token included");
     let wanted = upstream.narrow(1, 4, 4).sum_dim_intlist([0i64, 1].as_slice(), false, Kind::Float);
     let off = (token.grad() - wanted).abs().max().double_value(&[]);
@@ -353,11 +417,12 @@ fn patch_reads_bytes_as_it_reads_normalised_floats() -> Outcome {
     let scale = Scale { mean: vec![0.2, 0.7], std: vec![0.3, 0.11] };
     let x = bytes(2);
     let index = Tensor::from_slice2(&[[29i64, 0, 7, 7], [3, 28, 1, 14]]);
-    let ours = patch(&x, &GRID, &scale, &index);
+    let ours = patch(&x, &GRID, &scale, &index, Kind::Float)?;
     assert_eq!((ours.size(), ours.kind()), (vec![2, 4, GRID.values()], Kind::Float));
     let constants = |values: &[f64]| Tensor::from_slice(values).view([1, -1, 1, 1, 1]);
     let exact = (x.to_kind(Kind::Double) / 255.0 - constants(&scale.mean)) / constants(&scale.std);
-    let off = (&ours - patch(&exact.to_kind(Kind::Float), &GRID, &scale, &index)).abs().max().double_value(&[]);
+    let off =
+        (&ours - patch(&exact.to_kind(Kind::Float), &GRID, &scale, &index, Kind::Float)?).abs().max().double_value(&[]);
     assert!(off <= 2e-6, "off by {off:e} where values reach 7");
     for (b, k) in [(0, 0), (0, 3), (1, 1)] {
         let row = patches(&exact, &GRID).get(b).get(index.int64_value(&[b, k]));

@@ -141,7 +141,7 @@ impl Mae {
 
     /// [B, M, P] at the dropped places.
     fn guess(&self, w: &Weights, batch: &Batch, mask: &Mask) -> Result<Tensor> {
-        let rows = patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep).to_kind(w.kind()); // [B, K, P]
+        let rows = patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep, w.kind())?; // [B, K, P]
         match self.mask_tokens {
             MaskTokens::Decoder => self.decoder.fill(w, &self.encoder.visible(w, &rows, mask)?, mask),
             MaskTokens::Encoder => self.decoder.refine(w, &self.encoder.in_place(w, &rows, mask)?, mask),
@@ -153,8 +153,8 @@ impl Method for Mae {
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>> {
         let mask = self.mask(batch); // keep [B, K], drop [B, M]
         let guess = self.guess(w, batch, &mask)?; // [B, M, P]
-        let truth = target::pixel::pixel(&batch.pixels, &self.grid, &self.scale, &mask.drop, self.normalize);
-        Ok(vec![Term { name: "pixel", sum: loss::masked_mse(&guess, &truth) }])
+        let truth = target::pixel::pixel(&batch.pixels, &self.grid, &self.scale, &mask.drop, self.normalize)?;
+        Ok(vec![Term { name: "pixel", sum: loss::masked_mse(&guess, &truth)? }])
     }
 
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
@@ -167,7 +167,7 @@ impl Method for Mae {
 
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
         let mask = Mask::none(batch.pixels.size()[0], self.grid.tokens(), batch.pixels.device());
-        let rows = patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep).to_kind(w.kind());
+        let rows = patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep, w.kind())?;
         let all = match self.mask_tokens {
             MaskTokens::Decoder => self.encoder.visible(w, &rows, &mask)?,
             MaskTokens::Encoder => self.encoder.in_place(w, &rows, &mask)?,
@@ -179,8 +179,8 @@ impl Method for Mae {
 
     fn reconstruct(&self, w: &Weights, batch: &Batch) -> Result<Reconstruction> {
         let mask = self.mask(batch);
-        let rows = |at: &Tensor| patch::patch(&batch.pixels, &self.grid, &self.scale, at);
-        let (seen, hidden) = (rows(&mask.keep), rows(&mask.drop));
+        let rows = |at: &Tensor| patch::patch(&batch.pixels, &self.grid, &self.scale, at, Kind::Float);
+        let (seen, hidden) = (rows(&mask.keep)?, rows(&mask.drop)?);
         let mut guess = self.guess(w, batch, &mask)?.to_kind(Kind::Float);
         if self.normalize {
             // The truth's own mean and deviation would leak the answer into the picture: those of what is visible
@@ -200,7 +200,8 @@ impl Method for Mae {
 
     fn normalised(&self, batch: &Batch) -> Tensor {
         let mask = Mask::none(batch.pixels.size()[0], self.grid.tokens(), batch.pixels.device());
-        patch::pixels(&patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep), &self.grid)
+        let rows = patch::formula(&batch.pixels, &self.grid, &self.scale, &mask.keep, patch::Level::Raw, Kind::Float);
+        patch::pixels(&rows, &self.grid)
     }
 
     fn grid(&self) -> &Grid {

@@ -6,6 +6,7 @@ pub mod launch; // from a kernel's source to its launch
 pub mod adamw;
 pub mod attention;
 pub mod bias_gelu;
+pub mod cosine;
 pub mod fill;
 pub mod fold;
 pub mod layer_norm;
@@ -13,6 +14,7 @@ pub mod lerp;
 pub mod linear;
 pub mod masked_mse;
 pub mod patch;
+pub mod scale;
 pub mod shuffle;
 pub mod square_sum;
 
@@ -21,7 +23,18 @@ use tch::Tensor;
 
 /// Every file of kernels.
 pub fn sources() -> Vec<&'static Source> {
-    vec![&attention::SOURCE, &attention::class_row::SOURCE, &bias_gelu::SOURCE, &fold::SOURCE, &layer_norm::SOURCE]
+    vec![
+        &attention::SOURCE,
+        &attention::class_row::SOURCE,
+        &bias_gelu::SOURCE,
+        &cosine::SOURCE,
+        &fill::SOURCE,
+        &fold::SOURCE,
+        &layer_norm::SOURCE,
+        &masked_mse::SOURCE,
+        &patch::SOURCE,
+        &scale::SOURCE,
+    ]
 }
 
 /// The sizes of a tensor of `R` dimensions; naming them on a function's first line documents and checks the shape.

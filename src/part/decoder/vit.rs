@@ -2,7 +2,7 @@
 
 use crate::fault::Result;
 use crate::grid::Grid;
-use crate::op::{fill::fill, patch::gather, sizes};
+use crate::op::fill::{Places, fill};
 use crate::part::encoder::block::{Block, transform};
 use crate::part::encoder::{position, vit::Shape};
 use crate::part::mask::Mask;
@@ -39,27 +39,28 @@ impl Decoder {
     /// seen [B, 1+K, D of the encoder] → guesses at the dropped places [B, M, P].
     pub fn fill(&self, w: &Weights, seen: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, seen)?;
-        let table = self.positions.to_device(seen.device()).to_kind(seen.kind());
         let token = w[self.token.expect("a decoder built with a mask token")].view(-1);
-        let x = fill(&seen, &token, &table, &mask.keep, &mask.drop); // class, visible, hidden
-        self.predict(w, x, mask)
+        self.predict(w, &seen, mask, &mask.keep, Some((&token, &mask.drop)))
     }
 
     /// As `fill`, from an encoder that has seen mask tokens: all [B, 1+N, D of the encoder] in the order class, kept,
     /// dropped. Positions are added again, as for visible tokens.
     pub fn refine(&self, w: &Weights, all: &Tensor, mask: &Mask) -> Result<Tensor> {
         let all = self.embed.forward(w, all)?;
-        let table = self.positions.to_device(all.device()).to_kind(all.kind());
-        let [batch, _, width] = sizes(&all);
-        let places = table.unsqueeze(0).expand([batch, self.positions.size()[0], width], false);
-        let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
-        let class = all.narrow(1, 0, 1);
-        let tokens = all.narrow(1, 1, order.size()[1]) + gather(&places, &order);
-        self.predict(w, Tensor::cat(&[class, tokens], 1), mask)
+        self.predict(w, &all, mask, &Tensor::cat(&[&mask.keep, &mask.drop], 1), None)
     }
 
     /// Of the hidden tokens alone, which stand last.
-    fn predict(&self, w: &Weights, x: Tensor, mask: &Mask) -> Result<Tensor> {
+    fn predict(
+        &self,
+        w: &Weights,
+        seen: &Tensor,
+        mask: &Mask,
+        keep: &Tensor,
+        hidden: Option<(&Tensor, &Tensor)>,
+    ) -> Result<Tensor> {
+        let positions = self.positions.to_device(seen.device());
+        let x = fill(seen, None, Places { positions: &positions, keep, hidden })?; // class, visible, hidden
         self.pred.forward(w, &transform(&self.blocks, &self.norm, w, x, 1 + mask.keep.size()[1])?)
     }
 }

@@ -4,7 +4,7 @@ use super::block::{Block, transform};
 use super::position;
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
-use crate::op::{fill::fill, patch::gather};
+use crate::op::fill::{Places, fill};
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
 use schemars::JsonSchema;
@@ -89,29 +89,20 @@ impl Vit {
 
     /// rows [B, K, P] of the kept patches → features [B, 1+K, D], the class token first.
     pub fn visible(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
-        transform(&self.blocks, &self.norm, w, self.begin(w, rows, mask)?, 0)
+        self.forward(w, rows, mask, None)
     }
 
     /// As `visible`, with a mask token at every dropped place → [B, 1+N, D] in the order class, kept, dropped.
     pub fn in_place(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let seen = self.embed.forward(w, rows)?;
-        let class = w[self.class].expand([rows.size()[0], 1, seen.size()[2]], false);
-        let token = &w[self.token.expect("an encoder built with mask tokens")];
-        let table = self.table(&seen);
-        let all = fill(&Tensor::cat(&[class, seen], 1), &token.view(-1), &table, &mask.keep, &mask.drop);
-        transform(&self.blocks, &self.norm, w, all, 0)
+        let token = w[self.token.expect("an encoder built with mask tokens")].view(-1);
+        self.forward(w, rows, mask, Some((&token, &mask.drop)))
     }
 
-    /// Class token and embedded patches with their positions.
-    fn begin(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
+    fn forward(&self, w: &Weights, rows: &Tensor, mask: &Mask, hidden: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
         let seen = self.embed.forward(w, rows)?; // [B, K, D]
-        let [batch, _, width] = crate::op::sizes(&seen);
-        let table = self.table(&seen).unsqueeze(0).expand([batch, self.positions.size()[0], width], false);
-        let class = w[self.class].expand([batch, 1, width], false);
-        Ok(Tensor::cat(&[class, seen + gather(&table, &mask.keep)], 1))
-    }
-
-    fn table(&self, like: &Tensor) -> Tensor {
-        self.positions.to_device(like.device()).to_kind(like.kind())
+        let positions = self.positions.to_device(seen.device());
+        let places = Places { positions: &positions, keep: &mask.keep, hidden };
+        let all = fill(&seen, Some(&w[self.class].view(-1)), places)?;
+        transform(&self.blocks, &self.norm, w, all, 0)
     }
 }
