@@ -26,6 +26,7 @@ crate::trials![
     square_sum_of_anything_not_finite_is_not_finite,
     lerp_moves_by_its_share,
     fill_puts_every_token_at_its_place,
+    fill_wants_no_class_token,
     fill_sends_gradients_to_the_token_and_to_what_was_seen,
     patches_are_in_the_official_order,
     pixels_are_the_inverse_of_patches,
@@ -295,6 +296,14 @@ fn fill_puts_every_token_at_its_place() -> Outcome {
             }
         }
     }
+    Ok(())
+}
+
+fn fill_wants_no_class_token() -> Outcome {
+    let [seen, token, positions, keep, drop] = sequence();
+    let with = fill::fill(&seen, &token, &positions, &keep, &drop);
+    let without = fill::fill(&seen.narrow(1, 1, 3), &token, &positions, &keep, &drop);
+    assert!(without.equal(&with.narrow(1, 1, 7)), "the other tokens are the same");
     Ok(())
 }
 

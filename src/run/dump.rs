@@ -4,7 +4,7 @@
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
 //! the mask; the losses and the optimizer's numbers. Micro-batches are joined along B.
 
-use super::{exchange::to_mae, step::Outcome, step::Stepper};
+use super::{exchange::official, step::Outcome, step::Stepper};
 use crate::fault::{Fault, Result};
 use crate::method::Batch;
 use std::path::Path;
@@ -25,7 +25,7 @@ pub fn write(
     let mut tensors: Vec<(String, Tensor)> = Vec::new();
     for (index, spec) in flat.specs.iter().enumerate() {
         for (prefix, buffer) in [("weight", &flat.master), ("grad", &flat.gradient)] {
-            let (name, tensor) = to_mae(&spec.name, &flat.part(buffer, index), method.grid());
+            let (name, tensor) = official(method.name(), &spec.name, &flat.part(buffer, index), method.grid());
             tensors.push((format!("{prefix}.{name}"), tensor));
         }
     }

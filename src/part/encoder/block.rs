@@ -6,6 +6,14 @@ use crate::op::bias_gelu::{Form, bias_gelu};
 use crate::part::weights::{Linear, Norm, Table, Weights};
 use tch::Tensor;
 
+/// Which of queries, keys and values have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Biases {
+    All,
+    /// All but the keys.
+    QueryValue,
+}
+
 pub struct Block {
     norm1: Norm,
     qkv: Linear,
@@ -18,10 +26,13 @@ pub struct Block {
 
 impl Block {
     /// Tensors are called `<name>.norm1.weight` and so on, as in timm.
-    pub fn new(table: &mut Table, name: &str, width: i64, heads: i64, hidden: i64) -> Self {
+    pub fn new(table: &mut Table, name: &str, width: i64, heads: i64, hidden: i64, biases: Biases) -> Self {
         Block {
             norm1: Norm::new(table, &format!("{name}.norm1"), width),
-            qkv: Linear::new(table, &format!("{name}.attn.qkv"), width, 3 * width),
+            qkv: match biases {
+                Biases::All => Linear::new(table, &format!("{name}.attn.qkv"), width, 3 * width),
+                Biases::QueryValue => Linear::query_value(table, &format!("{name}.attn"), width),
+            },
             proj: Linear::new(table, &format!("{name}.attn.proj"), width, width),
             norm2: Norm::new(table, &format!("{name}.norm2"), width),
             fc1: Linear::new(table, &format!("{name}.mlp.fc1"), width, hidden),
