@@ -164,8 +164,9 @@ pub struct EvaluateArguments {
     pub test: String,
     #[arg(long, value_enum)]
     pub protocol: Protocol,
-    #[arg(long, value_enum, default_value = "class")]
-    pub feature: evaluate::Feature,
+    /// Which features; the class token's where the model has one, else the mean [default: by the model]
+    #[arg(long, value_enum)]
+    pub feature: Option<evaluate::Feature>,
     /// Judge the same encoder with freshly drawn weights instead
     #[arg(long)]
     pub random: bool,

@@ -30,6 +30,7 @@ crate::trials![
     lerp_moves_by_its_share,
     fill_puts_every_token_at_its_place,
     fill_puts_the_class_token_first,
+    fill_wants_no_class_token,
     fill_sends_gradients_to_the_token_and_to_what_was_seen,
     patches_are_in_the_official_order,
     pixels_are_the_inverse_of_patches,
@@ -360,6 +361,14 @@ fn fill_puts_the_class_token_first() -> Outcome {
             assert!(apart.get(b).narrow(0, 1, tokens).equal(&all.get(b).narrow(0, 1, tokens)), "sample {b}");
         }
     }
+    Ok(())
+}
+
+fn fill_wants_no_class_token() -> Outcome {
+    let [seen, token, positions, keep, drop] = sequence();
+    let with = filled(&seen, &token, &positions, &keep, &drop);
+    let without = filled(&seen.narrow(1, 1, 3), &token, &positions, &keep, &drop);
+    assert!(without.equal(&with.narrow(1, 1, 7)), "the other tokens are the same");
     Ok(())
 }
 

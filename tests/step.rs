@@ -327,6 +327,9 @@ impl Method for Toy {
     fn table(&self) -> &Table {
         &self.table
     }
+    fn name(&self) -> &'static str {
+        "toy"
+    }
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
         vec![("toy", samples as f64)]
     }

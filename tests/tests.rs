@@ -38,6 +38,7 @@ mod far;
 mod pack;
 mod inspect;
 mod mae;
+mod videomae;
 mod optim;
 mod config;
 mod step;
@@ -59,6 +60,7 @@ mod small_disk;
 mod evaluate;
 mod verbs;
 mod exchange;
+mod exchange_videomae;
 mod pth;
 mod architecture;
 
@@ -114,6 +116,7 @@ fn main() {
     trials.extend(pack::trials());
     trials.extend(inspect::trials());
     trials.extend(mae::trials());
+    trials.extend(videomae::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());
     trials.extend(step::trials());
@@ -135,6 +138,7 @@ fn main() {
     trials.extend(evaluate::trials());
     trials.extend(verbs::trials());
     trials.extend(exchange::trials());
+    trials.extend(exchange_videomae::trials());
     trials.extend(pth::trials());
     trials.extend(architecture::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);

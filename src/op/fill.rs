@@ -24,7 +24,7 @@ impl Places<'_> {
 }
 
 /// seen [B, K, D] and the class token [D], or seen [B, 1+K, D] with the class tokens first → [B, 1+K+M, D]: class,
-/// visible, hidden. Attention does not know order, so nothing is unshuffled: every token carries the position that it
+/// visible, hidden; seen [B, K, D] and no class token → [B, K+M, D]. Attention does not know order, so nothing is unshuffled: every token carries the position that it
 /// stands for. On a GPU in one pass, positions added in fp32.
 pub fn fill(seen: &Tensor, class: Option<&Tensor>, places: Places) -> Result<Tensor> {
     if seen.device().is_cuda() && KINDS.contains(&seen.kind()) {
@@ -38,9 +38,10 @@ pub fn formula(seen: &Tensor, class: Option<&Tensor>, places: Places) -> Tensor 
     let ([batch, _, width], kept) = (sizes(seen), places.keep.size()[1]);
     let positions = places.positions.to_kind(seen.kind());
     let at = positions.unsqueeze(0).expand([batch, positions.size()[0], width], false);
+    let front = seen.size()[1] - kept;
     let (class, visible) = match class {
         Some(class) => (class.view([1, 1, width]).expand([batch, 1, width], false), seen.shallow_clone()),
-        None => (seen.narrow(1, 0, 1), seen.narrow(1, 1, kept)),
+        None => (seen.narrow(1, 0, front), seen.narrow(1, front, kept)),
     };
     let visible = visible + gather(&at, places.keep);
     let hidden = places.hidden.map(|(token, drop)| gather(&at, drop) + token);
@@ -72,7 +73,9 @@ struct Shape {
     width: i64,
     kept: i64,
     hidden: i64,
-    /// The class tokens ride in front of what was seen.
+    /// Class tokens: one or none.
+    front: i64,
+    /// They ride in front of what was seen.
     rides: bool,
 }
 
@@ -82,7 +85,7 @@ impl Shape {
     }
 
     fn all(&self) -> [i64; 3] {
-        [self.batch, 1 + self.kept + self.hidden, self.width]
+        [self.batch, self.front + self.kept + self.hidden, self.width]
     }
 
     fn launch(&self, entry: &'static str, kind: Kind, of_block: i64, shared: usize) -> Launch<'static> {
@@ -91,16 +94,17 @@ impl Shape {
         Launch { source: &SOURCE, variant: variant(kind, self.width), entry, grid, threads: 256, shared }
     }
 
-    fn numbers(&self) -> [Argument<'static>; 4] {
-        [self.batch * self.all()[1], self.width, self.kept, self.hidden].map(|n| (n as i32).into())
+    fn numbers(&self) -> [Argument<'static>; 5] {
+        [self.batch * self.all()[1], self.width, self.kept, self.hidden, self.front].map(|n| (n as i32).into())
     }
 }
 
 /// The same by our kernels; tokens are made contiguous.
 pub fn kernel(seen: &Tensor, class: Option<&Tensor>, places: Places) -> Result<Tensor> {
-    let [batch, _, width] = sizes(seen);
+    let [batch, tokens, width] = sizes(seen);
     let [kept, hidden] = [places.keep.size()[1], places.dropped()];
-    let shape = Shape { batch, width, kept, hidden, rides: class.is_none() };
+    let (front, rides) = if class.is_some() { (1, false) } else { (tokens - kept, tokens > kept) };
+    let shape = Shape { batch, width, kept, hidden, front, rides };
     let token = places.hidden.map(|(token, _)| token);
     let inputs: Vec<&Tensor> = std::iter::once(seen).chain(class).chain(token).collect();
     let positions = places.positions.to_kind(Kind::Float).contiguous();
@@ -130,7 +134,7 @@ pub fn kernel(seen: &Tensor, class: Option<&Tensor>, places: Places) -> Result<T
 
 /// The gradients of seen, and of the mask and the class token [D].
 fn backward(gy: &Tensor, shape: Shape, wanted: &[bool]) -> Result<(Option<Tensor>, [Option<Tensor>; 2])> {
-    if shape.rides && shape.hidden == 0 {
+    if (shape.rides || shape.front == 0) && shape.hidden == 0 {
         return Ok((Some(gy.shallow_clone()), [None, None])); // Positions were added, no more.
     }
     let of_block = 64i64;

@@ -2,9 +2,17 @@
 
 use crate::fault::Result;
 use crate::op::attention::attention;
-use crate::op::bias_gelu::{Form, bias_gelu};
+use crate::op::bias_gelu::Form;
 use crate::part::weights::{Linear, Norm, Table, Weights};
 use tch::Tensor;
+
+/// Which of queries, keys and values have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Biases {
+    All,
+    /// All but the keys.
+    QueryValue,
+}
 
 pub struct Block {
     norm1: Norm,
@@ -18,10 +26,13 @@ pub struct Block {
 
 impl Block {
     /// Tensors are called `<name>.norm1.weight` and so on, as in timm.
-    pub fn new(table: &mut Table, name: &str, width: i64, heads: i64, hidden: i64) -> Self {
+    pub fn new(table: &mut Table, name: &str, width: i64, heads: i64, hidden: i64, biases: Biases) -> Self {
         Block {
             norm1: Norm::new(table, &format!("{name}.norm1"), width),
-            qkv: Linear::new(table, &format!("{name}.attn.qkv"), width, 3 * width),
+            qkv: match biases {
+                Biases::All => Linear::new(table, &format!("{name}.attn.qkv"), width, 3 * width),
+                Biases::QueryValue => Linear::query_value(table, &format!("{name}.attn"), width),
+            },
             proj: Linear::new(table, &format!("{name}.attn.proj"), width, width),
             norm2: Norm::new(table, &format!("{name}.norm2"), width),
             fc1: Linear::new(table, &format!("{name}.mlp.fc1"), width, hidden),
@@ -36,7 +47,7 @@ impl Block {
         let qkv = self.qkv.forward(w, &normal)?; // [B, S, 3D]
         let mixed = self.proj.forward(w, &attention(&qkv, self.heads, from)?)?; // [B, S − from, D]
         let (x, normal) = self.norm2.after(w, &x.narrow(1, from, x.size()[1] - from), &mixed)?;
-        let hidden = bias_gelu(&self.fc1.forward(w, &normal)?, None, Form::Exact)?;
+        let hidden = self.fc1.through_gelu(w, &normal, Form::Exact)?;
         Ok(Stream { x, due: Some(self.fc2.forward(w, &hidden)?) })
     }
 }

@@ -1,8 +1,12 @@
 //! A mask is a value that walks in front of the encoder: indices, never a float map with a polarity.
 
 mod random;
+mod ratio;
+mod tube;
 
 pub use random::random;
+pub use ratio::Ratio;
+pub use tube::tube;
 
 use tch::{Device, Kind, Tensor};
 

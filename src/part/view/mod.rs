@@ -80,7 +80,7 @@ impl View {
         repeat: u32,
         out: &mut [u8],
     ) -> Result<()> {
-        let size = size(grid);
+        let size = size(grid)?;
         let region =
             self.crop.region(picture.width(), picture.height(), &mut Draw::new(seed, id, epoch, Purpose::Crop, repeat));
         let least = if self.scaled_decode { size } else { [region.width, region.height] };
@@ -99,7 +99,7 @@ impl View {
 
     /// Evaluation's view into `out`, [C, Y, X], 8 bits: resized, central crop. Always decoded at full size.
     pub fn eval(&self, grid: &Grid, picture: Picture, out: &mut [u8]) -> Result<()> {
-        let size = size(grid);
+        let size = size(grid)?;
         let (width, height) = (picture.width(), picture.height());
         let [left, top, w, h] = crop::center(width, height, size, self.center);
         let region = self.crop.interpolation.sees([left, top, w, h], size, width, height);
@@ -113,9 +113,16 @@ impl View {
     }
 }
 
-fn size(grid: &Grid) -> [u32; 2] {
-    let [_, _, height, width] = grid.pixels();
-    [width as u32, height as u32]
+/// [width, height] of a view; a picture makes one frame.
+fn size(grid: &Grid) -> Result<[u32; 2]> {
+    let [_, frames, height, width] = grid.pixels();
+    match frames {
+        1 => Ok([width as u32, height as u32]),
+        _ => Err(Fault::usage(format!(
+            "input.frames is {frames}, and the samples are still pictures, which hold no motion to learn from; set it to 1, \
+             or give data.train clips"
+        ))),
+    }
 }
 
 /// This thread's buffer for a view before it is laid into planes: [Y, X, C].
