@@ -14,6 +14,7 @@ mod launchers;
 mod emulator;
 mod op;
 mod kernel;
+mod kernel_flat;
 mod nvrtc;
 mod store;
 mod shard;
@@ -80,6 +81,7 @@ fn main() {
     trials.extend(emulator::trials());
     trials.extend(op::trials());
     trials.extend(kernel::trials());
+    trials.extend(kernel_flat::trials());
     trials.extend(nvrtc::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());

@@ -21,7 +21,14 @@ use tch::Tensor;
 
 /// Every file of kernels.
 pub fn sources() -> Vec<&'static Source> {
-    vec![&bias_gelu::SOURCE, &fold::SOURCE]
+    vec![
+        &adamw::SOURCE,
+        &bias_gelu::SOURCE,
+        &fold::SOURCE,
+        &lerp::SOURCE,
+        &shuffle::SOURCE,
+        &square_sum::SOURCE,
+    ]
 }
 
 /// The sizes of a tensor of `R` dimensions; naming them on a function's first line documents and checks the shape.
