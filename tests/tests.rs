@@ -15,6 +15,7 @@ mod emulator;
 mod op;
 mod kernel;
 mod kernel_flat;
+mod kernel_targets;
 mod nvrtc;
 mod store;
 mod shard;
@@ -82,6 +83,7 @@ fn main() {
     trials.extend(op::trials());
     trials.extend(kernel::trials());
     trials.extend(kernel_flat::trials());
+    trials.extend(kernel_targets::trials());
     trials.extend(nvrtc::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());

@@ -8,12 +8,15 @@ pub mod attention;
 pub mod bias_gelu;
 pub mod fill;
 pub mod fold;
+pub mod hog;
+pub mod info_nce;
 pub mod layer_norm;
 pub mod lerp;
 pub mod linear;
 pub mod masked_mse;
 pub mod patch;
 pub mod shuffle;
+pub mod spectrum;
 pub mod square_sum;
 
 use launch::Source;
@@ -25,6 +28,8 @@ pub fn sources() -> Vec<&'static Source> {
         &adamw::SOURCE,
         &bias_gelu::SOURCE,
         &fold::SOURCE,
+        &hog::SOURCE,
+        &info_nce::SOURCE,
         &lerp::SOURCE,
         &shuffle::SOURCE,
         &square_sum::SOURCE,
