@@ -166,10 +166,29 @@ fn every_file_says_what_it_is_and_is_named_for_it() -> Outcome {
     Ok(())
 }
 
+/// A kernel has an operation of its name that lists its source, an operation has tests that name it, and where it has a
+/// kernel, tests that call that.
 fn every_operation_is_tested() -> Outcome {
-    let tested = text(&root().join("tests/op.rs"));
-    for operation in modules(&root().join("src/op/mod.rs")) {
-        assert!(tested.contains(&format!("{operation}::")), "tests/op.rs does not test {operation}");
+    let name = |path: &Path| path.file_stem().expect("a name").to_string_lossy().to_string();
+    let kernels: BTreeSet<String> = files("kernels", "cu").iter().map(|path| name(path)).collect();
+    let sources: BTreeSet<String> = occlude::op::sources().iter().map(|source| source.name.to_string()).collect();
+    assert_eq!(kernels, sources, "kernels/*.cu and op::sources() are the same set");
+    let mut tested = String::new();
+    for path in files("tests", "rs") {
+        if name(&path) == "op" || name(&path).starts_with("kernel") {
+            tested += &text(&path);
+        }
+    }
+    let operations = modules(&root().join("src/op/mod.rs"));
+    for operation in operations.iter().filter(|operation| *operation != "launch") {
+        assert!(
+            tested.contains(&format!("{operation}::")),
+            "neither tests/op.rs nor tests/kernel*.rs tests {operation}"
+        );
+    }
+    for kernel in kernels {
+        assert!(operations.contains(&kernel), "kernels/{kernel}.cu has no operation of its name");
+        assert!(tested.contains(&format!("{kernel}::kernel")), "no test in tests/kernel*.rs calls {kernel}::kernel");
     }
     Ok(())
 }

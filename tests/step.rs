@@ -347,7 +347,7 @@ impl Method for Toy {
     fn mask(&self, _: &Batch) -> Mask {
         unreachable!("a toy hides nothing")
     }
-    fn normalised(&self, _: &Batch) -> Tensor {
+    fn normalised(&self, _: &Batch) -> Result<Tensor> {
         unreachable!("nobody dumps a toy")
     }
     fn features(&self, _: &Weights, _: &Batch) -> Result<Features> {

@@ -20,6 +20,8 @@ mod op;
 mod kernel;
 mod kernel_attention;
 mod kernel_tokens;
+mod kernel_flat;
+mod kernel_targets;
 mod nvrtc;
 mod store;
 mod shard;
@@ -99,6 +101,8 @@ fn main() {
     trials.extend(kernel::trials());
     trials.extend(kernel_attention::trials());
     trials.extend(kernel_tokens::trials());
+    trials.extend(kernel_flat::trials());
+    trials.extend(kernel_targets::trials());
     trials.extend(nvrtc::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());

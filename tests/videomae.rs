@@ -294,7 +294,7 @@ fn bytes_and_normalised_pixels_are_the_same_sample() -> Outcome {
         let method = config.method.build(&config.input)?;
         let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
         let bytes = Batch { pixels: clips(0, 6).0, ..blank(6, 0) };
-        let floats = Batch { pixels: method.normalised(&bytes), ..blank(6, 0) };
+        let floats = Batch { pixels: method.normalised(&bytes)?, ..blank(6, 0) };
         let loss = |batch| no_grad(|| method.loss(&flat.leaves, batch)).map(|mut terms| terms.remove(0).sum);
         let (a, b) = (loss(&bytes)?.double_value(&[]), loss(&floats)?.double_value(&[]));
         assert!((a / b - 1.0).abs() < 1e-5, "{a} against {b}");

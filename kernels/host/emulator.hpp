@@ -192,6 +192,8 @@ inline void touch_shared(size_t offset, size_t bytes, bool write, int line) {
       if (unordered_write) fail(name("a race of a reader with a writer", touch.writer), line);
       if (touch.read != m.epoch) {
         touch.many_readers = touch.many_warps = false;
+      } else if (!touch.many_warps && touch.reader / 32 == w && touch.read_warp_epoch != warp_epoch) {
+        touch.many_readers = false;  // All earlier readers were of this warp, and it has met since.
       } else {
         touch.many_readers |= touch.reader != t;
         touch.many_warps |= touch.reader / 32 != w;

@@ -9,6 +9,8 @@ pub mod bias_gelu;
 pub mod cosine;
 pub mod fill;
 pub mod fold;
+pub mod hog;
+pub mod info_nce;
 pub mod layer_norm;
 pub mod lerp;
 pub mod linear;
@@ -16,6 +18,7 @@ pub mod masked_mse;
 pub mod patch;
 pub mod scale;
 pub mod shuffle;
+pub mod spectrum;
 pub mod square_sum;
 
 use launch::Source;
@@ -24,16 +27,22 @@ use tch::Tensor;
 /// Every file of kernels.
 pub fn sources() -> Vec<&'static Source> {
     vec![
+        &adamw::SOURCE,
         &attention::SOURCE,
         &attention::class_row::SOURCE,
         &bias_gelu::SOURCE,
         &cosine::SOURCE,
         &fill::SOURCE,
         &fold::SOURCE,
+        &hog::SOURCE,
+        &info_nce::SOURCE,
         &layer_norm::SOURCE,
+        &lerp::SOURCE,
         &masked_mse::SOURCE,
         &patch::SOURCE,
         &scale::SOURCE,
+        &shuffle::SOURCE,
+        &square_sum::SOURCE,
     ]
 }
 

@@ -55,7 +55,8 @@ impl Pixels {
 
     /// Normalised samples → the same as 0..1, not clamped.
     fn to_unit(&self, x: &Tensor) -> Tensor {
-        let of = |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float).to_device(x.device()).view([-1, 1, 1, 1]);
+        let of =
+            |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float).to_device(x.device()).view([-1, 1, 1, 1]);
         x * of(&self.scale.std) + of(&self.scale.mean)
     }
 

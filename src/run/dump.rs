@@ -32,7 +32,8 @@ pub fn write(
     if !micro.is_empty() {
         let masks: Vec<_> = micro.iter().map(|batch| method.mask(batch)).collect();
         let join = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
-        tensors.push(("input".into(), join(micro.iter().map(|batch| method.normalised(batch)).collect::<Result<_>>()?)));
+        tensors
+            .push(("input".into(), join(micro.iter().map(|batch| method.normalised(batch)).collect::<Result<_>>()?)));
         tensors.push(("keep".into(), join(masks.iter().map(|mask| mask.keep.shallow_clone()).collect())));
         tensors.push(("drop".into(), join(masks.iter().map(|mask| mask.drop.shallow_clone()).collect())));
         tensors.push(("restore".into(), join(masks.iter().map(|mask| mask.restore()).collect())));

@@ -3,15 +3,11 @@
 
 use super::Mask;
 use crate::grid::Grid;
-use crate::op::shuffle::{Origin, shuffle};
-use tch::{Device, Kind, Tensor};
+use crate::op::shuffle::{Origin, Plan};
+use tch::Device;
 
 /// Hides the share `ratio` of the places of a slot, drawn for each sample, in all of its slots.
 pub fn tube(grid: &Grid, ratio: f64, seed: u64, samples: &[Origin], device: Device) -> Mask {
-    let places = grid.rows * grid.cols;
-    let kept = grid.kept_places(ratio);
-    let order = shuffle(seed, samples, places, device); // [B, places]
-    let slots = Tensor::arange(grid.frames, (Kind::Int64, device)).view([1, -1, 1]) * places;
-    let tokens = |places: Tensor| (places.unsqueeze(1) + &slots).flatten(1, 2); // slot after slot
-    Mask { keep: tokens(order.narrow(1, 0, kept)), drop: tokens(order.narrow(1, kept, places - kept)) }
+    let plan = Plan::random(grid, [grid.frames, 1, 1], grid.kept_places(ratio));
+    Mask::drawn(&plan.expect("no more places kept than there are"), seed, samples, device)
 }
