@@ -21,7 +21,7 @@ use tch::Tensor;
 
 /// Every file of kernels.
 pub fn sources() -> Vec<&'static Source> {
-    vec![&attention::SOURCE, &attention::class_row::SOURCE, &bias_gelu::SOURCE, &fold::SOURCE]
+    vec![&attention::FORWARD, &attention::BACKWARD, &attention::class_row::SOURCE, &bias_gelu::SOURCE, &fold::SOURCE]
 }
 
 /// The sizes of a tensor of `R` dimensions; naming them on a function's first line documents and checks the shape.
