@@ -7,7 +7,7 @@ typedef ELEMENT T;
 constexpr int wide_load = 16 / sizeof(T);
 
 // qkv [B, S, 3 · heads · head] → out fp32 [B, heads, S]; c is the scale times log₂ e.
-KERNEL(128) void attention_class_row(Global<const T> qkv, Global<float> out, int heads, int tokens, int head, float c) {
+KERNEL(128, 8) void attention_class_row(Global<const T> qkv, Global<float> out, int heads, int tokens, int head, float c) {
   const auto scores = shared<float>(0, tokens);
   const auto query = shared<float>(4 * tokens, head);
   const auto room = shared<float>(4 * (tokens + head), 4);

@@ -1,8 +1,9 @@
 //! The kernels of attention against their formulas, in odd sizes, values and gradients.
 
-use crate::bar::{compare_kernel, grounds, inputs, judge};
-use crate::support::Outcome;
+use crate::bar::{compare, compare_kernel, grounds, inputs, judge, pass, rms};
+use crate::support::{Outcome, distance, normal, oracle, read, write};
 use occlude::op::attention::{self, Sight, Windows, class_row, cross};
+use serde_json::json;
 use tch::{Device, Kind};
 
 crate::trials![
@@ -12,6 +13,7 @@ crate::trials![
     causal_attention_agrees,
     cross_attention_agrees,
     windowed_attention_agrees_shifted_or_not,
+    windowed_attention_is_timms,
     attention_holds_out_against_large_scores_and_odd_places,
     attention_is_the_same_to_the_bit_every_time,
     the_class_row_agrees,
@@ -40,10 +42,11 @@ fn attention_agrees_in_odd_lengths() -> Outcome {
 
 fn attention_agrees_in_every_width_of_heads() -> Outcome {
     for width in [24, 32, 64, 80] {
-        for (batch, heads, kind) in [(3, 1, Kind::Half), (1, 3, Kind::BFloat16), (2, 5, Kind::BFloat16)] {
-            packed([batch, 19, heads, width], kind, ALL, "all");
+        for (batch, heads) in [(3, 1), (1, 3), (2, 5)] {
+            packed([batch, 19, heads, width], Kind::BFloat16, ALL, "all");
         }
     }
+    packed([3, 19, 3, 64], Kind::Half, ALL, "all");
     Ok(())
 }
 
@@ -84,13 +87,12 @@ fn windowed_attention_agrees_shifted_or_not() -> Outcome {
         ([6, 6], [6, 6], [3, 3], 1, 64),
         ([8, 4], [4, 4], [3, 1], 1, 80),
     ];
-    // Tensors of windows live where the sequence does; on a GPU the launch would refuse these.
     for (grid, size, shift, heads, width) in cases {
         for ground in grounds() {
             let windows: &'static Windows = Box::leak(Box::new(Windows::new(grid, size, shift, ground)?));
             let sight = Sight::Windows(windows);
-            let given = inputs(30, &[&[2, grid[0] * grid[1], 3 * heads * width]], Kind::BFloat16);
-            crate::bar::compare(
+            let given = inputs(30, &[&[2, grid[0] * grid[1], 3 * heads * width]], Kind::Half);
+            compare(
                 &format!("windows of {size:?} of {grid:?} moved by {shift:?}, {heads} heads of {width} on {ground:?}"),
                 &given.iter().map(|x| x.to_device(ground)).collect::<Vec<_>>(),
                 &move |x| attention::kernel(&x[0], heads, sight).expect("a launch"),
@@ -124,8 +126,7 @@ fn attention_holds_out_against_large_scores_and_odd_places() -> Outcome {
 fn attention_is_the_same_to_the_bit_every_time() -> Outcome {
     for ground in grounds() {
         let qkv = inputs(50, &[&[1, 50, 3 * 3 * 32]], Kind::BFloat16).remove(0).to_device(ground);
-        let once =
-            || crate::bar::pass(&[qkv.shallow_clone()], &|x| attention::kernel(&x[0], 3, ALL).expect("a launch"));
+        let once = || pass(&[qkv.shallow_clone()], &|x| attention::kernel(&x[0], 3, ALL).expect("a launch"));
         assert_eq!(once(), once());
     }
     Ok(())
@@ -158,5 +159,51 @@ fn sequences_that_do_not_fit_are_the_librarys() -> Outcome {
     let refused = Windows::new([8, 8], [4, 3], [0, 0], Device::Cpu).err().expect("a fault");
     assert!(refused.message.contains("windows of 3 columns"), "{refused}");
     assert!(Windows::new([8, 8], [4, 4], [4, 0], Device::Cpu).is_err());
+    Ok(())
+}
+
+/// Windows as timm's Swin Transformer has them: the library's form in fp32 and our kernel in f16, values and gradients.
+fn windowed_attention_is_timms() -> Outcome {
+    let cases = [
+        ([8, 8], [4, 4], [0, 0], 2, 32),
+        ([16, 8], [4, 4], [2, 0], 2, 32),
+        ([8, 12], [4, 4], [2, 2], 1, 24),
+        ([6, 10], [3, 5], [1, 2], 1, 64),
+    ];
+    let folder = tempfile::tempdir()?;
+    let [given, answers, asked] =
+        ["in.safetensors", "out.safetensors", "cases.json"].map(|name| folder.path().join(name));
+    let mut tensors = Vec::new();
+    for (i, (grid, _, _, heads, width)) in cases.iter().enumerate() {
+        let shape = |each: i64| [2, grid[0] * grid[1], each * heads * width];
+        tensors.push((format!("qkv.{i}"), normal(70 + i as u64, &shape(3)).to_kind(Kind::Half)));
+        // The upstream gradient of `bar::pass`.
+        tensors.push((format!("upstream.{i}"), normal(99, &shape(1)).to_kind(Kind::Half)));
+    }
+    write(&given, &tensors)?;
+    let list =
+        cases.map(|(grid, size, shift, heads, _)| json!({"grid": grid, "size": size, "shift": shift, "heads": heads}));
+    std::fs::write(&asked, json!(list).to_string())?;
+    let paths = [&given, &answers, &asked].map(|path| path.to_str().expect("UTF-8"));
+    oracle("swin_windows.py", &paths)?;
+    let theirs = read(&answers)?;
+    for (i, (grid, size, shift, heads, _)) in cases.into_iter().enumerate() {
+        let windows: &'static Windows = Box::leak(Box::new(Windows::new(grid, size, shift, Device::Cpu)?));
+        let sight = Sight::Windows(windows);
+        let half = &tensors[2 * i].1;
+        let leaf = half.to_kind(Kind::Float).set_requires_grad(true);
+        let out = attention::windowed(&leaf, heads, windows)?;
+        (&out * &tensors[2 * i + 1].1).sum(Kind::Float).backward();
+        let ours = [out.detach(), leaf.grad()];
+        let kernels =
+            pass(&[half.shallow_clone()], &move |x| attention::kernel(&x[0], heads, sight).expect("a launch"));
+        let plain = pass(&[half.shallow_clone()], &move |x| attention::formula(&x[0], heads, sight));
+        for (part, name) in ["out", "gqkv"].into_iter().enumerate() {
+            let (what, exact) = (format!("{name} of case {i}"), &theirs[&format!("{name}.{i}")]);
+            let off = distance(&ours[part], exact) / rms(exact) / (exact.numel() as f64).sqrt();
+            assert!(off < 1e-5, "{what}: relative distance {off:e} from timm's");
+            judge(&what, &kernels[part], &plain[part], exact);
+        }
+    }
     Ok(())
 }

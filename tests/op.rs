@@ -5,7 +5,7 @@
 use crate::bar::{View, compare, inputs, judge, rms, ulp};
 use crate::support::{Outcome, normal};
 use occlude::grid::Grid;
-use occlude::op::attention::Sight;
+use occlude::op::attention::{Sight, Windows};
 use occlude::op::bias_gelu::Form;
 use occlude::op::patch::{Level, Scale, gather, patch, patches, pixels, target};
 use occlude::op::shuffle::{Origin, shuffle};
@@ -19,6 +19,7 @@ crate::trials![
     linear_leaves_out_gradients_that_nobody_wants,
     attention_agrees_in_odd_sizes,
     attention_answers_only_the_tokens_asked_for,
+    attention_in_its_other_forms_agrees,
     gelu_agrees_far_out_too,
     layer_norm_agrees,
     five_updates_of_adamw_agree,
@@ -130,6 +131,38 @@ fn attention_answers_only_the_tokens_asked_for() -> Outcome {
             &move |x| attention::formula(&x[0], 3, Sight::All { from }),
         );
     }
+    Ok(())
+}
+
+fn attention_in_its_other_forms_agrees() -> Outcome {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        compare(
+            &format!("causal in {kind:?}"),
+            &inputs(8, &[&[2, 19, 3 * 48]], kind),
+            &|x| attention::causal(&x[0], 3).expect("attention"),
+            &|x| attention::formula(&x[0], 3, Sight::Causal),
+        );
+        compare(
+            &format!("cross in {kind:?}"),
+            &inputs(9, &[&[2, 7, 48], &[2, 19, 2 * 48]], kind),
+            &|x| attention::cross(&x[0], &x[1], 3).expect("attention"),
+            &|x| attention::cross::formula(&x[0], &x[1], 3),
+        );
+        for shift in [[0, 0], [1, 2]] {
+            let windows: &'static Windows = Box::leak(Box::new(Windows::new([4, 6], [2, 3], shift, Device::Cpu)?));
+            compare(
+                &format!("windows moved by {shift:?} in {kind:?}"),
+                &inputs(10, &[&[2, 24, 3 * 48]], kind),
+                &move |x| attention::windowed(&x[0], 3, windows).expect("attention"),
+                &move |x| attention::formula(&x[0], 3, Sight::Windows(windows)),
+            );
+        }
+    }
+    let qkv = normal(11, &[2, 9, 3 * 48]);
+    let [q, k] = [0, 1].map(|part| qkv.narrow(2, part * 48, 48).view([2, 9, 3, 16]).transpose(1, 2));
+    let all = (q.matmul(&k.transpose(-2, -1)) / 4.0).softmax(-1, Kind::Float);
+    let off = (attention::class_row(&qkv, 3)? - all.select(2, 0)).abs().max().double_value(&[]);
+    assert!(off < 1e-6, "the class token's probabilities are off by {off:e}");
     Ok(())
 }
 

@@ -20,7 +20,8 @@
 #include <vector>
 
 #define DEVICE inline
-#define KERNEL(threads) extern "C"
+constexpr int architecture = 0;
+#define KERNEL(...) extern "C"
 #define LINE int line = __builtin_LINE()
 
 namespace emulator {

@@ -8,7 +8,7 @@ pub mod windows; // windows of a grid
 
 pub use class_row::class_row;
 pub use cross::cross;
-pub use short::{SOURCE, takes};
+pub use short::{BACKWARD, FORWARD, takes};
 pub use windows::Windows;
 
 use super::sizes;

@@ -28,7 +28,8 @@ use tch::Tensor;
 pub fn sources() -> Vec<&'static Source> {
     vec![
         &adamw::SOURCE,
-        &attention::SOURCE,
+        &attention::BACKWARD,
+        &attention::FORWARD,
         &attention::class_row::SOURCE,
         &bias_gelu::SOURCE,
         &cosine::SOURCE,

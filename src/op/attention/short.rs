@@ -2,13 +2,13 @@
 //! launches.
 
 use crate::fault::Result;
-use crate::op::launch::{Argument, Launch, Source, Variant, type_name};
+use crate::op::launch::{Argument, Launch, Source, Variant, blocks, type_name};
 use crate::op::sizes;
 use tch::{Kind, Tensor};
 
 const KINDS: [Kind; 2] = [Kind::BFloat16, Kind::Half];
 
-/// Head widths: of MAE's small decoders, its decoders, its encoders, and those of ViT-H.
+/// Head widths: 64 of most encoders, 80 of ViT-H, 32 of MAE's decoder, 24 of narrower ones.
 const WIDTHS: [i64; 4] = [24, 32, 64, 80];
 
 /// The longest sequence. Below about 366 tokens attention on an H200 is bounded by reading queries, keys and values
@@ -34,14 +34,20 @@ pub fn takes(kind: Kind, width: i64, queries: i64, keys: i64) -> bool {
         && Pass::Backward.bytes(width, queries, keys, 1) <= SHARED
 }
 
-pub const SOURCE: Source = Source {
-    name: "attention",
-    built_in: include_str!("../../../kernels/attention.cu"),
-    variants: || KINDS.iter().flat_map(|kind| WIDTHS.map(|width| variant(*kind, width))).collect(),
-};
+pub const FORWARD: Source =
+    Source { name: "attention", built_in: include_str!("../../../kernels/attention.cu"), variants };
 
-fn variant(kind: Kind, width: i64) -> Variant {
-    vec![("ELEMENT", type_name(kind).into()), ("HEAD", width.to_string())]
+pub const BACKWARD: Source =
+    Source { name: "attention_backward", built_in: include_str!("../../../kernels/attention_backward.cu"), variants };
+
+fn variants() -> Vec<Variant> {
+    let of_kind = |kind: &Kind| WIDTHS.map(|width| [false, true].map(|windowed| variant(*kind, width, windowed)));
+    KINDS.iter().flat_map(of_kind).flatten().collect()
+}
+
+fn variant(kind: Kind, width: i64, windowed: bool) -> Variant {
+    let windowed = i32::from(windowed).to_string();
+    vec![("ELEMENT", type_name(kind).into()), ("HEAD", width.to_string()), ("WINDOWED", windowed)]
 }
 
 /// The sizes of one attention.
@@ -116,23 +122,24 @@ enum Pass {
 }
 
 impl Pass {
-    /// Bytes of shared memory that a block of so many heads takes, as `kernels/attention.cu` lays it out.
+    /// Bytes of shared memory that a block of so many heads takes, as the kernels lay it out.
     fn bytes(self, width: i64, queries: i64, keys: i64, heads: i64) -> i64 {
-        let (row, whole) = ((up(width, 16) + 8) * 2, 16 * rows_at_once(width));
-        let regions = up(keys, whole) * 4;
-        regions
-            + heads
-                * match self {
-                    Pass::Forward => 2 * up(keys, 16) * row,
-                    Pass::Backward => 2 * (up(queries, whole) + up(keys, whole)) * row + 8 * up(queries, whole),
-                }
+        let row = (up(width, 16) + 8) * 2;
+        let (queries, keys) = (up(queries, 16), up(keys, 16));
+        let of_head = match self {
+            Pass::Forward => 2 * keys * row,
+            Pass::Backward => 2 * (queries + keys) * row + 8 * queries,
+        };
+        heads * of_head + 4 * keys
     }
 
     /// What the warps of a block share out among them, for one head.
-    fn jobs(self, shape: &Shape) -> i64 {
-        let each = 16 * rows_at_once(shape.width);
-        let of = |n: i64| up(n, each) / each;
-        of(shape.queries) + if self == Pass::Backward { of(shape.keys) } else { 0 }
+    fn jobs(self, shape: &Shape, windowed: bool) -> i64 {
+        let (narrow, of) = (shape.width <= 32, |n: i64, each: i64| (n + each - 1) / each);
+        match self {
+            Pass::Forward => of(shape.queries, if narrow && !windowed { 32 } else { 16 }),
+            Pass::Backward => of(shape.queries, 16) + of(shape.keys, 16) * if narrow { 1 } else { 2 },
+        }
     }
 }
 
@@ -140,39 +147,37 @@ fn up(n: i64, to: i64) -> i64 {
     (n + to - 1) / to * to
 }
 
-/// Tiles of 16 rows that a warp computes at once, as `kernels/attention.cu` has it.
-fn rows_at_once(width: i64) -> i64 {
-    if width <= 32 { 2 } else { 1 }
-}
-
-/// The most warps of a block, as the kernels are compiled for.
-const WARPS: i64 = 8;
-
 /// Heads of one block: enough that four warps have work and that a row's bytes fill lines of 128, as far as a block stays
 /// small.
-fn group(pass: Pass, shape: &Shape) -> i64 {
-    let bytes = |heads| pass.bytes(shape.width, shape.queries, shape.keys, heads);
-    let wanted = (4 / pass.jobs(shape)).max((64 + shape.width - 1) / shape.width).min(shape.heads);
+fn group(shape: &Shape, jobs: i64, bytes: impl Fn(i64) -> i64) -> i64 {
+    let wanted = (4 / jobs).max((64 + shape.width - 1) / shape.width).min(shape.heads);
     (1..=wanted).rev().find(|heads| bytes(*heads) <= FEW).unwrap_or(1)
+}
+
+/// Warps of a block with so many jobs and bytes: of four to the eight that the kernels are compiled for, as many as keep
+/// most of a multiprocessor's warps busy, whose registers hold 16 and whose shared memory is 227 KiB on Hopper.
+fn warps(jobs: i64, bytes: i64) -> i64 {
+    let busy = |warps: i64| {
+        let blocks = (16 / warps).min((227 << 10) / (bytes + (1 << 10))).max(1);
+        1000 * blocks * jobs / ((jobs + warps - 1) / warps)
+    };
+    (jobs.min(4)..=jobs.min(8)).rev().max_by_key(|warps| busy(*warps)).expect("a job")
 }
 
 fn launch(pass: Pass, shape: &Shape, given: &Given, tensors: &[Argument]) -> Result<()> {
     let ([batch, _, q_stride], [_, _, kv_stride]) = (sizes(given.q), sizes(given.kv));
-    let group = group(pass, shape);
-    let jobs = group * pass.jobs(shape);
-    // As many warps as share out the jobs evenly.
-    let warps = (jobs + up(jobs, WARPS) / WARPS - 1) / (up(jobs, WARPS) / WARPS);
+    let source = if pass == Pass::Forward { &FORWARD } else { &BACKWARD };
+    let windowed = !given.places.is_empty();
+    let jobs = pass.jobs(shape, windowed);
+    let bytes = |heads| pass.bytes(shape.width, shape.queries, shape.keys, heads);
+    let group = group(shape, jobs, bytes);
     let launch = Launch {
-        source: &SOURCE,
-        variant: variant(given.q.kind(), shape.width),
-        entry: if pass == Pass::Forward { "attention" } else { "attention_backward" },
-        grid: [
-            u32::try_from(batch * shape.windows * (up(shape.heads, group) / group)).expect("less than 2³² blocks"),
-            1,
-            1,
-        ],
-        threads: 32 * warps as u32,
-        shared: pass.bytes(shape.width, shape.queries, shape.keys, group) as usize,
+        source,
+        variant: variant(given.q.kind(), shape.width, windowed),
+        entry: source.name,
+        grid: [blocks(shape.heads, group) * blocks(batch * shape.windows, 1), 1, 1],
+        threads: 32 * warps(group * jobs, bytes(group)) as u32,
+        shared: bytes(group) as usize,
     };
     let &Shape { heads, windows, queries, from, keys, .. } = shape;
     let numbers = [heads, group, windows, queries, from, keys, q_stride, kv_stride, i64::from(shape.causal)];

@@ -17,8 +17,11 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 use tch::{Device, Kind, Tensor};
 
-/// What every source includes: name and text.
-const HEADERS: [(&str, &str); 1] = [("device.cuh", include_str!("../../../kernels/device.cuh"))];
+/// What sources include: name and text.
+const HEADERS: [(&str, &str); 2] = [
+    ("device.cuh", include_str!("../../../kernels/device.cuh")),
+    ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
+];
 /// What the emulator adds.
 const HOST: [(&str, &str); 1] = [("host/emulator.hpp", include_str!("../../../kernels/host/emulator.hpp"))];
 
