@@ -76,7 +76,7 @@ pub struct TrainArguments {
 
 #[derive(clap::Args)]
 pub struct PackArguments {
-    /// A folder of images, whose sub-folders are classes, or a .csv, .tsv, .jsonl or .parquet file with the columns
+    /// A folder of images or videos, whose sub-folders are classes, or a .csv, .tsv, .jsonl or .parquet file with the columns
     /// path, label, caption; a path or a URL
     pub source: String,
     /// The folder for the shards, a path or a URL
@@ -98,9 +98,18 @@ pub struct PackArguments {
     /// Decode all images and encode them in this format; without this and --resize bytes stay as they are
     #[arg(long, value_name = "FORMAT", value_enum)]
     pub encode: Option<Format>,
-    /// Quality of JPEGs that are encoded, 1 to 100 [default: 90]
+    /// Quality of JPEGs and videos that are encoded, 1 to 100 [default: 90, of H.264 60]
     #[arg(long)]
     pub quality: Option<u8>,
+    /// Encode all videos anew; without this, --resize, --fps and --gop their bytes stay as they are
+    #[arg(long, value_name = "CODING", value_enum)]
+    pub encode_video: Option<Coding>,
+    /// Bring videos of more frames a second down to this many
+    #[arg(long, value_name = "N")]
+    pub fps: Option<f64>,
+    /// Of H.264: the most frames from one that stands alone to the next [default: 12]
+    #[arg(long, value_name = "N")]
+    pub gop: Option<u32>,
     /// Threads that read and encode; 0: one for each core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -114,6 +123,13 @@ pub enum Format {
     Webp,
 }
 
+/// The codings of `pack --encode-video`.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Coding {
+    H264,
+    Mjpeg,
+}
+
 impl PackArguments {
     /// What `pack` is told beside source and destination.
     pub fn options(&self) -> pack::Options {
@@ -121,6 +137,10 @@ impl PackArguments {
             Format::Jpeg => pack::Encode::Jpeg,
             Format::Png => pack::Encode::Png,
             Format::Webp => pack::Encode::Webp,
+        };
+        let coding = |coding| match coding {
+            Coding::H264 => pack::EncodeVideo::H264,
+            Coding::Mjpeg => pack::EncodeVideo::Mjpeg,
         };
         pack::Options {
             name: self.name.clone(),
@@ -130,6 +150,7 @@ impl PackArguments {
             resize: self.resize,
             encode: self.encode.map(encode),
             quality: self.quality,
+            video: pack::Videos { encode: self.encode_video.map(coding), fps: self.fps, gop: self.gop },
             threads: self.threads,
             ..Default::default()
         }

@@ -28,6 +28,8 @@ mod shard;
 mod order;
 mod decode;
 mod hostile;
+mod clip;
+mod footage;
 mod view;
 mod augment;
 mod timm;
@@ -76,6 +78,8 @@ fn main() {
         let cache = tempfile::tempdir().expect("a folder");
         let mut again = std::process::Command::new(std::env::current_exe().expect("this binary"));
         again.args(std::env::args_os().skip(1)).env("OCCLUDE_TESTS", "1").env("XDG_CACHE_HOME", cache.path());
+        // This binary lies in another folder than the programs.
+        again.env("OCCLUDE_DECODE", env!("CARGO_BIN_EXE_occlude-decode"));
         let status = again.status().expect("this binary starts");
         drop(cache);
         std::process::exit(status.code().unwrap_or(101));
@@ -109,6 +113,8 @@ fn main() {
     trials.extend(order::trials());
     trials.extend(decode::trials());
     trials.extend(hostile::trials());
+    trials.extend(clip::trials());
+    trials.extend(footage::trials());
     trials.extend(view::trials());
     trials.extend(augment::trials());
     trials.extend(timm::trials());

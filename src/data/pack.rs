@@ -11,6 +11,7 @@ mod keys; // of samples, out of paths
 mod rows; // CSV, TSV, JSON lines, Parquet
 mod source; // where pictures come from
 mod shape; // one picture becomes a sample's members
+mod moving; // videos encoded anew
 mod plan; // which picture goes into which shard
 mod standing; // what stands at the destination already
 
@@ -50,8 +51,10 @@ pub struct Options {
     /// All pictures are decoded and encoded in this format. Pictures that are resized keep theirs where none is given;
     /// without either, bytes are stored as they came.
     pub encode: Option<Encode>,
-    /// Of JPEG, 1 to 100; [`Options::QUALITY`] where none is given.
+    /// Of JPEG and of videos, 1 to 100; [`Options::QUALITY`] where none is given, and of H.264 [`Options::H264`].
     pub quality: Option<u8>,
+    /// How videos are encoded anew.
+    pub video: Videos,
     /// Threads that read and shape pictures; 0: one for each core, and more where pictures come from a store.
     pub threads: usize,
 }
@@ -76,6 +79,27 @@ impl Encode {
     }
 }
 
+/// How videos are encoded anew; as they came where nothing is asked for and `resize` leaves them alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Videos {
+    /// H.264 where none is given.
+    pub encode: Option<EncodeVideo>,
+    /// Frames a second of videos that have more.
+    pub fps: Option<f64>,
+    /// Of H.264, the most frames from one that stands alone to the next: the smaller, the sooner a clip begins, and the
+    /// larger the file; [`Options::GOP`] where none is given.
+    pub gop: Option<u32>,
+}
+
+/// A coding of videos to write: upright, without sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EncodeVideo {
+    /// In MP4.
+    H264,
+    /// Each frame a JPEG, in Matroska: the largest, and the fastest to decode.
+    Mjpeg,
+}
+
 impl Default for Options {
     fn default() -> Self {
         Options {
@@ -88,6 +112,7 @@ impl Default for Options {
             resize: None,
             encode: None,
             quality: None,
+            video: Videos::default(),
             threads: 0,
         }
     }
@@ -130,6 +155,10 @@ pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
 impl Options {
     /// Quality of JPEG where nobody says otherwise.
     pub const QUALITY: u8 = 90;
+    /// Quality of H.264 where nobody says otherwise: a constant rate factor of 21.
+    pub const H264: u8 = 60;
+    /// Frames between those that stand alone where nobody says otherwise.
+    pub const GOP: u32 = 12;
 
     fn check(&self) -> Result<()> {
         if self.samples_per_shard == 0 || self.shard_bytes == 0 {
@@ -145,13 +174,15 @@ impl Options {
         if self.resize == Some(0) {
             return Err(Fault::usage("pictures cannot be resized to 0 pixels; the shorter side needs 1 or more"));
         }
-        let jpeg = self.encode.map_or(self.resize.is_some(), |encode| encode == Encode::Jpeg);
+        self.video.check()?;
+        let video = self.video != Videos::default();
+        let jpeg = video || self.encode.map_or(self.resize.is_some(), |encode| encode == Encode::Jpeg);
         match self.quality {
             Some(quality) if !(1..=100).contains(&quality) => {
                 return Err(Fault::usage(format!("the quality is {quality}; it is 1 to 100")));
             }
             Some(_) if !jpeg => {
-                return Err(Fault::usage("a quality belongs to JPEG, and none is encoded; leave it out"));
+                return Err(Fault::usage("a quality belongs to JPEG and videos, and none is encoded; leave it out"));
             }
             _ => {}
         }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-pub use tally::{Bin, Spread};
+pub use tally::{Bin, Spread, Videos};
 
 /// What is asked.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +55,8 @@ pub struct Report {
     pub shorter_side: Vec<Bin>,
     /// Width / height, upright.
     pub aspect: Vec<Bin>,
+    /// Of those pictures that move.
+    pub videos: Videos,
     /// `ok`: all members have the digests that their indices say. `unchecked`: some index says none. `damaged`.
     pub verdict: String,
     /// Members without a digest to compare with.

@@ -3,6 +3,7 @@
 use super::picture::{self, Tile};
 use super::step::Stepper;
 use super::{checkpoint, state};
+use crate::data::clip::Sampling;
 use crate::data::decode::{Decoder, Limits};
 use crate::data::shard::IMAGE;
 use crate::fault::{Fault, Result};
@@ -10,6 +11,7 @@ use crate::feed::Source;
 use crate::method::{Batch, Method, Reconstruction};
 use crate::op::shuffle::Origin;
 use crate::part::view::View;
+use crate::part::view::clip::Clip;
 use crate::part::weights::Weights;
 use crate::rng;
 use image::RgbImage;
@@ -23,7 +25,9 @@ const HEADINGS: [&str; 3] = ["masked", "reconstructed", "original"];
 /// The first samples of the training set under fixed masks, the same at every step.
 pub fn sheet(stepper: &Stepper, source: &Source, seed: u64) -> Result<RgbImage> {
     let channels = source.shape[0] as u32;
-    let whole = View::default();
+    // Of a video, frames from all of it.
+    let clip = Clip { sampling: Sampling::Segments, multi_scale: None };
+    let whole = View { clip: Some(clip), ..View::default() };
     let mut decoder = Decoder::new(source.limits);
     let mut samples = Vec::new();
     for index in 0..SHOWN.min(source.set.len()) {

@@ -1,6 +1,8 @@
 //! One picture becomes the members of a sample: checked, and where asked for made smaller and encoded anew.
 
-use super::super::decode::{Decoded, Decoder, Limits};
+use super::super::clip;
+use super::super::decode::{Decoded, Decoder};
+use super::super::shard::VIDEO;
 use super::source::{Picture, Source};
 use super::{Encode, Options};
 use crate::fault::{Code, Fault, Result};
@@ -24,32 +26,33 @@ pub enum Shaped {
 pub struct Shaper {
     decoder: Decoder,
     resizer: Resizer,
-    limits: Limits,
-    resize: Option<u32>,
-    encode: Option<Encode>,
-    quality: u8,
+    options: Options,
 }
 
 impl Shaper {
     pub fn new(options: &Options) -> Shaper {
-        let Options { limits, resize, encode, quality, .. } = *options;
-        let quality = quality.unwrap_or(Options::QUALITY);
-        Shaper { decoder: Decoder::new(limits), resizer: Resizer::new(), limits, resize, encode, quality }
+        Shaper { decoder: Decoder::new(options.limits), resizer: Resizer::new(), options: options.clone() }
     }
 
     /// A picture's sample. Faults only where the place that pictures come from fails.
     pub fn shape(&mut self, source: &Source, picture: &Picture) -> Result<Shaped> {
+        let moves = picture.extension.is_some_and(|extension| VIDEO.contains(&extension));
+        let most = if moves { clip::Limits::default().max_bytes } else { self.options.limits.max_bytes };
         match picture.bytes {
             None => return Ok(Shaped::Bad("there is no such file".into())),
-            Some(bytes) if bytes > self.limits.max_bytes as u64 => {
-                return Ok(Shaped::Bad(format!("{bytes} bytes, the limit is {}", self.limits.max_bytes)));
+            Some(bytes) if bytes > most as u64 => {
+                return Ok(Shaped::Bad(format!("{bytes} bytes, the limit is {most}")));
             }
             Some(_) => {}
         }
-        let shaped = source.read(picture).and_then(|bytes| self.encoded(picture, bytes));
-        let (extension, bytes) = match shaped {
-            Ok(done) => done,
+        let bytes = match source.read(picture) {
+            Ok(bytes) => bytes,
             Err(fault) if matches!(fault.code, Code::Usage | Code::Corrupt) => return Ok(Shaped::Bad(fault.message)),
+            Err(fault) => return Err(fault.at(source.name(picture))),
+        };
+        let (extension, bytes) = match self.encoded(picture, bytes) {
+            Ok(done) => done,
+            Err(fault) if fault.code == Code::Corrupt => return Ok(Shaped::Bad(fault.message)),
             Err(fault) => return Err(fault.at(source.name(picture))),
         };
         let mut members = vec![(extension, bytes)];
@@ -64,18 +67,33 @@ impl Shaper {
     /// format.
     fn encoded(&mut self, picture: &Picture, bytes: Vec<u8>) -> Result<(&'static str, Vec<u8>)> {
         let opened = self.decoder.open(&bytes, 3)?;
+        if let Some(facts) = opened.video().cloned() {
+            let video = &self.options.video;
+            return match video.recipe(&facts, &self.options) {
+                Some((recipe, extension)) => {
+                    let anew = opened.recode(&recipe, video.rate(&facts), self.options.resize)?;
+                    Ok((extension, anew))
+                }
+                None => {
+                    drop(opened);
+                    Ok((picture.extension.filter(|name| VIDEO.contains(name)).unwrap_or("mp4"), bytes))
+                }
+            };
+        }
+        let Options { resize: side, encode: wanted, .. } = self.options;
+        let quality = self.options.quality.unwrap_or(Options::QUALITY);
         let size = [opened.width(), opened.height()];
         let format = format(&bytes);
-        let smaller = self.resize.and_then(|side| shorter(size, side));
-        if smaller.is_none() && self.encode.is_none() {
+        let smaller = side.and_then(|side| shorter(size, side));
+        if smaller.is_none() && wanted.is_none() {
             drop(opened);
             return Ok((picture.extension.unwrap_or(format.extension()), bytes));
         }
         let whole = opened.whole()?;
-        let format = self.encode.unwrap_or(format);
+        let format = wanted.unwrap_or(format);
         let pixels = match smaller {
-            None => encode(format, self.quality, &whole.pixels, size),
-            Some(to) => encode(format, self.quality, &resize(&mut self.resizer, whole, to), to),
+            None => encode(format, quality, &whole.pixels, size),
+            Some(to) => encode(format, quality, &resize(&mut self.resizer, whole, to), to),
         }?;
         Ok((format.extension(), pixels))
     }

@@ -1,5 +1,5 @@
 //! A view: one augmented form of a sample, as the model receives it but for the normalisation, which happens on the
-//! device: 8-bit pixels, planes [C, Y, X].
+//! device: 8-bit pixels, planes [C, T, Y, X].
 
 pub mod crop; // which box of a picture is shown, and its resize
 pub mod tone; // curves from old values to new
@@ -11,6 +11,7 @@ pub mod jitter; // random colour
 pub mod rand_augment; // random operations
 pub mod augment; // the config's `view.augment`
 pub mod plane; // pixel by pixel → plane by plane
+pub mod clip; // videos: which frames, and one box for all of them
 pub mod erase; // random boxes become noise, in batches
 pub mod mix; // mixup and CutMix, of batches
 
@@ -19,6 +20,7 @@ use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::rng::{Draw, Purpose};
 use augment::Augment;
+use clip::Clip;
 use crop::Crop;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -37,16 +39,20 @@ pub struct View {
     pub center: f64,
     /// What training does to colours and shape after crop and flip; nothing when left out.
     pub augment: Augment,
-    /// Whether training may decode a JPEG at 1/2, 1/4 or 1/8 of its size where the box still has as many pixels as the
+    /// Whether training may decode a JPEG, or a video's frames, at 1/2, 1/4 or 1/8 of their size where the box still has as many pixels as the
     /// model takes: by a third faster on pictures of 1400 pixels a side, other pixels. They differ from those of a full
     /// decode on photographs by 0.4 to 1.7 of 255 in the mean, on noise with a photograph's spectrum by 2.6 (5.3 in
     /// the worst view, 43 in the worst pixel). Evaluation never does it.
     pub scaled_decode: bool,
+    /// Of videos: which frames are shown, as many as `input.frames` says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<Clip>,
 }
 
 impl Default for View {
     fn default() -> Self {
-        View { crop: Crop::default(), flip: 0.5, center: 0.875, augment: Augment::default(), scaled_decode: false }
+        let (crop, augment) = (Crop::default(), Augment::default());
+        View { crop, flip: 0.5, center: 0.875, augment, scaled_decode: false, clip: None }
     }
 }
 
@@ -54,6 +60,7 @@ impl View {
     pub fn check(&self) -> Result<()> {
         self.crop.check()?;
         self.augment.check()?;
+        self.clip.as_ref().map_or(Ok(()), Clip::check)?;
         if !(0.0..=1.0).contains(&self.flip) {
             return Err(Fault::usage(format!("view.flip is {}; it is a probability, 0 to 1", self.flip)));
         }
@@ -66,8 +73,8 @@ impl View {
         Ok(())
     }
 
-    /// Training's view of sample `id` in `epoch` into `out`, [C, Y, X], 8 bits: random box, random flip. `repeat` tells
-    /// several views of one sample apart. The box is drawn from the header; no pixel outside of it is decoded for
+    /// Training's view of sample `id` in `epoch` into `out`, [C, T, Y, X], 8 bits: random frames of a video, random box,
+    /// random flip, the same for all frames. `repeat` tells several views of one sample apart. The box is drawn from the header; no pixel outside of it is decoded for
     /// nothing. Faults as [`Picture::region`] does.
     #[allow(clippy::too_many_arguments)] // a sample's place in the training, and where it goes
     pub fn train(
@@ -80,7 +87,11 @@ impl View {
         repeat: u32,
         out: &mut [u8],
     ) -> Result<()> {
-        let size = size(grid)?;
+        if picture.video().is_some() {
+            return self.train_clip(grid, picture, |purpose| Draw::new(seed, id, epoch, purpose, repeat), out);
+        }
+        clip::still(grid)?;
+        let size = size(grid);
         let region =
             self.crop.region(picture.width(), picture.height(), &mut Draw::new(seed, id, epoch, Purpose::Crop, repeat));
         let least = if self.scaled_decode { size } else { [region.width, region.height] };
@@ -97,9 +108,14 @@ impl View {
         Ok(())
     }
 
-    /// Evaluation's view into `out`, [C, Y, X], 8 bits: resized, central crop. Always decoded at full size.
+    /// Evaluation's view into `out`, [C, T, Y, X], 8 bits: the middle of a video, resized, central crop. Always decoded
+    /// at full size.
     pub fn eval(&self, grid: &Grid, picture: Picture, out: &mut [u8]) -> Result<()> {
-        let size = size(grid)?;
+        if picture.video().is_some() {
+            return self.eval_clip(grid, picture, out);
+        }
+        clip::still(grid)?;
+        let size = size(grid);
         let (width, height) = (picture.width(), picture.height());
         let [left, top, w, h] = crop::center(width, height, size, self.center);
         let region = self.crop.interpolation.sees([left, top, w, h], size, width, height);
@@ -113,16 +129,10 @@ impl View {
     }
 }
 
-/// [width, height] of a view; a picture makes one frame.
-fn size(grid: &Grid) -> Result<[u32; 2]> {
-    let [_, frames, height, width] = grid.pixels();
-    match frames {
-        1 => Ok([width as u32, height as u32]),
-        _ => Err(Fault::usage(format!(
-            "input.frames is {frames}, and the samples are still pictures, which hold no motion to learn from; set it to 1, \
-             or give data.train clips"
-        ))),
-    }
+/// [width, height] of a view.
+fn size(grid: &Grid) -> [u32; 2] {
+    let [_, _, height, width] = grid.pixels();
+    [width as u32, height as u32]
 }
 
 /// This thread's buffer for a view before it is laid into planes: [Y, X, C].

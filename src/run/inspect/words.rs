@@ -1,6 +1,6 @@
 //! The report as people read it.
 
-use super::{Bin, Report};
+use super::{Bin, Report, Videos};
 use std::fmt::Write;
 
 /// Classes and names that are shown one by one.
@@ -47,6 +47,7 @@ impl Report {
             writeln!(text, "width / height:")?;
             histogram(text, &self.aspect, |value| format!("{value:.2}"))?;
         }
+        self.videos(text)?;
         named(text, "damaged", &self.damaged, self.damaged_count)?;
         named(text, "unreadable", &self.unreadable, self.unreadable_count)?;
         if let Some(sheet) = &self.sheet {
@@ -70,6 +71,29 @@ impl Report {
         writeln!(text, "{} classes of {least} to {most} samples", self.classes.len())?;
         if self.classes.len() <= SHOWN {
             self.classes.iter().try_for_each(|(name, count)| writeln!(text, "  {name}: {count}"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Report {
+    fn videos(&self, text: &mut String) -> std::fmt::Result {
+        let videos = &self.videos;
+        if videos.count == 0 {
+            return Ok(());
+        }
+        let (shortest, mean, longest) = (videos.shortest, videos.seconds / videos.count as f64, videos.longest);
+        let Videos { count, frames, .. } = videos;
+        writeln!(text, "{count} videos, {frames} frames: {shortest:.1} to {longest:.1} s, {mean:.1} s on average")?;
+        for (what, counts) in
+            [("coded as", &videos.codings), ("frames a second", &videos.rates), ("pixels", &videos.sizes)]
+        {
+            let mut counts: Vec<_> = counts.iter().collect();
+            counts.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+            let shown: Vec<String> =
+                counts.iter().take(SHOWN).map(|(name, count)| format!("{name}: {count}")).collect();
+            let more = if counts.len() > SHOWN { ", …" } else { "" };
+            writeln!(text, "  {what}: {}{more}", shown.join(", "))?;
         }
         Ok(())
     }
