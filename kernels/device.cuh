@@ -25,8 +25,11 @@ struct alignas(sizeof(T) * N) Pack {
 #else
 
 #define DEVICE __device__ __forceinline__
-// A kernel: `KERNEL(128) void name(...) {...} ENTRY(name)`, its blocks of at most so many threads.
-#define KERNEL(threads) extern "C" __global__ __launch_bounds__(threads)
+// What is compiled for: 80 for Ampere, 90 for Hopper, 100 for Blackwell.
+constexpr int architecture = __CUDA_ARCH__ / 10;
+// A kernel: `KERNEL(128) void name(...) {...} ENTRY(name)`, its blocks of at most so many threads; `KERNEL(128, 4)` where the
+// compiler is to use as few registers as let a multiprocessor hold 4 of them.
+#define KERNEL(...) extern "C" __global__ __launch_bounds__(__VA_ARGS__)
 #define ENTRY(name)
 
 DEVICE u32 thread() { return threadIdx.x; }

@@ -20,7 +20,7 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 pub enum Verb {
-    /// Write pictures or sounds as shards that training reads
+    /// Write images, videos or sounds as shards that training reads
     Pack(PackArguments),
     /// Look at shards: counts, classes, sizes, whether they are whole; the last line is one JSON object
     Inspect(InspectArguments),
@@ -39,7 +39,7 @@ pub enum Verb {
     /// Time a config's step on made-up input, or its data: which stage limits
     Bench(BenchArguments),
     /// Say what this machine has and what it lacks
-    Doctor,
+    Doctor(DoctorArguments),
     /// Print the JSON Schema of a config
     Schema,
 }
@@ -77,8 +77,8 @@ pub struct TrainArguments {
 
 #[derive(clap::Args)]
 pub struct PackArguments {
-    /// A folder of images (or sounds), whose sub-folders are classes, or a .csv, .tsv, .jsonl or .parquet file with the columns
-    /// path, label, caption; a path or a URL
+    /// A folder of images, videos or sounds, whose sub-folders are classes, or a .csv, .tsv, .jsonl or .parquet file with
+    /// the columns path, label, caption; a path or a URL
     pub source: String,
     /// The folder for the shards, a path or a URL
     pub url: String,
@@ -99,9 +99,18 @@ pub struct PackArguments {
     /// Decode all images and encode them in this format; without this and --resize bytes stay as they are
     #[arg(long, value_name = "FORMAT", value_enum)]
     pub encode: Option<Format>,
-    /// Quality of JPEGs that are encoded, 1 to 100 [default: 90]
+    /// Quality of JPEGs and videos that are encoded, 1 to 100 [default: 90, of H.264 60]
     #[arg(long)]
     pub quality: Option<u8>,
+    /// Encode all videos anew; without this, --resize, --fps and --gop their bytes stay as they are
+    #[arg(long, value_name = "CODING", value_enum)]
+    pub encode_video: Option<Coding>,
+    /// Bring videos of more frames a second down to this many
+    #[arg(long, value_name = "N")]
+    pub fps: Option<f64>,
+    /// Of H.264: the most frames from one that stands alone to the next [default: 12]
+    #[arg(long, value_name = "N")]
+    pub gop: Option<u32>,
     /// Pack sounds: .wav, .flac, .mp3 and .ogg (Vorbis) files
     #[arg(long)]
     pub sound: bool,
@@ -121,6 +130,13 @@ pub enum Format {
     Webp,
 }
 
+/// The codings of `pack --encode-video`.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Coding {
+    H264,
+    Mjpeg,
+}
+
 impl PackArguments {
     /// What `pack` is told beside source and destination.
     pub fn options(&self) -> pack::Options {
@@ -128,6 +144,10 @@ impl PackArguments {
             Format::Jpeg => pack::Encode::Jpeg,
             Format::Png => pack::Encode::Png,
             Format::Webp => pack::Encode::Webp,
+        };
+        let coding = |coding| match coding {
+            Coding::H264 => pack::EncodeVideo::H264,
+            Coding::Mjpeg => pack::EncodeVideo::Mjpeg,
         };
         pack::Options {
             name: self.name.clone(),
@@ -137,6 +157,7 @@ impl PackArguments {
             resize: self.resize,
             encode: self.encode.map(encode),
             quality: self.quality,
+            video: pack::Videos { encode: self.encode_video.map(coding), fps: self.fps, gop: self.gop },
             medium: if self.sound { Medium::Sound } else { Medium::Picture },
             rate: self.rate,
             threads: self.threads,
@@ -173,8 +194,9 @@ pub struct EvaluateArguments {
     pub test: String,
     #[arg(long, value_enum)]
     pub protocol: Protocol,
-    #[arg(long, value_enum, default_value = "class")]
-    pub feature: evaluate::Feature,
+    /// Which features; the class token's where the model has one, else the mean [default: by the model]
+    #[arg(long, value_enum)]
+    pub feature: Option<evaluate::Feature>,
     /// Judge the same encoder with freshly drawn weights instead
     #[arg(long)]
     pub random: bool,
@@ -309,16 +331,11 @@ pub struct ReportArguments {
     pub out: Option<PathBuf>,
 }
 
-impl BenchArguments {
-    /// Refuses what the thing timed has no use for.
-    pub fn check(&self) -> Result<()> {
-        let of_step = self.steps.is_some() || self.by_turns;
-        match self.what {
-            Benched::Data if of_step => Err(Fault::usage("bench data takes --seconds, not --steps or --by-turns")),
-            Benched::Step if self.seconds.is_some() => Err(Fault::usage("bench step takes --steps, not --seconds")),
-            _ => Ok(()),
-        }
-    }
+#[derive(clap::Args)]
+pub struct DoctorArguments {
+    /// Instead, compile every kernel for every architecture into a folder
+    #[arg(long, value_name = "FOLDER")]
+    pub kernels: Option<PathBuf>,
 }
 
 /// What is timed.
@@ -326,15 +343,20 @@ impl BenchArguments {
 pub enum Benched {
     Step,
     Data,
+    Op,
 }
 
 #[derive(clap::Args)]
 pub struct BenchArguments {
-    /// The step on made-up input, or the config's data with nobody computing behind it
+    /// The step on made-up input, the config's data with nobody computing behind it, or every operation by itself
     #[arg(value_enum, default_value = "step")]
     pub what: Benched,
-    #[command(flatten)]
-    pub config: ConfigArguments,
+    /// The config, of a step or of data
+    #[arg(long, required_if_eq_any([("what", "step"), ("what", "data")]))]
+    config: Option<PathBuf>,
+    /// Override a key: --set train.steps=100
+    #[arg(long, value_name = "PATH=VALUE")]
+    set: Vec<String>,
     /// Of the step: how many to time [default: 20]
     #[arg(long)]
     pub steps: Option<usize>,
@@ -344,4 +366,33 @@ pub struct BenchArguments {
     /// Of the step: one for every line on standard input instead
     #[arg(long)]
     pub by_turns: bool,
+    /// Of operations: a file for the same table as JSON
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+impl BenchArguments {
+    /// Refuses what the thing timed has no use for.
+    pub fn check(&self) -> Result<()> {
+        let given = [
+            ("--config", self.config.is_some(), &[Benched::Step, Benched::Data][..]),
+            ("--set", !self.set.is_empty(), &[Benched::Step, Benched::Data]),
+            ("--steps", self.steps.is_some(), &[Benched::Step]),
+            ("--by-turns", self.by_turns, &[Benched::Step]),
+            ("--seconds", self.seconds.is_some(), &[Benched::Data]),
+            ("--out", self.out.is_some(), &[Benched::Op]),
+        ];
+        if let Some((option, _, of)) = given.iter().find(|(_, given, of)| *given && !of.contains(&self.what)) {
+            let of: Vec<String> = of.iter().map(|what| format!("bench {what:?}").to_lowercase()).collect();
+            let got = format!("{:?}", self.what).to_lowercase();
+            return Err(Fault::usage(format!("{option} belongs to {}, not to bench {got}", of.join(" and "))));
+        }
+        Ok(())
+    }
+
+    /// The config of a step or of data.
+    pub fn config(&self) -> Result<Config> {
+        let path = self.config.as_ref().ok_or_else(|| Fault::usage("--config FILE is missing"))?;
+        Config::read(path, &self.set)
+    }
 }

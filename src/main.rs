@@ -7,8 +7,9 @@ use clap::Parser;
 use occlude::data::pack;
 use occlude::device::{self, Requests};
 use occlude::fault::{Fault, Result};
-use occlude::run::{bench, budget, doctor, evaluate, exchange, inspect, reconstruct, report, train};
+use occlude::run::{bench, budget, doctor, evaluate, exchange, inspect, reconstruct, report, roof, train};
 use occlude::{bridge, config};
+use std::io::Write;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -100,17 +101,18 @@ fn run(verb: Verb) -> Result<()> {
         }
         Verb::Bench(a) => {
             a.check()?;
-            let config = a.config.read()?;
-            let world = device::join()?;
             match a.what {
-                Benched::Data => budget::data(&config, &world, a.seconds.unwrap_or(10.0)),
-                Benched::Step if a.by_turns => bench::by_turns(&config, &world),
-                Benched::Step => bench::bench(&config, &world, a.steps.unwrap_or(20)),
+                Benched::Op => roof::roof(tch::Device::cuda_if_available(), a.out.as_deref()),
+                Benched::Data => budget::data(&a.config()?, &device::join()?, a.seconds.unwrap_or(10.0)),
+                Benched::Step if a.by_turns => bench::by_turns(&a.config()?, &device::join()?),
+                Benched::Step => bench::bench(&a.config()?, &device::join()?, a.steps.unwrap_or(20)),
             }
         }
-        Verb::Doctor => doctor::doctor(),
+        Verb::Doctor(a) => a.kernels.map_or_else(doctor::doctor, |folder| doctor::kernels(&folder)),
         Verb::Schema => {
-            println!("{}", serde_json::to_string_pretty(&config::schema()).expect("a schema is JSON"));
+            let text = serde_json::to_string_pretty(&config::schema()).expect("a schema is JSON");
+            // A reader that has seen enough, as `head` has, closes the pipe.
+            let _ = writeln!(std::io::stdout(), "{text}");
             Ok(())
         }
     }

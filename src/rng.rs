@@ -24,6 +24,7 @@ pub enum Purpose {
     Erase = 12,
     Mix = 13,
     Mixture = 14,
+    Clip = 20,
 }
 
 /// One stream of numbers.

@@ -52,10 +52,11 @@ pub fn inputs(seed: u64, shapes: &[&[i64]], kind: Kind) -> Vec<Tensor> {
     shapes.iter().zip(seed..).map(|(shape, seed)| normal(seed, shape).to_kind(kind)).collect()
 }
 
-/// Where kernels are run: in the emulator, and on a GPU where there is one.
+/// Where kernels are run: in the emulator, and on a GPU where there is one; OCCLUDE_GROUND=gpu leaves the emulator out.
 pub fn grounds() -> Vec<Device> {
     let gpu = Cuda::is_available().then_some(Device::Cuda(0));
-    std::iter::once(Device::Cpu).chain(gpu).collect()
+    let emulated = std::env::var("OCCLUDE_GROUND").map_or(true, |ground| ground != "gpu").then_some(Device::Cpu);
+    emulated.into_iter().chain(gpu).collect()
 }
 
 /// A kernel's outputs and gradients against the formula's, on every ground.

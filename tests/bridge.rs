@@ -36,15 +36,21 @@ pub fn case(name: &str) -> i32 {
             println!("opened {}, runtime {}", bridge::open_cuda(), tch::utils::version_cudart());
             0
         }
+        "sdp" => {
+            crate::fused::sdp();
+            0
+        }
         "million" => crate::shard::million(),
+        "nccl" => crate::nccl::case(),
         "server" => crate::server::case(),
+        cuda if cuda.starts_with("cuda-") => crate::cuda::case(cuda),
         cloud if cloud.starts_with("cloud-") => crate::cloud::case(cloud),
         other => crate::device::case(other),
     }
 }
 
 /// This binary again, for one case: exit code, standard output, standard error.
-fn run(case: &str) -> Result<(Option<i32>, String, String), libtest_mimic::Failed> {
+pub fn run(case: &str) -> Result<(Option<i32>, String, String), libtest_mimic::Failed> {
     let output = Command::new(std::env::current_exe()?).env("OCCLUDE_CASE", case).output()?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok((output.status.code(), text(&output.stdout), text(&output.stderr)))

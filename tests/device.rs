@@ -93,12 +93,7 @@ fn conforms(world: &dyn World) {
     let mut channel = world.channel("conformance").expect("a channel");
     let size = world.size();
     assert!(world.rank() < size && world.local_rank() < world.local_size() && world.local_size() <= size);
-    for elements in [0, 1, size - 1, size, 7, 58, 59, 100_003] {
-        for kind in [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Int64] {
-            reduces(channel.as_mut(), world, elements as i64, kind);
-        }
-        moves(channel.as_mut(), world, elements as i64);
-    }
+    carries(channel.as_mut(), world, Device::Cpu);
     strided(channel.as_mut(), world);
     large(channel.as_mut(), world);
     rounds_once(channel.as_mut(), world);
@@ -110,13 +105,25 @@ fn conforms(world: &dyn World) {
     agree(world, &[("config", "a1".into()), ("build", "b7".into())]).expect("equal digests");
 }
 
+/// What every channel does with tensors on a device.
+pub fn carries(channel: &mut dyn Channel, world: &dyn World, device: Device) {
+    let size = world.size();
+    for elements in [0, 1, size - 1, size, 7, 58, 59, 100_003] {
+        for kind in [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Int64] {
+            reduces(channel, world, elements as i64, kind, device);
+        }
+        moves(channel, world, elements as i64, device);
+    }
+}
+
 /// Rank r's i-th value: small, different on each rank.
 fn values(rank: usize, elements: i64, kind: Kind) -> Tensor {
     ((Tensor::arange(elements, (Kind::Int64, Device::Cpu)) + 3 * rank as i64).remainder(11) - 5).to_kind(kind)
 }
 
-fn reduces(channel: &mut dyn Channel, world: &dyn World, elements: i64, kind: Kind) {
+fn reduces(channel: &mut dyn Channel, world: &dyn World, elements: i64, kind: Kind, device: Device) {
     let (rank, size) = (world.rank(), world.size());
+    let values = |rank, elements, kind| values(rank, elements, kind).to_device(device);
     let what = format!("{elements} of {kind:?}, rank {rank} of {size}");
     let all: Vec<Tensor> = (0..size).map(|r| values(r, elements, Kind::Int64)).collect();
     let all = Tensor::stack(&all, 0);
@@ -136,8 +143,9 @@ fn reduces(channel: &mut dyn Channel, world: &dyn World, elements: i64, kind: Ki
     assert!(part.to_kind(Kind::Int64).equal(&own), "reduce_scatter, {what}");
 }
 
-fn moves(channel: &mut dyn Channel, world: &dyn World, elements: i64) {
+fn moves(channel: &mut dyn Channel, world: &dyn World, elements: i64, device: Device) {
     let (rank, size) = (world.rank(), world.size());
+    let values = |rank, elements, kind| values(rank, elements, kind).to_device(device);
     for kind in [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Int64, Kind::Uint8] {
         let of = |rank: usize| (values(rank, elements, Kind::Int64) + 5).to_kind(kind);
         let all = channel.all_gather(&of(rank)).wait(SOON).expect("all_gather");

@@ -12,6 +12,7 @@ crate::trials![
     copies_arrive_when_they_are_waited_for,
     a_planted_race_is_caught,
     a_planted_race_within_a_warp_is_caught,
+    lanes_may_take_turns_at_one_place,
     a_planted_race_between_blocks_is_caught,
     a_planted_access_out_of_bounds_is_caught,
     a_planted_misaligned_access_is_caught,
@@ -172,6 +173,30 @@ fn a_planted_race_within_a_warp_is_caught() -> Outcome {
         y.set(thread(), room[thread()]);
     }";
     caught(&["race of a reader with a writer"], again, 32, 1, 128);
+    Ok(())
+}
+
+fn lanes_may_take_turns_at_one_place() -> Outcome {
+    // Each pass reads what other lanes read and wrote in the pass before, and writes it again.
+    let body = "(Global<const float> x, Global<float> y) {
+        const auto room = shared<float>(0, 32);
+        room.set(thread(), x[thread()]);
+        for (u32 step = 16; step > 0; step /= 2) {
+            warp_barrier();
+            const u32 low = thread() / step * 2 * step + thread() % step, high = low + step;
+            if (thread() < 16) {
+                const float a = room[low], b = room[high];
+                room.set(low, a + b), room.set(high, a - b);
+            }
+        }
+        warp_barrier();
+        y.set(thread(), room[thread()]);
+    }";
+    let (x, y) = (normal(9, &[256]), Tensor::zeros([256], (Kind::Float, Device::Cpu)));
+    run(body, 32, 1, 128, &[(&x).into(), (&y).into()])?;
+    let sum = x.narrow(0, 0, 32).sum(Kind::Float).double_value(&[]);
+    assert!((y.double_value(&[0]) - sum).abs() < 1e-5);
+    caught(&["read before it is written"], &body.replacen("warp_barrier();", "", 1), 32, 1, 128);
     Ok(())
 }
 

@@ -41,7 +41,7 @@ fn ask(probe: Probe, train: &Path, test: &Path) -> Question {
         train: text(train),
         test: text(test),
         probe,
-        feature: Feature::Class,
+        feature: Some(Feature::Class),
         random: false,
         seed: None,
     }

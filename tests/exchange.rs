@@ -111,7 +111,7 @@ impl Theirs {
             let features = method.features(&flat.leaves, &batch)?;
             let sum = method.loss(&flat.leaves, &batch)?.remove(0).sum.reshape([1]);
             let loss = sum / method.counts(BATCH)[0].1;
-            let named = [("class", features.class), ("mean", features.mean), ("loss", loss)];
+            let named = [("class", features.class.expect("a class token")), ("mean", features.mean), ("loss", loss)];
             Ok(named.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect())
         })?)
     }

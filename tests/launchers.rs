@@ -3,6 +3,7 @@
 
 use crate::job::{Run, data, program, signal};
 use crate::support::{Outcome, oracle, root};
+use occlude::bridge::cuda::FILE;
 use rustix::process::Signal;
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
@@ -262,6 +263,9 @@ fn a_bundle_is_the_same_when_made_twice_and_trains_where_torch_is() -> Outcome {
     let table = told(&output);
     let ours = bundle.join("mpi/bin/mpirun");
     assert!(output.status.success() && table.contains(ours.to_str().expect("UTF-8")), "{table}");
+    let half = bundle.join("bin").join(FILE);
+    assert_eq!(half.exists(), Path::new(program()).with_file_name(FILE).exists(), "it goes where the program goes");
+    assert_eq!(table.contains(half.to_str().expect("UTF-8")), half.exists(), "{table}");
 
     let run = place.path().join("run");
     let set = format!("data.train={}", data().join("train").display());

@@ -9,7 +9,7 @@ use occlude::data::decode::Limits;
 use occlude::data::medium::Medium;
 use occlude::data::mix::Mix;
 use occlude::data::order::Order;
-use occlude::data::pack::{Options, pack};
+use occlude::data::pack::{Options, Videos, pack};
 use occlude::data::set::DataSet;
 use occlude::data::shard::SOUND;
 use occlude::data::sound::{Decoder, probe, wav};
@@ -166,10 +166,12 @@ fn pictures_and_sounds_are_not_mistaken_for_each_other() -> Outcome {
         let fault = pack(&text(&source), &out, &options).expect_err("it went through");
         assert!(fault.code == Code::Usage && fault.message.contains(word), "{fault}");
     };
-    usage(Options::default(), "holds no picture (.jpg, .jpeg, .png, .webp); sounds are packed with --sound");
+    let pictures = "(.jpg, .jpeg, .png, .webp, .mp4, .webm, .mkv, .avi, .mov, .m4v)";
+    usage(Options::default(), &format!("holds no picture {pictures}; sounds are packed with --sound"));
     usage(Options { rate: Some(16_000), ..Options::default() }, "a rate is for sounds");
     usage(Options { rate: Some(10), ..options() }, "the rate is 10");
     usage(Options { resize: Some(10), ..options() }, "sounds have no size");
+    usage(Options { video: Videos { fps: Some(5.0), ..Videos::default() }, ..options() }, "sounds have no size");
     // A training on what the config does not describe ends before it begins.
     let run = |config: &Value| {
         let end = Run::new(config).start(0, &[]).end(60);
@@ -273,6 +275,7 @@ fn no_key_beside_sound_does_nothing() -> Outcome {
         "view.center=1",
         "view.augment={}",
         "view.scaled_decode=false",
+        "view.clip={\"sampling\": {\"stride\": 4}}",
         "input.mean=[0.5]",
         "input.std=[0.5]",
     ] {

@@ -7,6 +7,7 @@ use occlude::method::{Batch, Method, mae};
 use occlude::op::shuffle::Origin;
 use occlude::optim::{flat::Flat, update, update::Updater};
 use occlude::part::encoder::vit::Shape;
+use occlude::part::{mask::Ratio, target::pixel};
 use occlude::run::{exchange, step::Stepper};
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,8 +97,8 @@ impl Case {
         let config = mae::Config {
             encoder: self.encoder,
             decoder: self.decoder,
-            mask: mae::MaskConfig { ratio: self.ratio },
-            target: mae::TargetConfig { normalize: self.normalize },
+            mask: Ratio { ratio: self.ratio },
+            target: pixel::Config { normalize: self.normalize },
             mask_tokens: mae::MaskTokens::Decoder,
             trained_grid: None,
         };
@@ -111,7 +112,7 @@ impl Case {
         let batches: Vec<Batch> = (0..STEPS).map(|step| self.batch(step as u64)).collect();
         let mut asked = Vec::new();
         for (index, spec) in flat.specs.iter().enumerate() {
-            let (name, tensor) = exchange::to_mae(&spec.name, &flat.part(&flat.master, index), &grid);
+            let (name, tensor) = exchange::official("mae", &spec.name, &flat.part(&flat.master, index), &grid);
             asked.push((format!("weight.{name}"), tensor));
         }
         for (step, batch) in batches.iter().enumerate() {
@@ -126,8 +127,8 @@ impl Case {
         oracle("vit_mae.py", &[request.to_str().unwrap(), reply.to_str().unwrap(), &self.theirs()])?;
         let reply = read(&reply)?;
 
-        method.encoder.positions = reply["positions"].shallow_clone();
-        method.decoder.positions = reply["decoder_positions"].shallow_clone();
+        method.model.encoder.positions = reply["positions"].shallow_clone();
+        method.model.decoder.positions = reply["decoder_positions"].shallow_clone();
         let optim: update::Config =
             serde_json::from_value(serde_json::json!({"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.95]}))?;
         let updater = Updater::new(&flat, &optim);
@@ -148,7 +149,8 @@ impl Case {
             assert!(off <= 1e-5, "loss of step {step}: {} against {theirs}, off by {off:e}", outcome.loss);
         }
         for (index, spec) in stepper.flat.specs.iter().enumerate() {
-            let (name, ours) = exchange::to_mae(&spec.name, &stepper.flat.part(&stepper.flat.master, index), &grid);
+            let (name, ours) =
+                exchange::official("mae", &spec.name, &stepper.flat.part(&stepper.flat.master, index), &grid);
             let off = (&ours - reply[&format!("weight.{name}")].view_as(&ours)).abs();
             if name.ends_with("qkv.bias") {
                 // Softmax does not see the bias of the keys: its gradient is pure rounding, which AdamW blows up to ±lr.
@@ -171,7 +173,7 @@ impl Case {
         let greatest = theirs.iter().map(|t| t.abs().max().double_value(&[])).fold(0.0, f64::max);
         for (index, spec) in stepper.flat.specs.iter().enumerate() {
             let flat = &stepper.flat;
-            let (name, ours) = exchange::to_mae(&spec.name, &flat.part(&flat.gradient, index), grid);
+            let (name, ours) = exchange::official("mae", &spec.name, &flat.part(&flat.gradient, index), grid);
             let wanted = reply[&format!("grad.{name}")].view_as(&ours);
             let (off, norm) = (distance(&ours, &wanted), wanted.norm().double_value(&[]));
             let within = 1e-5 * norm + 1e-7 * greatest;

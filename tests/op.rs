@@ -5,10 +5,11 @@
 use crate::bar::{View, compare, inputs, judge, rms, ulp};
 use crate::support::{Outcome, normal};
 use occlude::grid::Grid;
+use occlude::op::attention::{Sight, Windows};
 use occlude::op::bias_gelu::Form;
-use occlude::op::patch::{Scale, gather, patch, patches, pixels};
+use occlude::op::patch::{Level, Scale, gather, patch, patches, pixels, target};
 use occlude::op::shuffle::{Origin, shuffle};
-use occlude::op::{adamw, attention, bias_gelu, fill, layer_norm, lerp, linear, masked_mse, square_sum};
+use occlude::op::{adamw, attention, bias_gelu, cosine, fill, layer_norm, lerp, linear, masked_mse, square_sum};
 use tch::{Device, Kind, Tensor};
 
 crate::trials![
@@ -18,14 +19,19 @@ crate::trials![
     linear_leaves_out_gradients_that_nobody_wants,
     attention_agrees_in_odd_sizes,
     attention_answers_only_the_tokens_asked_for,
+    attention_in_its_other_forms_agrees,
     gelu_agrees_far_out_too,
     layer_norm_agrees,
     five_updates_of_adamw_agree,
     masked_mse_sums_over_patches_the_mean_over_values,
+    cosine_sums_the_distance_of_rows,
+    targets_are_levelled_by_patch_or_by_channel,
     square_sum_adds_up,
     square_sum_of_anything_not_finite_is_not_finite,
     lerp_moves_by_its_share,
     fill_puts_every_token_at_its_place,
+    fill_puts_the_class_token_first,
+    fill_wants_no_class_token,
     fill_sends_gradients_to_the_token_and_to_what_was_seen,
     patches_are_in_the_official_order,
     pixels_are_the_inverse_of_patches,
@@ -103,8 +109,8 @@ fn attention_agrees_in_odd_sizes() -> Outcome {
             compare(
                 &format!("{tokens} tokens, {heads} heads of {width} in {kind:?}"),
                 &inputs(4, &[&[batch, tokens, 3 * heads * width]], kind),
-                &move |x| attention::attention(&x[0], heads, 0),
-                &move |x| attention::formula(&x[0], heads, 0),
+                &move |x| attention::attention(&x[0], heads, 0).expect("attention"),
+                &move |x| attention::formula(&x[0], heads, Sight::All { from: 0 }),
             );
         }
     }
@@ -113,18 +119,50 @@ fn attention_agrees_in_odd_sizes() -> Outcome {
 
 fn attention_answers_only_the_tokens_asked_for() -> Outcome {
     let qkv = normal(5, &[2, 19, 3 * 24]);
-    let all = attention::attention(&qkv, 3, 0);
+    let all = attention::attention(&qkv, 3, 0)?;
     for from in [1, 7, 18] {
-        let tail = attention::attention(&qkv, 3, from);
+        let tail = attention::attention(&qkv, 3, from)?;
         let off = (&tail - all.narrow(1, from, 19 - from)).abs().max().double_value(&[]);
         assert!(off <= 1e-6, "from {from}: off by {off:e} from the tail of all answers");
         compare(
             &format!("from token {from}"),
             &[qkv.shallow_clone()],
-            &move |x| attention::attention(&x[0], 3, from),
-            &move |x| attention::formula(&x[0], 3, from),
+            &move |x| attention::attention(&x[0], 3, from).expect("attention"),
+            &move |x| attention::formula(&x[0], 3, Sight::All { from }),
         );
     }
+    Ok(())
+}
+
+fn attention_in_its_other_forms_agrees() -> Outcome {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        compare(
+            &format!("causal in {kind:?}"),
+            &inputs(8, &[&[2, 19, 3 * 48]], kind),
+            &|x| attention::causal(&x[0], 3).expect("attention"),
+            &|x| attention::formula(&x[0], 3, Sight::Causal),
+        );
+        compare(
+            &format!("cross in {kind:?}"),
+            &inputs(9, &[&[2, 7, 48], &[2, 19, 2 * 48]], kind),
+            &|x| attention::cross(&x[0], &x[1], 3).expect("attention"),
+            &|x| attention::cross::formula(&x[0], &x[1], 3),
+        );
+        for shift in [[0, 0], [1, 2]] {
+            let windows: &'static Windows = Box::leak(Box::new(Windows::new([4, 6], [2, 3], shift, Device::Cpu)?));
+            compare(
+                &format!("windows moved by {shift:?} in {kind:?}"),
+                &inputs(10, &[&[2, 24, 3 * 48]], kind),
+                &move |x| attention::windowed(&x[0], 3, windows).expect("attention"),
+                &move |x| attention::formula(&x[0], 3, Sight::Windows(windows)),
+            );
+        }
+    }
+    let qkv = normal(11, &[2, 9, 3 * 48]);
+    let [q, k] = [0, 1].map(|part| qkv.narrow(2, part * 48, 48).view([2, 9, 3, 16]).transpose(1, 2));
+    let all = (q.matmul(&k.transpose(-2, -1)) / 4.0).softmax(-1, Kind::Float);
+    let off = (attention::class_row(&qkv, 3)? - all.select(2, 0)).abs().max().double_value(&[]);
+    assert!(off < 1e-6, "the class token's probabilities are off by {off:e}");
     Ok(())
 }
 
@@ -163,7 +201,7 @@ fn layer_norm_agrees() -> Outcome {
             compare(
                 &format!("{shape:?} × {spread} in {kind:?}"),
                 &[x, scale, offset],
-                &|x| layer_norm::layer_norm(&x[0], &x[1], &x[2]),
+                &|x| layer_norm::layer_norm(&x[0], &x[1], &x[2]).expect("on a CPU"),
                 &|x| layer_norm::formula(&x[0], &x[1], &x[2]),
             );
         }
@@ -216,7 +254,7 @@ fn masked_mse_sums_over_patches_the_mean_over_values() -> Outcome {
     for kind in [Kind::Float, Kind::BFloat16] {
         let guess = normal(11, &[3, 5, 7]).to_kind(kind).set_requires_grad(true);
         let truth = normal(12, &[3, 5, 7]);
-        let sum = masked_mse::masked_mse(&guess, &truth);
+        let sum = masked_mse::masked_mse(&guess, &truth)?;
         assert_eq!(sum.kind(), Kind::Float);
         let wanted: f64 = values(&guess).iter().zip(values(&truth)).map(|(g, t)| (g - t).powi(2) / 7.0).sum();
         close("the sum", sum.double_value(&[]), wanted, 1e-6);
@@ -228,15 +266,55 @@ fn masked_mse_sums_over_patches_the_mean_over_values() -> Outcome {
     Ok(())
 }
 
+fn cosine_sums_the_distance_of_rows() -> Outcome {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let (x, y) = (normal(23, &[3, 5, 7]).to_kind(kind), normal(24, &[3, 5, 7]));
+        let [ours, plain] = [&y, &y].map(Tensor::shallow_clone);
+        compare(
+            &format!("{kind:?}"),
+            &[x.shallow_clone()],
+            &move |x| cosine::cosine(&x[0], &ours).expect("on a CPU"),
+            &move |x| cosine::formula(&x[0], &plain),
+        );
+        let rows = |of: &Tensor| values(of).chunks(7).map(<[f64]>::to_vec).collect::<Vec<_>>();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let wanted =
+            rows(&x).iter().zip(rows(&y)).map(|(x, y)| 1.0 - dot(x, &y) / (dot(x, x) * dot(&y, &y)).sqrt()).sum();
+        close("the sum", cosine::cosine(&x, &y)?.double_value(&[]), wanted, 1e-6);
+    }
+    Ok(())
+}
+
+fn targets_are_levelled_by_patch_or_by_channel() -> Outcome {
+    let scale = Scale { mean: vec![0.0; 2], std: vec![1.0; 2] };
+    let (x, index) = (bytes(2), Tensor::from_slice2(&[[29i64, 0, 7], [3, 28, 1]]));
+    let raw = target(&x, &GRID, &scale, &index, Level::Raw)?;
+    for (level, stride) in [(Level::Patch, 1), (Level::Channel, 2)] {
+        let ours = target(&x, &GRID, &scale, &index, level)?;
+        for channel in 0..stride {
+            let own =
+                |of: &Tensor| values(&of.get(1).get(2)).into_iter().skip(channel).step_by(stride).collect::<Vec<_>>();
+            let (raw, ours) = (own(&raw), own(&ours));
+            let mean = raw.iter().sum::<f64>() / raw.len() as f64;
+            let variance = raw.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (raw.len() - 1) as f64;
+            let deviation = if level == Level::Patch { (variance + 1e-6).sqrt() } else { variance.sqrt() + 1e-6 };
+            for (raw, ours) in raw.iter().zip(ours) {
+                assert!((ours - (raw - mean) / deviation).abs() < 1e-5, "{level:?}: {ours} from {raw}");
+            }
+        }
+    }
+    Ok(())
+}
+
 fn square_sum_adds_up() -> Outcome {
     for n in [0, 1, 3, 1027, 300_007] {
         let x = normal(13, &[n]);
         let wanted = values(&x).iter().map(|v| v * v).sum();
-        close(&format!("{n} values"), square_sum::square_sum(&x).double_value(&[]), wanted, 1e-6);
+        close(&format!("{n} values"), square_sum::square_sum(&x)?.double_value(&[]), wanted, 1e-6);
     }
     close(
         "a matrix",
-        square_sum::square_sum(&Tensor::from_slice2(&[[1f32, 2.0], [3.0, 4.0]])).double_value(&[]),
+        square_sum::square_sum(&Tensor::from_slice2(&[[1f32, 2.0], [3.0, 4.0]]))?.double_value(&[]),
         30.0,
         0.0,
     );
@@ -248,7 +326,7 @@ fn square_sum_of_anything_not_finite_is_not_finite() -> Outcome {
         for at in [0, 511, 1026] {
             let x = normal(14, &[1027]);
             let _ = x.get(at).fill_(bad);
-            let sum = square_sum::square_sum(&x).double_value(&[]);
+            let sum = square_sum::square_sum(&x)?.double_value(&[]);
             assert!(!sum.is_finite(), "{bad} at {at} gives {sum}");
         }
     }
@@ -277,9 +355,14 @@ fn sequence() -> [Tensor; 5] {
     [normal(17, &[2, 4, 5]), normal(18, &[5]), normal(19, &[7, 5]), keep, drop]
 }
 
+fn filled(seen: &Tensor, token: &Tensor, positions: &Tensor, keep: &Tensor, drop: &Tensor) -> Tensor {
+    let places = fill::Places { positions, keep, hidden: Some((token, drop)) };
+    fill::fill(seen, None, places).expect("on a CPU")
+}
+
 fn fill_puts_every_token_at_its_place() -> Outcome {
     let [seen, token, positions, keep, drop] = sequence();
-    let all = fill::fill(&seen, &token, &positions, &keep, &drop);
+    let all = filled(&seen, &token, &positions, &keep, &drop);
     assert_eq!(all.size(), [2, 8, 5]);
     for b in 0..2 {
         for s in 0..8 {
@@ -298,11 +381,35 @@ fn fill_puts_every_token_at_its_place() -> Outcome {
     Ok(())
 }
 
+fn fill_puts_the_class_token_first() -> Outcome {
+    let [seen, token, positions, keep, drop] = sequence();
+    let all = filled(&seen, &token, &positions, &keep, &drop);
+    let (class, visible) = (seen.get(0).get(0), seen.narrow(1, 1, 3));
+    for hidden in [None, Some((&token, &drop))] {
+        let apart = fill::fill(&visible, Some(&class), fill::Places { positions: &positions, keep: &keep, hidden })?;
+        assert_eq!(apart.size()[1], if hidden.is_some() { 8 } else { 4 });
+        for b in 0..2 {
+            assert!(apart.get(b).get(0).equal(&class), "sample {b}");
+            let tokens = apart.size()[1] - 1;
+            assert!(apart.get(b).narrow(0, 1, tokens).equal(&all.get(b).narrow(0, 1, tokens)), "sample {b}");
+        }
+    }
+    Ok(())
+}
+
+fn fill_wants_no_class_token() -> Outcome {
+    let [seen, token, positions, keep, drop] = sequence();
+    let with = filled(&seen, &token, &positions, &keep, &drop);
+    let without = filled(&seen.narrow(1, 1, 3), &token, &positions, &keep, &drop);
+    assert!(without.equal(&with.narrow(1, 1, 7)), "the other tokens are the same");
+    Ok(())
+}
+
 fn fill_sends_gradients_to_the_token_and_to_what_was_seen() -> Outcome {
     let [seen, token, positions, keep, drop] = sequence();
     let (seen, token) = (seen.set_requires_grad(true), token.set_requires_grad(true));
     let upstream = normal(20, &[2, 8, 5]);
-    (fill::fill(&seen, &token, &positions, &keep, &drop) * &upstream).sum(Kind::Float).backward();
+    (filled(&seen, &token, &positions, &keep, &drop) * &upstream).sum(Kind::Float).backward();
     assert!(seen.grad().equal(&upstream.narrow(1, 0, 4)), "what was seen stands first, class token included");
     let wanted = upstream.narrow(1, 4, 4).sum_dim_intlist([0i64, 1].as_slice(), false, Kind::Float);
     let off = (token.grad() - wanted).abs().max().double_value(&[]);
@@ -352,11 +459,12 @@ fn patch_reads_bytes_as_it_reads_normalised_floats() -> Outcome {
     let scale = Scale { mean: vec![0.2, 0.7], std: vec![0.3, 0.11] };
     let x = bytes(2);
     let index = Tensor::from_slice2(&[[29i64, 0, 7, 7], [3, 28, 1, 14]]);
-    let ours = patch(&x, &GRID, &scale, &index);
+    let ours = patch(&x, &GRID, &scale, &index, Kind::Float)?;
     assert_eq!((ours.size(), ours.kind()), (vec![2, 4, GRID.values()], Kind::Float));
     let constants = |values: &[f64]| Tensor::from_slice(values).view([1, -1, 1, 1, 1]);
     let exact = (x.to_kind(Kind::Double) / 255.0 - constants(&scale.mean)) / constants(&scale.std);
-    let off = (&ours - patch(&exact.to_kind(Kind::Float), &GRID, &scale, &index)).abs().max().double_value(&[]);
+    let off =
+        (&ours - patch(&exact.to_kind(Kind::Float), &GRID, &scale, &index, Kind::Float)?).abs().max().double_value(&[]);
     assert!(off <= 2e-6, "off by {off:e} where values reach 7");
     for (b, k) in [(0, 0), (0, 3), (1, 1)] {
         let row = patches(&exact, &GRID).get(b).get(index.int64_value(&[b, k]));

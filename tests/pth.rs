@@ -5,7 +5,7 @@ use crate::support::{Outcome, oracle, write};
 use libtest_mimic::Failed;
 use occlude::fault::{Code, Fault};
 use occlude::run::checkpoint;
-use occlude::run::exchange::{self, Format, Order, to_mae};
+use occlude::run::exchange::{self, Format, Order, official};
 use occlude::{config::Config, optim::flat::Flat, part::encoder::position};
 use std::io::Write;
 use std::path::Path;
@@ -38,7 +38,7 @@ fn saved() -> Result<TempDir, Failed> {
     let method = config.method.build(&config.input)?;
     let flat = Flat::new(method.table(), 1, Kind::Float, Device::Cpu)?;
     let mut tensors: Vec<(String, Tensor)> = (0..flat.specs.len())
-        .map(|i| to_mae(&flat.specs[i].name, &flat.part(&flat.master, i), method.grid()))
+        .map(|i| official(method.name(), &flat.specs[i].name, &flat.part(&flat.master, i), method.grid()))
         .collect();
     let table = position::sine_cosine(method.grid(), 16);
     let table = Tensor::cat(&[Tensor::zeros([1, 16], (Kind::Float, Device::Cpu)), table], 0).unsqueeze(0);

@@ -61,7 +61,7 @@ pub const BUCKET: usize = 16_000;
 
 pub fn stepper(method: impl Method + 'static, world: Arc<dyn World>, kind: Kind, bucket: usize) -> Stepper {
     tch::set_num_threads(1);
-    let flat = Flat::new(method.table(), 7, kind, Device::Cpu).expect("buffers");
+    let flat = Flat::new(method.table(), 7, kind, world.device()).expect("buffers");
     let updater = Updater::new(&flat, &optim());
     Stepper::new(Box::new(method), flat, updater, world, bucket, SOON).expect("a stepper")
 }
@@ -85,18 +85,19 @@ fn batch(step: u64, rows: impl Iterator<Item = u64>) -> Batch {
 /// This rank's share of a global batch of `size`, in micro-batches of at most `micro` rows.
 pub fn share(step: u64, size: u64, world: &dyn World, micro: u64) -> Vec<Batch> {
     let own: Vec<u64> = rows(size, world.rank(), world.size()).collect();
-    own.chunks(micro as usize).map(|rows| batch(step, rows.iter().copied())).collect()
+    let there = |batch: Batch| Batch { pixels: batch.pixels.to_device(world.device()), ..batch };
+    own.chunks(micro as usize).map(|rows| there(batch(step, rows.iter().copied()))).collect()
 }
 
 /// What a training leaves: the loss of every step and the weights.
-struct Path {
-    losses: Vec<f64>,
+pub struct Path {
+    pub losses: Vec<f64>,
     weights: Tensor,
 }
 
 impl Path {
     /// Of one rank of a training in fp32.
-    fn of(world: Arc<dyn World>, steps: u64, size: u64, micro: u64) -> Path {
+    pub fn of(world: Arc<dyn World>, steps: u64, size: u64, micro: u64) -> Path {
         let mut stepper = stepper(tiny(), world.clone(), Kind::Float, BUCKET);
         let mut losses = Vec::new();
         for step in 0..steps {
@@ -104,16 +105,16 @@ impl Path {
             assert!(outcome.bad_ranks.is_empty() && outcome.grad_norm > 0.0);
             losses.push(outcome.loss);
         }
-        let weights = without_key_biases(&stepper.flat);
+        let weights = without_key_biases(&stepper.flat).to_device(Device::Cpu);
         Path { losses, weights }
     }
 
-    fn solo(steps: u64, size: u64) -> Path {
+    pub fn solo(steps: u64, size: u64) -> Path {
         Path::of(Arc::new(Solo::new(Device::Cpu)), steps, size, u64::MAX >> 1)
     }
 
     /// Losses to 1e-5, weights to a tenth of what AdamW can have moved them.
-    fn agrees(&self, other: &Path, what: &str) {
+    pub fn agrees(&self, other: &Path, what: &str) {
         for (step, (ours, theirs)) in self.losses.iter().zip(&other.losses).enumerate() {
             let off = (ours - theirs).abs() / theirs;
             assert!(off <= 1e-5, "{what}, step {step}: loss {ours} against {theirs}, off by {off:e}");
@@ -326,6 +327,9 @@ impl Method for Toy {
     fn table(&self) -> &Table {
         &self.table
     }
+    fn name(&self) -> &'static str {
+        "toy"
+    }
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
         vec![("toy", samples as f64)]
     }
@@ -343,7 +347,7 @@ impl Method for Toy {
     fn mask(&self, _: &Batch) -> Mask {
         unreachable!("a toy hides nothing")
     }
-    fn normalised(&self, _: &Batch) -> Tensor {
+    fn normalised(&self, _: &Batch) -> Result<Tensor> {
         unreachable!("nobody dumps a toy")
     }
     fn features(&self, _: &Weights, _: &Batch) -> Result<Features> {

@@ -274,8 +274,16 @@ fn the_doctor_looks_at_everything() -> Outcome {
     assert!(of("NCCL").detail.contains("libnccl.so"), "{:?}", of("NCCL"));
     let driver = Path::new("/proc/driver/nvidia/version").exists();
     assert_eq!(of("NVIDIA driver").state == State::Absent, !driver);
-    for what in ["libtorch, CUDA half", "FFmpeg", "store credentials", "cores", "open files", "other limits", "memory"]
-    {
+    for what in [
+        "libtorch, CUDA half",
+        "bridge, CUDA half",
+        "FFmpeg",
+        "store credentials",
+        "cores",
+        "open files",
+        "other limits",
+        "memory",
+    ] {
         assert!(!of(what).detail.is_empty(), "{what}");
     }
     for what in ["shared memory", "disk, this folder", "disk, cache folder"] {

@@ -20,7 +20,8 @@
 #include <vector>
 
 #define DEVICE inline
-#define KERNEL(threads) extern "C"
+constexpr int architecture = 0;
+#define KERNEL(...) extern "C"
 #define LINE int line = __builtin_LINE()
 
 namespace emulator {
@@ -192,6 +193,8 @@ inline void touch_shared(size_t offset, size_t bytes, bool write, int line) {
       if (unordered_write) fail(name("a race of a reader with a writer", touch.writer), line);
       if (touch.read != m.epoch) {
         touch.many_readers = touch.many_warps = false;
+      } else if (!touch.many_warps && touch.reader / 32 == w && touch.read_warp_epoch != warp_epoch) {
+        touch.many_readers = false;  // All earlier readers were of this warp, and it has met since.
       } else {
         touch.many_readers |= touch.reader != t;
         touch.many_warps |= touch.reader / 32 != w;

@@ -2,8 +2,10 @@
 
 #include "bridge.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/native_layer_norm_backward.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -14,7 +16,9 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <array>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -149,6 +153,17 @@ const char* occlude_reason() { return occlude::reason.c_str(); }
 // The linker drops libtorch_cuda, since nothing refers to it; opened here it registers its kernels.
 bool occlude_open_cuda() { return dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr; }
 
+// Opens the CUDA half of the bridge, whose undefined symbols are those of libtorch_cuda, and asks it for its table.
+bool occlude_open_half(const char* path, const void** table) {
+  return guarded([&] {
+    void* half = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (half == nullptr) throw std::runtime_error(dlerror());
+    const auto ask = reinterpret_cast<const void* (*)()>(dlsym(half, "occlude_cuda_table"));
+    if (ask == nullptr) throw std::runtime_error(dlerror());
+    *table = ask();
+  });
+}
+
 void occlude_keep_memory() {
   c10::SetCPUAllocator(&keeper, 1);
   // Smaller blocks stay with the C library, which is told not to give them back either.
@@ -183,5 +198,58 @@ bool occlude_adamw(at::Tensor* const* weights, at::Tensor* const* gradients, at:
     at::_fused_adamw_(list(weights, n), list(gradients, n), list(first, n), list(second, n), {}, list(steps, n), lr,
                       beta1, beta2, weight_decay, eps, false, false);
   });
+}
+
+// out [3]: gradients of x, scale and shift, null where not wanted.
+bool occlude_layer_norm_backward(at::Tensor** out, const at::Tensor* gradient, const at::Tensor* x,
+                                 const at::Tensor* mean, const at::Tensor* rstd, const at::Tensor* scale,
+                                 const at::Tensor* shift, const bool* wanted) {
+  return guarded([&] {
+    const at::NoGradGuard no_grad;
+    const std::array<bool, 3> mask = {wanted[0], wanted[1], wanted[2]};
+    const auto [gx, gscale, gshift] =
+        at::native_layer_norm_backward(*gradient, *x, scale->sizes(), *mean, *rstd, *scale, *shift, mask);
+    const at::Tensor* all[] = {&gx, &gscale, &gshift};
+    for (size_t i = 0; i < 3; ++i) out[i] = mask[i] ? new at::Tensor(*all[i]) : nullptr;
+  });
+}
+
+// The kernels of attention that may run, in the order in which they are tried.
+bool occlude_set_sdp_order(const int64_t* order, size_t n) {
+  return guarded([&] {
+    auto& context = at::globalContext();
+    std::vector<int64_t> all(order, order + n);
+    const auto named = [&](at::SDPBackend backend) {
+      return std::find(order, order + n, static_cast<int64_t>(backend)) != order + n;
+    };
+    // libtorch wants a place for each; those that are not named come last, and are turned off.
+    for (int64_t other = 0; other < at::num_sdp_backends; ++other) {
+      if (!named(static_cast<at::SDPBackend>(other))) all.push_back(other);
+    }
+    context.setSDPPriorityOrder(all);
+    context.setSDPUseMath(named(at::SDPBackend::math));
+    context.setSDPUseFlash(named(at::SDPBackend::flash_attention));
+    context.setSDPUseMemEfficient(named(at::SDPBackend::efficient_attention));
+    context.setSDPUseCuDNN(named(at::SDPBackend::cudnn_attention));
+  });
+}
+
+// Writes at most n numbers of at::SDPBackend, and returns how many.
+size_t occlude_sdp_order(int64_t* order, size_t n) {
+  auto& context = at::globalContext();
+  const auto allowed = [&](at::SDPBackend backend) {
+    switch (backend) {
+      case at::SDPBackend::math: return context.userEnabledMathSDP();
+      case at::SDPBackend::flash_attention: return context.userEnabledFlashSDP();
+      case at::SDPBackend::efficient_attention: return context.userEnabledMemEfficientSDP();
+      case at::SDPBackend::cudnn_attention: return context.userEnabledCuDNNSDP();
+      default: return false;
+    }
+  };
+  size_t count = 0;
+  for (const auto backend : context.sDPPriorityOrder()) {
+    if (allowed(backend) && count < n) order[count++] = static_cast<int64_t>(backend);
+  }
+  return count;
 }
 }

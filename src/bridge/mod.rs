@@ -1,9 +1,12 @@
 //! What tch leaves out: autograd nodes, gradient hooks, `.grad` as views of a buffer of our own, the fused CPU forms of
 //! operations, the bytes of a tensor. Together with `device/mpi.rs` the only place for `unsafe`.
 
+pub mod cuda; // the CUDA half: streams, events, graphs, memory
+mod fused; // fused operations; the order of attention kernels
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 mod node; // an autograd node of closures
 
+pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, set_sdp_order};
 pub use node::{Forward, node};
 
 use crate::fault::{Fault, Result};
@@ -16,7 +19,6 @@ unsafe extern "C" {
     fn occlude_reason() -> *const c_char;
     fn occlude_open_cuda() -> bool;
     fn occlude_keep_memory();
-    fn occlude_linear(out: *mut *mut C_tensor, x: *const C_tensor, w: *const C_tensor, b: *const C_tensor) -> bool;
     fn occlude_on_gradient(
         leaf: *const C_tensor,
         call: extern "C" fn(*mut c_void, usize),
@@ -24,52 +26,32 @@ unsafe extern "C" {
         index: usize,
     ) -> bool;
     fn occlude_set_gradient(leaf: *const C_tensor, gradient: *const C_tensor) -> bool;
-    fn occlude_adamw(
-        weights: *const *const C_tensor,
-        gradients: *const *const C_tensor,
-        first: *const *const C_tensor,
-        second: *const *const C_tensor,
-        steps: *const *const C_tensor,
-        n: usize,
-        lr: f64,
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        eps: f64,
-    ) -> bool;
 }
 
-/// What the last failed call of this thread said.
-fn checked(good: bool, what: &str) -> Result<()> {
-    if good {
-        return Ok(());
-    }
+/// What the last failed call of this thread said, in one line.
+fn reason() -> String {
     // SAFETY: the reason is a C string that lives until this thread's next failing call.
     let reason = unsafe { CStr::from_ptr(occlude_reason()) }.to_string_lossy().into_owned();
-    Err(Fault::failed(format!("{what}: {}", reason.lines().next().unwrap_or("no reason given"))))
+    reason.lines().next().unwrap_or("no reason given").to_string()
 }
 
-/// Opens libtorch's CUDA half, which the linker drops because nothing refers to it. It must come before any question
-/// about CUDA, since libtorch keeps its first answer. Returns whether there is such a half.
+fn checked(good: bool, what: &str) -> Result<()> {
+    if good { Ok(()) } else { Err(Fault::failed(format!("{what}: {}", reason()))) }
+}
+
+/// Opens libtorch's CUDA half, which the linker drops because nothing refers to it, and then ours ([`cuda`]). It must
+/// come before any question about CUDA, since libtorch keeps its first answer. Returns whether libtorch has such a half.
 pub fn open_cuda() -> bool {
     // SAFETY: dlopen of a library that libtorch itself ships.
-    unsafe { occlude_open_cuda() }
+    let there = unsafe { occlude_open_cuda() };
+    cuda::open(there);
+    there
 }
 
 /// Keeps large CPU blocks for the next step instead of giving them back to the kernel. Call once, at the start.
 pub fn keep_memory() {
     // SAFETY: installs an allocator that lives as long as the process.
     unsafe { occlude_keep_memory() }
-}
-
-/// x [.., K] · w [N, K]ᵀ + b [N] → [.., N] on a CPU through oneDNN, with its gradients.
-pub fn linear(x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let mut out = std::ptr::null_mut();
-    // SAFETY: the handles live through the call; on success `out` is a new handle that the returned tensor owns.
-    unsafe {
-        checked(occlude_linear(&mut out, x.as_ptr(), w.as_ptr(), b.as_ptr()), "linear")?;
-        Ok(Tensor::from_ptr(out))
-    }
 }
 
 /// Hooks on the gradients of leaves; they fall silent when this is dropped together with its leaves.
@@ -112,51 +94,6 @@ impl Hooks {
 pub fn set_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: both handles live through the call; libtorch counts its own reference to the gradient.
     checked(unsafe { occlude_set_gradient(leaf.as_ptr(), gradient.as_ptr()) }, "set gradient")
-}
-
-/// The numbers of one AdamW update.
-#[derive(Clone, Copy, Debug)]
-pub struct AdamW {
-    pub lr: f64,
-    pub betas: (f64, f64),
-    pub weight_decay: f64,
-    pub eps: f64,
-}
-
-/// libtorch's fused AdamW over lists of tensors, in place; `steps` [1] each, counted up here.
-pub fn adamw(
-    weights: &[Tensor],
-    gradients: &[Tensor],
-    first: &[Tensor],
-    second: &[Tensor],
-    steps: &[Tensor],
-    with: AdamW,
-) -> Result<()> {
-    let n = weights.len();
-    assert!([gradients.len(), first.len(), second.len(), steps.len()].iter().all(|&l| l == n), "lists of one length");
-    if n == 0 {
-        // libtorch finds no kernel for lists of nothing.
-        return Ok(());
-    }
-    let handles = |tensors: &[Tensor]| tensors.iter().map(|t| t.as_ptr()).collect::<Vec<_>>();
-    let [w, g, m, v, s] = [weights, gradients, first, second, steps].map(handles);
-    // SAFETY: five arrays of `n` live handles.
-    let good = unsafe {
-        occlude_adamw(
-            w.as_ptr(),
-            g.as_ptr(),
-            m.as_ptr(),
-            v.as_ptr(),
-            s.as_ptr(),
-            n,
-            with.lr,
-            with.betas.0,
-            with.betas.1,
-            with.weight_decay,
-            with.eps,
-        )
-    };
-    checked(good, "AdamW")
 }
 
 /// The bytes of a contiguous CPU tensor, read where they lie.

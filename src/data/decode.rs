@@ -1,4 +1,4 @@
-//! Bytes of a member become pixels: JPEG, PNG and WebP, told apart by their first bytes.
+//! Bytes of a member become pixels: JPEG, PNG, WebP and videos (`clip.rs`), told apart by their first bytes.
 //!
 //! Upright as the camera's EXIF entry says; 16 bits scaled to 8; alpha dropped; grey and CMYK made as Pillow's `convert`
 //! does. Sizes are checked on the header, before anything of that size is allocated. Pixels of a JPEG are those of
@@ -9,6 +9,7 @@ mod jpeg; // which part of a JPEG is decoded, and at what scale
 mod still; // PNG and WebP
 mod turn; // EXIF's orientation
 
+use super::clip::{self, Facts, Video, Videos};
 use super::complete::{Lack, Whole, complete};
 use crate::bridge::jpeg as turbo;
 use crate::fault::{Code, Fault, Result};
@@ -76,6 +77,7 @@ impl Default for Limits {
 pub struct Decoder {
     limits: Limits,
     jpeg: Option<turbo::Decompressor>,
+    videos: Videos,
     scratch: Scratch,
 }
 
@@ -108,24 +110,33 @@ enum Source<'a> {
     Jpeg(turbo::Opened<'a>, Turn, &'a mut Scratch),
     Still(Box<dyn ImageDecoder + 'a>, Turn, &'a mut Scratch),
     Ready(&'a Decoded),
+    Moving(Video<'a>, &'a mut Scratch),
 }
 
 impl Decoder {
+    /// Videos have limits of their own, [`clip::Limits::default`].
     pub fn new(limits: Limits) -> Decoder {
         let upright = Decoded { width: 0, height: 0, channels: 0, pixels: Vec::new() };
-        Decoder { limits, jpeg: None, scratch: Scratch { spent: 0, stored: Vec::new(), upright } }
+        let (videos, scratch) =
+            (Videos::new(clip::Limits::default()), Scratch { spent: 0, stored: Vec::new(), upright });
+        Decoder { limits, jpeg: None, videos, scratch }
     }
 
     /// Reads the header alone. `channels` of the pixels to come: 1 (grey) or 3 (red, green, blue). Faults with
-    /// Code::Corrupt on anything that is not a whole picture within the limits.
+    /// Code::Corrupt on anything that is not a whole picture, or a video, within the limits; and as [`Videos::open`] does.
     pub fn open<'a>(&'a mut self, bytes: &'a [u8], channels: u32) -> Result<Picture<'a>> {
         assert!(channels == 1 || channels == 3, "{channels} channels");
-        let Decoder { limits, jpeg, scratch } = self;
+        let Decoder { limits, jpeg, videos, scratch } = self;
+        if clip::is_video(bytes) {
+            let video = videos.open(bytes)?;
+            let (width, height) = (video.facts.width, video.facts.height);
+            return Ok(Picture { width, height, channels, source: Source::Moving(video, scratch) });
+        }
         if bytes.len() > limits.max_bytes {
             return Err(corrupt(format!("{} bytes, the limit is {}", bytes.len(), limits.max_bytes)));
         }
         let whole = complete(bytes).map_err(|lack| match lack {
-            Lack::Format => corrupt("neither JPEG, PNG nor WebP"),
+            Lack::Format => corrupt("neither JPEG, PNG, WebP nor a video"),
             Lack::End => corrupt("the file was cut before the end of the picture"),
         })?;
         let (source, turn, size) = match whole {
@@ -227,11 +238,64 @@ impl<'a> Picture<'a> {
         self.decode(region, least)
     }
 
+    /// What is known of a video; none for a still picture.
+    pub fn video(&self) -> Option<&Facts> {
+        match &self.source {
+            Source::Moving(video, _) => Some(&video.facts),
+            _ => None,
+        }
+    }
+
+    /// Frames of a video, in rising order and perhaps several times the same: `see` is shown the `region` of each, as
+    /// [`Picture::region`] gives it, with its place in `indices`. Faults with Code::Corrupt where one cannot be decoded,
+    /// and for a still picture.
+    pub fn clip(
+        self,
+        indices: &[u64],
+        region: Region,
+        least: [u32; 2],
+        mut see: impl FnMut(usize, &Part),
+    ) -> Result<()> {
+        let Picture { channels, source: Source::Moving(video, scratch), .. } = self else {
+            return Err(corrupt("a still picture where a video is wanted"));
+        };
+        let mut unique = indices.to_vec();
+        unique.dedup();
+        let frames = video.frames(&unique, [region.left, region.top, region.width, region.height], least)?;
+        let upright = &mut scratch.upright;
+        ([upright.width, upright.height], upright.channels) = (frames.size, channels);
+        let [left, top, w, h] = frames.place;
+        let mut shown = 0..indices.len();
+        for (at, index) in unique.iter().enumerate() {
+            let began = processor();
+            fit(&mut scratch.upright.pixels, frames.bytes());
+            frames.read(at, &mut scratch.upright.pixels)?;
+            if channels == 1 {
+                colour::rgb_to_grey(&mut scratch.upright.pixels);
+            }
+            scratch.spent += processor() - began;
+            let part = Part { image: &scratch.upright, left, top, width: w, height: h };
+            while shown.start < indices.len() && indices[shown.start] == *index {
+                see(shown.next().expect("one is left"), &part);
+            }
+        }
+        Ok(())
+    }
+
+    /// A video encoded anew, as [`Video::recode`] does it; Code::Corrupt for a still picture.
+    pub fn recode(self, recipe: &clip::Recipe, fps: Option<f64>, shorter: Option<u32>) -> Result<Vec<u8>> {
+        match self.source {
+            Source::Moving(video, _) => video.recode(recipe, fps, shorter),
+            _ => Err(corrupt("a still picture where a video is wanted")),
+        }
+    }
+
     fn decode(self, region: Region, least: [u32; 2]) -> Result<Part<'a>> {
         let began = processor();
         let Picture { channels, source, .. } = self;
         let (scratch, turn, part) = match source {
             Source::Ready(image) => return Ok(Part::whole_pixels(image, region)),
+            Source::Moving(..) => return Err(corrupt("a video where a still picture is wanted")),
             Source::Jpeg(mut opened, turn, scratch) => {
                 let stored = turn.stored(region, [opened.head.width, opened.head.height]);
                 let part = jpeg::read(&mut opened, stored, turn.size(least), channels, &mut scratch.stored)?;

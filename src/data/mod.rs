@@ -10,6 +10,7 @@ pub mod mix; // several data sets, weighted
 pub mod cache; // pieces of shards, kept on this machine
 pub mod order; // which sample stands at which position
 pub mod complete; // does a file hold all of its picture
+pub mod clip; // videos, by a process of their own
 pub mod decode; // bytes become pixels
 pub mod sound; // bytes become samples of sound, and those a spectrogram
 pub mod medium; // pictures or sounds

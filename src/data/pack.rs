@@ -1,4 +1,4 @@
-//! The writer: pictures or sounds become shards with their indices, and `dataset.json` last.
+//! The writer: pictures, still or moving, or sounds become shards with their indices, and `dataset.json` last.
 //!
 //! The same files give the same bytes, on every machine and with any number of threads: members are USTAR, mode
 //! 0444, time 0, in the order of a digest of their keys, which mixes the classes over the shards. Threads read and
@@ -11,6 +11,7 @@ mod keys; // of samples, out of paths
 mod rows; // CSV, TSV, JSON lines, Parquet
 mod source; // where pictures come from
 mod shape; // one picture becomes a sample's members
+mod moving; // videos encoded anew
 mod voice; // one sound does
 mod plan; // which picture goes into which shard
 mod standing; // what stands at the destination already
@@ -55,8 +56,10 @@ pub struct Options {
     /// All pictures are decoded and encoded in this format. Pictures that are resized keep theirs where none is given;
     /// without either, bytes are stored as they came.
     pub encode: Option<Encode>,
-    /// Of JPEG, 1 to 100; [`Options::QUALITY`] where none is given.
+    /// Of JPEG and of videos, 1 to 100; [`Options::QUALITY`] where none is given, and of H.264 [`Options::H264`].
     pub quality: Option<u8>,
+    /// How videos are encoded anew.
+    pub video: Videos,
     /// All sounds are decoded, brought to so many samples a second and stored as WAV of 16 bits and one channel;
     /// without it their bytes are stored as they came.
     pub rate: Option<u32>,
@@ -84,6 +87,27 @@ impl Encode {
     }
 }
 
+/// How videos are encoded anew; as they came where nothing is asked for and `resize` leaves them alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Videos {
+    /// H.264 where none is given.
+    pub encode: Option<EncodeVideo>,
+    /// Frames a second of videos that have more.
+    pub fps: Option<f64>,
+    /// Of H.264, the most frames from one that stands alone to the next: the smaller, the sooner a clip begins, and the
+    /// larger the file; [`Options::GOP`] where none is given.
+    pub gop: Option<u32>,
+}
+
+/// A coding of videos to write: upright, without sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EncodeVideo {
+    /// In MP4.
+    H264,
+    /// Each frame a JPEG, in Matroska: the largest, and the fastest to decode.
+    Mjpeg,
+}
+
 impl Default for Options {
     fn default() -> Self {
         Options {
@@ -97,6 +121,7 @@ impl Default for Options {
             resize: None,
             encode: None,
             quality: None,
+            video: Videos::default(),
             rate: None,
             threads: 0,
         }
@@ -140,6 +165,10 @@ pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
 impl Options {
     /// Quality of JPEG where nobody says otherwise.
     pub const QUALITY: u8 = 90;
+    /// Quality of H.264 where nobody says otherwise: a constant rate factor of 21.
+    pub const H264: u8 = 60;
+    /// Frames between those that stand alone where nobody says otherwise.
+    pub const GOP: u32 = 12;
 
     fn check(&self) -> Result<()> {
         if self.samples_per_shard == 0 || self.shard_bytes == 0 {
@@ -152,35 +181,48 @@ impl Options {
                 self.test_share
             )));
         }
-        if self.medium == Medium::Sound && (self.resize.is_some() || self.encode.is_some() || self.quality.is_some()) {
-            return Err(Fault::usage("sounds have no size, format or quality to be changed; give a rate, or nothing"));
-        }
-        match self.rate {
-            Some(_) if self.medium == Medium::Picture => {
-                return Err(Fault::usage("a rate is for sounds; pack sounds, or leave it out"));
-            }
-            Some(rate) if !(1000..=384_000).contains(&rate) => {
-                return Err(Fault::usage(format!("the rate is {rate}; it is samples a second, 1000 to 384000")));
-            }
-            _ => {}
-        }
-        if self.resize == Some(0) {
-            return Err(Fault::usage("pictures cannot be resized to 0 pixels; the shorter side needs 1 or more"));
-        }
-        let jpeg = self.encode.map_or(self.resize.is_some(), |encode| encode == Encode::Jpeg);
-        match self.quality {
-            Some(quality) if !(1..=100).contains(&quality) => {
-                return Err(Fault::usage(format!("the quality is {quality}; it is 1 to 100")));
-            }
-            Some(_) if !jpeg => {
-                return Err(Fault::usage("a quality belongs to JPEG, and none is encoded; leave it out"));
-            }
-            _ => {}
+        match self.medium {
+            Medium::Picture => self.check_pictures()?,
+            Medium::Sound => self.check_sounds()?,
         }
         let safe = |name: &String| !name.is_empty() && !name.contains(['/', '{', '}', '\0']);
         match &self.name {
             Some(name) if !safe(name) => {
                 Err(Fault::usage(format!("{name:?} cannot name a data set: no slash, no brace")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_sounds(&self) -> Result<()> {
+        let changed = self.resize.is_some() || self.encode.is_some() || self.quality.is_some();
+        if changed || self.video != Videos::default() {
+            return Err(Fault::usage("sounds have no size, format or quality to be changed; give a rate, or nothing"));
+        }
+        match self.rate {
+            Some(rate) if !(1000..=384_000).contains(&rate) => {
+                Err(Fault::usage(format!("the rate is {rate}; it is samples a second, 1000 to 384000")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_pictures(&self) -> Result<()> {
+        if self.rate.is_some() {
+            return Err(Fault::usage("a rate is for sounds; pack sounds, or leave it out"));
+        }
+        if self.resize == Some(0) {
+            return Err(Fault::usage("pictures cannot be resized to 0 pixels; the shorter side needs 1 or more"));
+        }
+        self.video.check()?;
+        let video = self.video != Videos::default();
+        let jpeg = video || self.encode.map_or(self.resize.is_some(), |encode| encode == Encode::Jpeg);
+        match self.quality {
+            Some(quality) if !(1..=100).contains(&quality) => {
+                Err(Fault::usage(format!("the quality is {quality}; it is 1 to 100")))
+            }
+            Some(_) if !jpeg => {
+                Err(Fault::usage("a quality belongs to JPEG and videos, and none is encoded; leave it out"))
             }
             _ => Ok(()),
         }

@@ -12,8 +12,10 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// The extensions of pictures that `decode` reads.
-pub const IMAGE: &[&str] = &["jpg", "jpeg", "png", "webp"];
+/// The extensions of pictures that `decode` reads, still and moving.
+pub const IMAGE: &[&str] = &["jpg", "jpeg", "png", "webp", "mp4", "webm", "mkv", "avi", "mov", "m4v"];
+/// Those of them that move.
+pub const VIDEO: &[&str] = &["mp4", "webm", "mkv", "avi", "mov", "m4v"];
 /// The extensions of sounds that `sound` reads.
 pub const SOUND: &[&str] = &["wav", "flac", "mp3", "ogg"];
 

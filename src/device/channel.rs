@@ -21,10 +21,6 @@ use tch::{Device, Kind, Tensor};
 /// Refuses what no channel carries; the same on every world, so that a run of one rank finds the mistake too.
 pub fn check(tensor: &Tensor, reduced: bool) -> Result<()> {
     let kind = tensor.kind();
-    if tensor.device() != Device::Cpu {
-        let device = tensor.device();
-        return Err(Fault::failed(format!("This channel carries tensors on the CPU; got one on {device:?}.")));
-    }
     if word(kind) == "unknown" || (reduced && kind == Kind::Uint8) {
         let wanted = if reduced { "f32, f64, bf16 or i64" } else { "f32, f64, bf16, i64 or u8" };
         return Err(Fault::failed(format!("A collective got a tensor of kind {kind:?}; wanted {wanted}.")));
@@ -92,7 +88,11 @@ impl Lane {
 
     /// Starts `act` once `tensor` has been found fit.
     fn checked(&mut self, act: Act, tensor: &Tensor, reduced: bool) -> Pending {
-        match check(tensor, reduced) {
+        let here = match tensor.device() {
+            Device::Cpu => check(tensor, reduced),
+            device => Err(Fault::failed(format!("This channel carries tensors on the CPU; got one on {device:?}."))),
+        };
+        match here {
             Ok(()) => self.start(act, tensor.detach()),
             Err(fault) => Pending::ready(Err(fault.at(format!("channel {}", self.name)))),
         }

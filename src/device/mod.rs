@@ -7,6 +7,7 @@ mod delayed;
 mod fold;
 pub mod guard;
 pub mod mpi;
+pub mod nccl;
 pub mod pulse;
 pub mod solo;
 mod wire;
@@ -23,15 +24,17 @@ use std::sync::Arc;
 use std::time::Duration;
 use tch::Device;
 
-/// The world that this process was started in: MPI under a launcher, else one rank alone. Sets the number of threads
-/// (see [`ground`]) and binds the process's life to its launcher's.
+/// The world that this process was started in: MPI under a launcher, else one rank alone; on GPUs where there are any,
+/// one for each rank. Sets the number of threads (see [`ground`]) and binds the process's life to its launcher's.
 pub fn join() -> Result<Arc<dyn World>> {
     ground(None);
+    let gpu = tch::Cuda::is_available();
     if !guard::launched() {
-        return Ok(Arc::new(solo::Solo::new(Device::Cpu)));
+        return Ok(Arc::new(solo::Solo::new(Device::cuda_if_available())));
     }
     guard::die_with_parent()?;
-    Ok(Arc::new(mpi::Mpi::join()?))
+    let world: Arc<dyn World> = Arc::new(mpi::Mpi::join()?);
+    Ok(if gpu { Arc::new(nccl::Nccl::over(world)?) } else { world })
 }
 
 /// Runs a job's work to its end on every rank. A fault or a panic on any rank ends all of them, told once; a stop on

@@ -1,6 +1,6 @@
 //! The only list of methods.
 
-use super::{Method, mae};
+use super::{Method, mae, videomae};
 use crate::fault::Result;
 use crate::grid::{Grid, Input};
 use schemars::JsonSchema;
@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 
 /// The config's `method`: its name and its numbers, `{"mae": {..}}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "lowercase")]
 pub enum Config {
     Mae(mae::Config),
+    VideoMae(videomae::Config),
 }
 
 impl Config {
@@ -18,6 +19,7 @@ impl Config {
     pub fn check(&self, grid: &Grid) -> Result<()> {
         match self {
             Config::Mae(config) => config.check("method.mae", grid),
+            Config::VideoMae(config) => config.check("method.videomae", grid),
         }
     }
 
@@ -25,6 +27,7 @@ impl Config {
     pub fn build(&self, input: &Input) -> Result<Box<dyn Method>> {
         Ok(match self {
             Config::Mae(config) => Box::new(mae::Mae::new(config, input)?),
+            Config::VideoMae(config) => Box::new(videomae::VideoMae::new(config, input)?),
         })
     }
 }

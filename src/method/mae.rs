@@ -5,15 +5,17 @@
 use super::{Batch, Features, Method, Reconstruction, Term};
 use crate::fault::{Fault, Result};
 use crate::grid::{Grid, Input};
-use crate::op::patch::{self, Scale};
-use crate::part::decoder::vit::Decoder;
-use crate::part::encoder::position;
-use crate::part::encoder::vit::{Shape, Vit};
-use crate::part::weights::{Table, Weights};
-use crate::part::{loss, mask, mask::Mask, target};
+use crate::part::autoencoder::Autoencoder;
+use crate::part::encoder::vit::{self as encoder, Shape};
+use crate::part::encoder::{block::Biases, position};
+use crate::part::loss::masked_mse;
+use crate::part::mask::{self, Mask, Ratio};
+use crate::part::target::pixel::{self, Pixel};
+use crate::part::weights::{Init, Table, Weights};
+use crate::part::{decoder::vit as decoder, pixels::Pixels};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -23,10 +25,10 @@ pub struct Config {
     /// The decoder's shape (paper: 512 wide, 8 deep, 16 heads for every encoder).
     #[serde(default = "Config::decoder")]
     pub decoder: Shape,
-    #[serde(default)]
-    pub mask: MaskConfig,
-    #[serde(default)]
-    pub target: TargetConfig,
+    #[serde(default = "Config::mask")]
+    pub mask: Ratio,
+    #[serde(default = "Config::target")]
+    pub target: pixel::Config,
     /// Where mask tokens enter: only in the decoder, or already in the encoder (paper, table 1c: slower and less
     /// accurate; kept for that comparison).
     #[serde(default)]
@@ -35,26 +37,6 @@ pub struct Config {
     /// to this input's grid, instead of counting on beyond it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trained_grid: Option<[i64; 2]>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct MaskConfig {
-    /// The share of patches hidden, in (0, 1).
-    pub ratio: f64,
-}
-
-impl Default for MaskConfig {
-    fn default() -> Self {
-        MaskConfig { ratio: 0.75 }
-    }
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TargetConfig {
-    /// Each patch with mean 0 and deviation 1 instead of raw pixels.
-    pub normalize: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -69,145 +51,78 @@ impl Config {
     fn decoder() -> Shape {
         Shape { width: 512, depth: 8, heads: 16, mlp_ratio: 4 }
     }
+    fn mask() -> Ratio {
+        Ratio { ratio: 0.75 }
+    }
+    fn target() -> pixel::Config {
+        pixel::Config { normalize: false }
+    }
 
     pub fn check(&self, at: &str, grid: &Grid) -> Result<()> {
         self.encoder.check(&format!("{at}.encoder"))?;
         self.decoder.check(&format!("{at}.decoder"))?;
-        if let Some([rows, cols]) =
-            self.trained_grid.filter(|sides| sides.iter().any(|side| !(1..=4096).contains(side)))
-        {
-            return Err(Fault::usage(format!(
-                "{at}.trained_grid is [{rows}, {cols}]; it is the rows and columns of patches that weights were trained on"
-            )));
+        position::check(&format!("{at}.trained_grid"), self.trained_grid)?;
+        self.mask.check(&format!("{at}.mask"), grid.tokens(), grid.kept(self.mask.ratio), 0.75)?;
+        match grid.frames * grid.patch_frames {
+            1 => Ok(()),
+            _ => Err(Fault::usage(format!(
+                "input.frames makes {} time slots of {} frames; {at} reads images: set it to 1, or choose a method for video",
+                grid.frames, grid.patch_frames
+            ))),
         }
-        let ratio = self.mask.ratio;
-        if !(ratio > 0.0 && ratio < 1.0) {
-            return Err(Fault::usage(format!(
-                "{at}.mask.ratio is {ratio}; it is the share of patches hidden and must lie in (0, 1), 0.75 in the paper"
-            )));
-        }
-        let (tokens, kept) = (grid.tokens(), grid.kept(ratio));
-        if kept == 0 || kept == tokens {
-            return Err(Fault::usage(format!(
-                "{at}.mask.ratio is {ratio}, which keeps {kept} of {tokens} patches; at least one must be kept and one \
-                 hidden: choose a ratio between {:.3} and {:.3}, or smaller patches",
-                1.0 / tokens as f64,
-                1.0 - 1.0 / tokens as f64
-            )));
-        }
-        if grid.frames != 1 {
-            return Err(Fault::usage(format!(
-                "input.frames makes {} time slots; {at} reads images: set it to 1",
-                grid.frames
-            )));
-        }
-        Ok(())
     }
 }
 
 pub struct Mae {
-    grid: Grid,
-    scale: Scale,
-    table: Table,
+    pub model: Autoencoder,
     ratio: f64,
-    normalize: bool,
-    mask_tokens: MaskTokens,
-    pub encoder: Vit,
-    pub decoder: Decoder,
 }
 
 impl Mae {
     pub fn new(config: &Config, input: &Input) -> Result<Mae> {
-        let grid = input.grid()?;
-        config.check("method.mae", &grid)?;
-        let (mean, std) = input.scale()?;
-        let mut table = Table::default();
-        let in_place = config.mask_tokens == MaskTokens::Encoder;
-        let mut encoder = Vit::new(&mut table, "encoder", &grid, &config.encoder, in_place);
-        let mut decoder = Decoder::new(&mut table, "decoder", &grid, config.encoder.width, &config.decoder, !in_place);
-        encoder.positions = position::table(&grid, config.encoder.width, config.trained_grid);
-        decoder.positions = position::table(&grid, config.decoder.width, config.trained_grid);
-        Ok(Mae {
-            grid,
-            scale: Scale { mean, std },
-            table,
-            ratio: config.mask.ratio,
-            normalize: config.target.normalize,
-            mask_tokens: config.mask_tokens,
-            encoder,
-            decoder,
-        })
-    }
-
-    /// [B, M, P] at the dropped places.
-    fn guess(&self, w: &Weights, batch: &Batch, mask: &Mask) -> Result<Tensor> {
-        let rows = patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep).to_kind(w.kind()); // [B, K, P]
-        match self.mask_tokens {
-            MaskTokens::Decoder => self.decoder.fill(w, &self.encoder.visible(w, &rows, mask)?, mask),
-            MaskTokens::Encoder => self.decoder.refine(w, &self.encoder.in_place(w, &rows, mask)?, mask),
-        }
+        let pixels = Pixels::new(input)?;
+        config.check("method.mae", &pixels.grid)?;
+        let positions = |shape: Shape| position::table(&pixels.grid, shape.width, config.trained_grid);
+        let (in_place, biases) = (config.mask_tokens == MaskTokens::Encoder, Biases::All);
+        let encoder =
+            encoder::Make { class: true, in_place, embed: Init::Xavier, biases, positions: positions(config.encoder) };
+        let token = (!in_place).then_some(Init::Normal(0.02));
+        let decoder = decoder::Make { token, embed_bias: true, biases, positions: positions(config.decoder) };
+        let target = if config.target.normalize { Pixel::PerPatch } else { Pixel::Received };
+        let model = Autoencoder::new(pixels, (&config.encoder, encoder), (&config.decoder, decoder), target);
+        Ok(Mae { model, ratio: config.mask.ratio })
     }
 }
 
 impl Method for Mae {
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>> {
         let mask = self.mask(batch); // keep [B, K], drop [B, M]
-        let guess = self.guess(w, batch, &mask)?; // [B, M, P]
-        let truth = target::pixel::pixel(&batch.pixels, &self.grid, &self.scale, &mask.drop, self.normalize);
-        Ok(vec![Term { name: "pixel", sum: loss::masked_mse(&guess, &truth) }])
+        let guess = self.model.guess(w, &batch.pixels, &mask)?; // [B, M, P]
+        let truth = self.model.truth(&batch.pixels, &mask)?; // [B, M, P]
+        Ok(vec![Term { name: "pixel", sum: masked_mse(&guess, &truth)? }])
     }
-
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
-        vec![("pixel", (samples * (self.grid.tokens() - self.grid.kept(self.ratio))) as f64)]
+        vec![("pixel", (samples * (self.grid().tokens() - self.grid().kept(self.ratio))) as f64)]
     }
-
     fn mask(&self, batch: &Batch) -> Mask {
-        mask::random(&self.grid, self.ratio, batch.seed, &batch.origins, batch.pixels.device())
+        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())
     }
-
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
-        let mask = Mask::none(batch.pixels.size()[0], self.grid.tokens(), batch.pixels.device());
-        let rows = patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep).to_kind(w.kind());
-        let all = match self.mask_tokens {
-            MaskTokens::Decoder => self.encoder.visible(w, &rows, &mask)?,
-            MaskTokens::Encoder => self.encoder.in_place(w, &rows, &mask)?,
-        }
-        .to_kind(Kind::Float);
-        let patches = all.narrow(1, 1, self.grid.tokens());
-        Ok(Features { class: all.select(1, 0), mean: patches.mean_dim(1, false, Kind::Float) })
+        self.model.features(w, &batch.pixels)
     }
-
     fn reconstruct(&self, w: &Weights, batch: &Batch) -> Result<Reconstruction> {
-        let mask = self.mask(batch);
-        let rows = |at: &Tensor| patch::patch(&batch.pixels, &self.grid, &self.scale, at);
-        let (seen, hidden) = (rows(&mask.keep), rows(&mask.drop));
-        let mut guess = self.guess(w, batch, &mask)?.to_kind(Kind::Float);
-        if self.normalize {
-            // The truth's own mean and deviation would leak the answer into the picture: those of what is visible
-            // stand in for them.
-            let mean = seen.mean_dim([1, 2].as_slice(), true, Kind::Float);
-            let deviation = (&seen - &mean).square().mean_dim([1, 2].as_slice(), true, Kind::Float).sqrt();
-            guess = guess * deviation + mean;
-        }
-        let grey = hidden.zeros_like();
-        let restore = mask.restore();
-        let picture = |at_hidden: &Tensor| {
-            let rows = patch::gather(&Tensor::cat(&[&seen, at_hidden], 1), &restore);
-            self.scale.to_unit(&patch::pixels(&rows, &self.grid))
-        };
-        Ok(Reconstruction { original: picture(&hidden), masked: picture(&grey), guessed: picture(&guess) })
+        self.model.reconstruction(w, &batch.pixels, &self.mask(batch))
     }
-
-    fn normalised(&self, batch: &Batch) -> Tensor {
-        let mask = Mask::none(batch.pixels.size()[0], self.grid.tokens(), batch.pixels.device());
-        patch::pixels(&patch::patch(&batch.pixels, &self.grid, &self.scale, &mask.keep), &self.grid)
+    fn normalised(&self, batch: &Batch) -> Result<Tensor> {
+        self.model.pixels.normalised(&batch.pixels)
     }
-
+    fn name(&self) -> &'static str {
+        "mae"
+    }
     fn grid(&self) -> &Grid {
-        &self.grid
+        &self.model.pixels.grid
     }
-
     fn table(&self) -> &Table {
-        &self.table
+        &self.model.table
     }
 }

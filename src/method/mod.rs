@@ -2,6 +2,10 @@
 
 pub mod catalog;
 pub mod mae;
+pub mod videomae;
+
+pub use crate::part::encoder::Features;
+pub use crate::part::pixels::Reconstruction;
 
 use crate::fault::Result;
 use crate::grid::Grid;
@@ -30,24 +34,9 @@ pub struct Term {
     pub sum: Tensor,
 }
 
-/// What a frozen encoder says of a batch.
-pub struct Features {
-    /// The class token after the last normalisation [B, D].
-    pub class: Tensor,
-    /// The mean of all other tokens [B, D].
-    pub mean: Tensor,
-}
-
-/// What a model makes of hidden places, for people to look at; pixels as 0..1 [B, C, T, Y, X].
-pub struct Reconstruction {
-    pub original: Tensor,
-    /// The original with hidden places in grey.
-    pub masked: Tensor,
-    /// The original where visible, the guess where hidden.
-    pub guessed: Tensor,
-}
-
 pub trait Method {
+    /// Its key in the config.
+    fn name(&self) -> &'static str;
     fn grid(&self) -> &Grid;
     /// What the model is made of.
     fn table(&self) -> &Table;
@@ -59,7 +48,7 @@ pub trait Method {
     /// Which tokens the method hides of this batch.
     fn mask(&self, batch: &Batch) -> Mask;
     /// The pixels as the model receives them: fp32, normalised [B, C, T, Y, X].
-    fn normalised(&self, batch: &Batch) -> Tensor;
+    fn normalised(&self, batch: &Batch) -> Result<Tensor>;
     /// The encoder on whole samples, nothing hidden.
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features>;
     /// Pictures of what the model guesses.

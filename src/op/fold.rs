@@ -1,4 +1,4 @@
-//! Partial sums, one row a block of the kernel that made them, added up in their order.
+//! Partial sums, one row a block of the kernel that made them, added up in an order that their number alone decides.
 
 use super::launch::{Launch, Source, blocks, by_type, type_name};
 use super::sizes;
@@ -19,9 +19,9 @@ pub fn kernel(parts: &Tensor, kind: Kind) -> Result<Tensor> {
         source: &SOURCE,
         variant: vec![("ELEMENT", type_name(kind).into())],
         entry: "fold",
-        grid: [blocks(width, 128), 1, 1],
-        threads: 128,
-        shared: 0,
+        grid: [blocks(width, 32), 1, 1],
+        threads: 512,
+        shared: 4 * 512,
     };
     launch.run(&[parts.into(), (&out).into(), (n as i32).into(), (width as i32).into()])?;
     Ok(out)

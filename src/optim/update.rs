@@ -3,7 +3,7 @@
 use super::flat::Flat;
 use super::schedule::{Schedule, Span};
 use crate::fault::{Fault, Result};
-use crate::op::adamw::{AdamW, adamw};
+use crate::op::adamw::{self, AdamW, Buffers, Table, adamw};
 use crate::op::lerp::lerp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -103,6 +103,7 @@ impl Config {
 pub struct Updater {
     config: Config,
     tensors: Vec<Views>,
+    table: Table,
     /// The moving average, fp32 [L].
     pub average: Option<Tensor>,
 }
@@ -126,9 +127,11 @@ impl Updater {
             second: flat.part(&flat.second, index).view(-1),
             steps: flat.steps.narrow(0, index as i64, 1).view([]),
         };
+        let decays: Vec<bool> = flat.specs.iter().map(|spec| spec.decays).collect();
         Updater {
             config: config.clone(),
             tensors: (0..flat.specs.len()).map(views).collect(),
+            table: Table::new(&flat.places, &decays, flat.master.numel(), &flat.steps),
             average: config.ema.map(|_| flat.master.copy()),
         }
     }
@@ -140,6 +143,36 @@ impl Updater {
 
     /// One update of the tensors that are `used`; the others stay where they are, moments and counts included.
     pub fn update(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
+        if flat.master.device().is_cuda() {
+            self.all_at_once(flat, used, lr, clip_scale)?;
+        } else {
+            self.by_tensor(flat, used, lr, clip_scale)?;
+        }
+        if let (Some(average), Some(decay)) = (&mut self.average, self.config.ema) {
+            no_grad(|| lerp(average, &flat.master, 1.0 - decay));
+        }
+        Ok(())
+    }
+
+    /// By our kernel.
+    fn all_at_once(&mut self, flat: &Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
+        let Config { betas, eps, weight_decay, .. } = self.config;
+        let device = flat.master.device();
+        let used: Vec<f32> = used.iter().map(|used| f32::from(u8::from(*used))).collect();
+        self.table.used.copy_(&Tensor::from_slice(&used));
+        let buffers = Buffers {
+            master: &flat.master,
+            first: &flat.first,
+            second: &flat.second,
+            gradient: &flat.gradient,
+            compute: (flat.compute.kind() != flat.master.kind()).then_some(&flat.compute),
+        };
+        let control = adamw::control(lr, weight_decay, clip_scale, true, device);
+        adamw::kernel(buffers, &self.table, &control, (betas[0], betas[1]), eps)
+    }
+
+    /// By the library, group by group.
+    fn by_tensor(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         let Config { betas, eps, weight_decay, .. } = self.config;
         if clip_scale < 1.0 {
             let _ = flat.gradient.g_mul_scalar_(clip_scale);
@@ -164,9 +197,6 @@ impl Updater {
             )?;
         }
         flat.refresh();
-        if let (Some(average), Some(decay)) = (&mut self.average, self.config.ema) {
-            no_grad(|| lerp(average, &flat.master, 1.0 - decay));
-        }
         Ok(())
     }
 }

@@ -4,7 +4,9 @@
 pub mod view; // one decoded sample → the views a method asks for
 pub mod weights; // a table of named tensors, and their values
 pub mod mask; // grid and origin → which tokens are hidden
+pub mod pixels; // samples → rows of patches, and rows → pictures
 pub mod encoder; // tokens → features
 pub mod decoder; // features → predictions at the hidden places
 pub mod target; // what is to be predicted
 pub mod loss; // pure functions of tensors
+pub mod autoencoder; // the parts above, put together for pixels

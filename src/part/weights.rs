@@ -1,9 +1,12 @@
 //! Named tensors. Parts declare what they need in a [`Table`] and receive values as [`Weights`] with every call, so that
 //! one model runs with the trained weights, their moving average, a teacher's or freshly drawn ones.
 
+use crate::fault::Result;
+use crate::op::bias_gelu::{Form, bias_gelu};
+use crate::op::layer_norm::{add_layer_norm, layer_norm};
 use crate::rng::{self, Draw, Purpose};
 use std::ops::Index;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// A tensor's place in its table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +22,8 @@ pub enum Init {
     Uniform(f64),
     /// Normal with this deviation.
     Normal(f64),
+    /// Normal with this deviation, drawn again wherever it lies beyond one deviation.
+    Truncated(f64),
     Zero,
     One,
 }
@@ -51,6 +56,10 @@ impl Spec {
                 uniform((6.0 / fan).sqrt())
             }
             Init::Normal(deviation) => (0..n).map(|_| (deviation * draw.normal()) as f32).collect(),
+            Init::Truncated(deviation) => {
+                let mut within = || std::iter::repeat_with(|| draw.normal()).find(|z| z.abs() <= 1.0).expect("endless");
+                (0..n).map(|_| (deviation * within()) as f32).collect()
+            }
         }
     }
 }
@@ -68,6 +77,11 @@ impl Table {
         assert!(self.specs.iter().all(|spec| spec.name != name), "two tensors are called {name}");
         self.specs.push(Spec { name, shape: shape.to_vec(), init, decays: shape.len() > 1 });
         Slot(self.specs.len() - 1)
+    }
+
+    /// Weight decay spares this tensor too.
+    pub fn spare(&mut self, slot: Slot) {
+        self.specs[slot.0].decays = false;
     }
 
     pub fn specs(&self) -> &[Spec] {
@@ -97,27 +111,68 @@ impl Index<Slot> for Weights {
     }
 }
 
-/// A linear layer's two tensors: `<name>.weight` [out, in] and `<name>.bias` [out].
+/// A linear layer: `<name>.weight` [out, in] and what it adds, [out].
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
     weight: Slot,
-    bias: Slot,
+    bias: Bias,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Bias {
+    All(Slot),
+    /// One for the first third of the outputs, one for the last.
+    QueryValue(Slot, Slot),
+    None,
 }
 
 impl Linear {
-    /// Xavier-uniform weight and zero bias, as every linear layer of the official code.
+    /// Xavier-uniform weight and zero bias `<name>.bias`, as every linear layer of the official code.
     pub fn new(table: &mut Table, name: &str, inputs: i64, outputs: i64) -> Self {
-        Self::with_bias(table, name, inputs, outputs, Init::Zero)
+        Self::begun(table, name, inputs, outputs, [Init::Xavier, Init::Zero])
     }
-    pub fn with_bias(table: &mut Table, name: &str, inputs: i64, outputs: i64, bias: Init) -> Self {
+
+    /// As `new`, with the first values of weight and bias.
+    pub fn begun(table: &mut Table, name: &str, inputs: i64, outputs: i64, [weight, bias]: [Init; 2]) -> Self {
         Linear {
-            weight: table.add(format!("{name}.weight"), &[outputs, inputs], Init::Xavier),
-            bias: table.add(format!("{name}.bias"), &[outputs], bias),
+            weight: table.add(format!("{name}.weight"), &[outputs, inputs], weight),
+            bias: Bias::All(table.add(format!("{name}.bias"), &[outputs], bias)),
         }
     }
+
+    /// As `new`, adding nothing.
+    pub fn bare(table: &mut Table, name: &str, inputs: i64, outputs: i64) -> Self {
+        Linear { weight: table.add(format!("{name}.weight"), &[outputs, inputs], Init::Xavier), bias: Bias::None }
+    }
+
+    /// The packed projection `<name>.qkv.weight` [3D, D] with biases for queries, `<name>.q_bias`, and values,
+    /// `<name>.v_bias` [D], and none for keys: softmax does not see theirs (official BEiT and VideoMAE code).
+    pub fn query_value(table: &mut Table, name: &str, width: i64) -> Self {
+        let weight = table.add(format!("{name}.qkv.weight"), &[3 * width, width], Init::Xavier);
+        let mut bias = |which| table.add(format!("{name}.{which}_bias"), &[width], Init::Zero);
+        Linear { weight, bias: Bias::QueryValue(bias("q"), bias("v")) }
+    }
+
     /// x [.., in] → [.., out].
-    pub fn forward(&self, w: &Weights, x: &Tensor) -> crate::fault::Result<Tensor> {
-        crate::op::linear::linear(x, &w[self.weight], &w[self.bias])
+    pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
+        let weight = &w[self.weight];
+        let bias = match self.bias {
+            Bias::All(bias) => w[bias].shallow_clone(),
+            Bias::QueryValue(q, v) => Tensor::cat(&[&w[q], &w[v].zeros_like(), &w[v]], 0),
+            // The products add a bias in passing; zeros cost less than another form of them.
+            Bias::None => Tensor::zeros([weight.size()[0]], (weight.kind(), weight.device())),
+        };
+        crate::op::linear::linear(x, weight, &bias)
+    }
+
+    /// x [.., in] → the unit of `form` over [.., out]. On a GPU it adds the bias in its own pass.
+    pub fn through_gelu(&self, w: &Weights, x: &Tensor, form: Form) -> Result<Tensor> {
+        match (x.device(), self.bias) {
+            (Device::Cuda(_), Bias::All(bias)) => {
+                bias_gelu(&x.linear(&w[self.weight], None::<Tensor>), Some(&w[bias]), form)
+            }
+            _ => bias_gelu(&self.forward(w, x)?, None, form),
+        }
     }
 }
 
@@ -136,7 +191,11 @@ impl Norm {
         }
     }
     /// x [.., D] → [.., D].
-    pub fn forward(&self, w: &Weights, x: &Tensor) -> Tensor {
-        crate::op::layer_norm::layer_norm(x, &w[self.scale], &w[self.shift])
+    pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
+        layer_norm(x, &w[self.scale], &w[self.shift])
+    }
+    /// x and r [.., D] → x + r, and that normalised.
+    pub fn after(&self, w: &Weights, x: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
+        add_layer_norm(x, r, &w[self.scale], &w[self.shift])
     }
 }

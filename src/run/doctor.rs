@@ -2,7 +2,10 @@
 //!
 //! The checks only look. Of credentials they tell names of variables and files, never contents.
 
+use crate::bridge::cuda;
 use crate::fault::{Fault, Result};
+use crate::op;
+use crate::op::launch::{ARCHITECTURES, compile, file_name};
 use rustix::process::{Resource, getrlimit};
 use std::env;
 use std::fs;
@@ -51,6 +54,24 @@ pub fn doctor() -> Result<()> {
     Err(Fault::usage(format!("Training here still needs: {}. The remedies stand in the table.", missing.join(", "))))
 }
 
+/// Compiles every kernel for every architecture into `folder`, where a bundle keeps them.
+pub fn kernels(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|error| Fault::disk(folder.display(), error))?;
+    let mut files = 0;
+    for source in op::sources() {
+        for variant in (source.variants)() {
+            for architecture in ARCHITECTURES {
+                let path = folder.join(file_name(source, &variant, architecture)?);
+                let cubin = compile(source, &variant, architecture)?.cubin;
+                fs::write(&path, cubin).map_err(|error| Fault::disk(path.display(), error))?;
+                files += 1;
+            }
+        }
+    }
+    println!("{files} programs of kernels in {}", folder.display());
+    Ok(())
+}
+
 /// One line a check.
 pub fn table(checks: &[Check]) -> String {
     let wide = checks.iter().map(|check| check.what.len()).max().unwrap_or(0);
@@ -76,6 +97,7 @@ pub fn checks() -> Vec<Check> {
     vec![
         libtorch(torch.as_deref()),
         libtorch_cuda(torch.as_deref(), gpu),
+        bridge_cuda(gpu),
         driver_and_devices(driver.as_deref()),
         wheel("NVRTC", site.as_deref(), "nvidia/cu13/lib", "libnvrtc.so", gpu),
         wheel("NCCL", site.as_deref(), "nvidia/nccl/lib", "libnccl.so", gpu),
@@ -130,6 +152,18 @@ fn libtorch_cuda(lib: Option<&Path>, gpu: bool) -> Check {
         return Check::new(what, State::Missing, detail, remedy);
     }
     Check::new(what, State::Ok, "installed; no device here, training uses the CPU", "")
+}
+
+/// Streams, events and graphs: the program's own CUDA half.
+fn bridge_cuda(gpu: bool) -> Check {
+    let what = "bridge, CUDA half";
+    match cuda::opened() {
+        Ok(path) => Check::new(what, State::Ok, path.display().to_string(), ""),
+        Err(fault) if gpu => {
+            Check::new(what, State::Missing, fault.message, "run launch/setup and build anew, or copy the file too")
+        }
+        Err(fault) => Check::new(what, State::Absent, format!("{fault}; only a GPU needs it"), ""),
+    }
 }
 
 fn driver_and_devices(driver: Option<&str>) -> Check {

@@ -4,7 +4,7 @@
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
 //! the mask; the losses and the optimizer's numbers. Micro-batches are joined along B.
 
-use super::{exchange::to_mae, step::Outcome, step::Stepper};
+use super::{exchange::official, step::Outcome, step::Stepper};
 use crate::fault::{Fault, Result};
 use crate::method::Batch;
 use std::path::Path;
@@ -25,14 +25,15 @@ pub fn write(
     let mut tensors: Vec<(String, Tensor)> = Vec::new();
     for (index, spec) in flat.specs.iter().enumerate() {
         for (prefix, buffer) in [("weight", &flat.master), ("grad", &flat.gradient)] {
-            let (name, tensor) = to_mae(&spec.name, &flat.part(buffer, index), method.grid());
+            let (name, tensor) = official(method.name(), &spec.name, &flat.part(buffer, index), method.grid());
             tensors.push((format!("{prefix}.{name}"), tensor));
         }
     }
     if !micro.is_empty() {
         let masks: Vec<_> = micro.iter().map(|batch| method.mask(batch)).collect();
         let join = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
-        tensors.push(("input".into(), join(micro.iter().map(|batch| method.normalised(batch)).collect())));
+        tensors
+            .push(("input".into(), join(micro.iter().map(|batch| method.normalised(batch)).collect::<Result<_>>()?)));
         tensors.push(("keep".into(), join(masks.iter().map(|mask| mask.keep.shallow_clone()).collect())));
         tensors.push(("drop".into(), join(masks.iter().map(|mask| mask.drop.shallow_clone()).collect())));
         tensors.push(("restore".into(), join(masks.iter().map(|mask| mask.restore()).collect())));

@@ -73,7 +73,8 @@ pub struct Question {
     pub train: String,
     pub test: String,
     pub probe: Probe,
-    pub feature: Feature,
+    /// The class token where the model has one, else the mean, when left out.
+    pub feature: Option<Feature>,
     /// Judge the same encoder with the weights it began with instead of the trained ones.
     pub random: bool,
     /// The seed of those first weights and of the probe.
@@ -148,7 +149,7 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
     ];
     ranks::agree(world.as_ref(), &config, &flat.master, &texts)?;
     let mut ranks = Ranks::join(world, config.world.frozen_s, config.world.deadline_s)?;
-    let encoder = Encoder { config, method, flat, feature: question.feature };
+    let encoder = Encoder::new(config, method, flat, question.feature)?;
 
     let judged = judge(question, &encoder, [&train, &test], seed, &mut ranks)?;
     let [n_train, n_test, n_left_out, first, any] = judged.count(&mut ranks)?;
@@ -162,7 +163,7 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
         step: if question.random { 0 } else { loaded.manifest.step },
         protocol: question.probe.protocol(),
         numbers: question.probe.numbers(train.len()),
-        feature: question.feature,
+        feature: encoder.feature,
         top1: first as f64 / n_test as f64,
         top5: matches!(question.probe, Probe::Paper(_)).then_some(any as f64 / n_test as f64),
         n_train,

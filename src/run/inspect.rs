@@ -15,7 +15,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-pub use tally::{Bin, Spread};
+pub use tally::{Bin, Spread, Videos};
 
 /// What is asked.
 #[derive(Clone, Debug, Default)]
@@ -57,6 +57,8 @@ pub struct Report {
     pub shorter_side: Vec<Bin>,
     /// Width / height, upright.
     pub aspect: Vec<Bin>,
+    /// Of those pictures that move.
+    pub videos: Videos,
     /// Seconds of a sound, and of all together.
     pub seconds: Vec<Bin>,
     pub seconds_total: f64,

@@ -17,5 +17,6 @@ pub mod step;
 pub mod train;
 pub mod bench;
 pub mod budget;
+pub mod roof;
 pub mod open;
 pub mod state;

@@ -112,8 +112,9 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
         loaded = find(config, &store, resume)?;
     }
     let first = begin(&mut stepper, loaded.as_ref(), channel.as_mut(), deadline)?;
-    if first >= steps && world.rank() == 0 {
-        tracing::info!("{run} has done its {steps} steps already; nothing is left to train");
+    let schedule = config.optim.schedule(set.len(), config.train.global_batch, steps * config.train.global_batch);
+    if world.rank() == 0 {
+        tell(run, first, steps, &schedule);
     }
     let spool = if world.rank() == 0 { Spool::open(&store, first)? } else { None };
     let log = match world.rank() {
@@ -121,7 +122,7 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
         _ => None,
     };
     Ok(Opened {
-        schedule: config.optim.schedule(set.len(), config.train.global_batch, steps * config.train.global_batch),
+        schedule,
         source: source(config, set.clone(), world.as_ref(), *stepper.method.grid())?,
         order: Some(Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards)),
         samples: set.len(),
@@ -254,6 +255,23 @@ fn find(config: &Config, store: &Store, resume: &Resume) -> Result<Option<Loaded
         state::same(config, loaded)?;
     }
     Ok(loaded)
+}
+
+/// Where a training goes on, and what its user may not have meant.
+fn tell(run: &str, first: u64, steps: u64, schedule: &Schedule) {
+    match first {
+        0 => {}
+        _ if first >= steps => tracing::info!("{run} has done its {steps} steps already; nothing is left to train"),
+        _ => tracing::info!("{run} goes on after step {first} of {steps}"),
+    }
+    if schedule.warmup >= schedule.total {
+        tracing::warn!(
+            "optim.warmup lasts {} samples and the training {}: the learning rate never reaches its peak of {}",
+            schedule.warmup,
+            schedule.total,
+            schedule.peak
+        );
+    }
 }
 
 /// Whether `inner` is `outer` or lies in it.

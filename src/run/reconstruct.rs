@@ -4,6 +4,7 @@ use super::picture::{self, Tile};
 use super::step::Stepper;
 use super::{checkpoint, state};
 use crate::config::Config;
+use crate::data::clip::Sampling;
 use crate::data::decode::Limits;
 use crate::data::medium::{Decoder, Medium};
 use crate::fault::{Fault, Result};
@@ -11,6 +12,7 @@ use crate::feed::Source;
 use crate::method::{Batch, Method, Reconstruction};
 use crate::op::shuffle::Origin;
 use crate::part::view::View;
+use crate::part::view::clip::Clip;
 use crate::part::weights::Weights;
 use crate::rng;
 use image::RgbImage;
@@ -25,7 +27,14 @@ const HEADINGS: [&str; 3] = ["masked", "reconstructed", "original"];
 pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbImage> {
     let channels = source.shape[0] as u32;
     let medium = source.medium;
-    let whole = if medium == Medium::Sound { config.view.clone() } else { View::default() };
+    let whole = match medium {
+        Medium::Sound => config.view.clone(),
+        Medium::Picture => {
+            // Of a video, frames from all of it.
+            let clip = Clip { sampling: Sampling::Segments, multi_scale: None };
+            View { clip: Some(clip), ..View::default() }
+        }
+    };
     let mut decoder = Decoder::new(source.limits);
     let mut samples = Vec::new();
     for index in 0..SHOWN.min(source.set.len()) {

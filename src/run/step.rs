@@ -92,7 +92,7 @@ impl Stepper {
 
     /// Global losses and norm, and whether every rank found its own finite.
     fn judge(&mut self, samples: i64, sums: &[f64], counts: &[f64], comm_wait: Duration) -> Result<Outcome> {
-        let grad_norm = f64::from(square_sum(&self.flat.gradient).double_value(&[]) as f32).sqrt();
+        let grad_norm = f64::from(square_sum(&self.flat.gradient)?.double_value(&[]) as f32).sqrt();
         let rank = self.world.rank();
         let mut report = sums.to_vec();
         report.extend((0..self.world.size()).map(|r| f64::from(r == rank && !sums.iter().all(|sum| sum.is_finite()))));

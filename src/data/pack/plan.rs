@@ -5,8 +5,8 @@ use super::super::index;
 use super::super::medium::Medium;
 use super::super::store::Store;
 use super::super::write::{END, Writer};
-use super::Options;
 use super::source::{Picture, Source};
+use super::{Options, Videos};
 use crate::fault::{Fault, Result};
 use std::ops::Range;
 
@@ -116,6 +116,9 @@ fn fingerprint(source: &Source, options: &Options) -> String {
         source.classes
     );
     hasher.update(how.as_bytes());
+    if options.video != Videos::default() {
+        hasher.update(format!("{:?}\0", options.video).as_bytes());
+    }
     for picture in &source.pictures {
         let Picture { key, extension, label, caption, more, bytes, changed, .. } = picture;
         let what = format!("{key} {extension:?} {label:?} {caption:?} {more:?} {bytes:?} {changed}\0");

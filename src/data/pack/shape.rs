@@ -1,7 +1,9 @@
-//! One picture or sound becomes the members of a sample: checked, and where asked for made smaller and encoded anew.
+//! One picture, still or moving, or sound becomes the members of a sample: checked, and where asked for made smaller and encoded anew.
 
-use super::super::decode::{Decoded, Decoder, Limits};
+use super::super::clip;
+use super::super::decode::{Decoded, Decoder};
 use super::super::medium::Medium;
+use super::super::shard::VIDEO;
 use super::source::{Picture, Source};
 use super::voice::Voice;
 use super::{Encode, Options};
@@ -28,23 +30,18 @@ pub struct Shaper {
     resizer: Resizer,
     /// Where sounds are packed.
     voice: Option<Voice>,
-    limits: Limits,
-    resize: Option<u32>,
-    encode: Option<Encode>,
-    quality: u8,
+    options: Options,
 }
 
 impl Shaper {
     pub fn new(options: &Options) -> Shaper {
-        let Options { limits, resize, encode, quality, .. } = *options;
-        let quality = quality.unwrap_or(Options::QUALITY);
         let voice = (options.medium == Medium::Sound).then(|| Voice::new(options.rate));
-        Shaper { decoder: Decoder::new(limits), resizer: Resizer::new(), voice, limits, resize, encode, quality }
+        Shaper { decoder: Decoder::new(options.limits), resizer: Resizer::new(), voice, options: options.clone() }
     }
 
     /// A picture's sample. Faults only where the place that pictures come from fails.
     pub fn shape(&mut self, source: &Source, picture: &Picture) -> Result<Shaped> {
-        let most = self.voice.as_ref().map_or(self.limits.max_bytes, Voice::most_bytes);
+        let most = self.most_bytes(picture);
         match picture.bytes {
             None => return Ok(Shaped::Bad("there is no such file".into())),
             Some(bytes) if bytes > most as u64 => {
@@ -52,13 +49,18 @@ impl Shaper {
             }
             Some(_) => {}
         }
-        let shaped = source.read(picture).and_then(|bytes| match &mut self.voice {
+        let bytes = match source.read(picture) {
+            Ok(bytes) => bytes,
+            Err(fault) if matches!(fault.code, Code::Usage | Code::Corrupt) => return Ok(Shaped::Bad(fault.message)),
+            Err(fault) => return Err(fault.at(source.name(picture))),
+        };
+        let encoded = match &mut self.voice {
             Some(voice) => voice.encoded(picture, bytes),
             None => self.encoded(picture, bytes),
-        });
-        let (extension, bytes) = match shaped {
+        };
+        let (extension, bytes) = match encoded {
             Ok(done) => done,
-            Err(fault) if matches!(fault.code, Code::Usage | Code::Corrupt) => return Ok(Shaped::Bad(fault.message)),
+            Err(fault) if fault.code == Code::Corrupt => return Ok(Shaped::Bad(fault.message)),
             Err(fault) => return Err(fault.at(source.name(picture))),
         };
         let mut members = vec![(extension, bytes)];
@@ -69,22 +71,47 @@ impl Shaper {
         Ok(Shaped::Members(members))
     }
 
+    /// The limit on a file's bytes.
+    fn most_bytes(&self, picture: &Picture) -> usize {
+        let moves = picture.extension.is_some_and(|extension| VIDEO.contains(&extension));
+        match &self.voice {
+            Some(voice) => voice.most_bytes(),
+            None if moves => clip::Limits::default().max_bytes,
+            None => self.options.limits.max_bytes,
+        }
+    }
+
     /// The picture's bytes and their extension: untouched, but where the options ask for other pixels or another
     /// format.
     fn encoded(&mut self, picture: &Picture, bytes: Vec<u8>) -> Result<(&'static str, Vec<u8>)> {
         let opened = self.decoder.open(&bytes, 3)?;
+        if let Some(facts) = opened.video().cloned() {
+            let video = &self.options.video;
+            return match video.recipe(&facts, &self.options) {
+                Some((recipe, extension)) => {
+                    let anew = opened.recode(&recipe, video.rate(&facts), self.options.resize)?;
+                    Ok((extension, anew))
+                }
+                None => {
+                    drop(opened);
+                    Ok((picture.extension.filter(|name| VIDEO.contains(name)).unwrap_or("mp4"), bytes))
+                }
+            };
+        }
+        let Options { resize: side, encode: wanted, .. } = self.options;
+        let quality = self.options.quality.unwrap_or(Options::QUALITY);
         let size = [opened.width(), opened.height()];
         let format = format(&bytes);
-        let smaller = self.resize.and_then(|side| shorter(size, side));
-        if smaller.is_none() && self.encode.is_none() {
+        let smaller = side.and_then(|side| shorter(size, side));
+        if smaller.is_none() && wanted.is_none() {
             drop(opened);
             return Ok((picture.extension.unwrap_or(format.extension()), bytes));
         }
         let whole = opened.whole()?;
-        let format = self.encode.unwrap_or(format);
+        let format = wanted.unwrap_or(format);
         let pixels = match smaller {
-            None => encode(format, self.quality, &whole.pixels, size),
-            Some(to) => encode(format, self.quality, &resize(&mut self.resizer, whole, to), to),
+            None => encode(format, quality, &whole.pixels, size),
+            Some(to) => encode(format, quality, &resize(&mut self.resizer, whole, to), to),
         }?;
         Ok((format.extension(), pixels))
     }

@@ -6,18 +6,22 @@
 //! (`kernels/`), where a bundle has them. Whoever works on a kernel sets `OCCLUDE_KERNELS` to the folder of sources: they
 //! are read from there, and the program need not be compiled again.
 
+mod driver;
 mod emulator;
 mod nvrtc;
 
-pub use nvrtc::{Compiled, Resources, compile};
+pub use nvrtc::{Compiled, Resources, compile, file_name};
 
 use crate::fault::{Fault, Result};
 use std::borrow::Cow;
 use std::path::PathBuf;
 use tch::{Device, Kind, Tensor};
 
-/// What every source includes: name and text.
-const HEADERS: [(&str, &str); 1] = [("device.cuh", include_str!("../../../kernels/device.cuh"))];
+/// What sources include: name and text.
+const HEADERS: [(&str, &str); 2] = [
+    ("device.cuh", include_str!("../../../kernels/device.cuh")),
+    ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
+];
 /// What the emulator adds.
 const HOST: [(&str, &str); 1] = [("host/emulator.hpp", include_str!("../../../kernels/host/emulator.hpp"))];
 
@@ -153,7 +157,7 @@ impl Launch<'_> {
             return Ok(());
         }
         match device {
-            Device::Cuda(_) => Err(Fault::failed("later")),
+            Device::Cuda(index) => driver::launch(self, arguments, index),
             _ => emulator::launch(self, arguments),
         }
         .map_err(|fault| fault.at(what()))

@@ -2,16 +2,28 @@
 
 use crate::fault::Result;
 use crate::grid::Grid;
-use crate::op::{fill::fill, patch::gather, sizes};
-use crate::part::encoder::{block::Block, position, vit::Shape};
+use crate::op::fill::{Places, fill};
+use crate::part::encoder::block::{Biases, Block, transform};
+use crate::part::encoder::vit::Shape;
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
 use tch::Tensor;
 
+/// What sets one paper's decoder apart from another's, beside its shape.
+pub struct Make {
+    /// How the mask token that it puts at hidden places begins; none where the encoder has seen mask tokens.
+    pub token: Option<Init>,
+    /// The layer that brings features to its width has a bias.
+    pub embed_bias: bool,
+    pub biases: Biases,
+    /// fp32 [N, D], fixed.
+    pub positions: Tensor,
+}
+
 pub struct Decoder {
     embed: Linear,
     /// Not there where the encoder has seen mask tokens.
-    token: Option<Slot>,
+    pub token: Option<Slot>,
     blocks: Vec<Block>,
     norm: Norm,
     pred: Linear,
@@ -20,50 +32,37 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// `inputs` is the encoder's width; with `fills` it has a mask token to put at hidden places. Tensors: `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm`, `.pred`.
-    pub fn new(table: &mut Table, name: &str, grid: &Grid, inputs: i64, shape: &Shape, fills: bool) -> Self {
+    /// `inputs` is the encoder's width. Tensors: `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm`, `.pred`.
+    pub fn new(table: &mut Table, name: &str, grid: &Grid, inputs: i64, shape: &Shape, make: Make) -> Self {
         let Shape { width, depth, heads, mlp_ratio } = *shape;
+        let embed = if make.embed_bias { Linear::new } else { Linear::bare };
         Decoder {
-            embed: Linear::new(table, &format!("{name}.embed"), inputs, width),
-            token: fills.then(|| table.add(format!("{name}.mask_token"), &[1, 1, width], Init::Normal(0.02))),
+            embed: embed(table, &format!("{name}.embed"), inputs, width),
+            token: make.token.map(|init| table.add(format!("{name}.mask_token"), &[1, 1, width], init)),
             blocks: (0..depth)
-                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width))
+                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, make.biases))
                 .collect(),
             norm: Norm::new(table, &format!("{name}.norm"), width),
             pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
-            positions: position::sine_cosine(grid, width),
+            positions: make.positions,
         }
     }
 
-    /// seen [B, 1+K, D of the encoder] → guesses at the dropped places [B, M, P].
-    pub fn fill(&self, w: &Weights, seen: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let seen = self.embed.forward(w, seen)?;
-        let table = self.positions.to_device(seen.device()).to_kind(seen.kind());
-        let token = w[self.token.expect("a decoder built with a mask token")].view(-1);
-        let x = fill(&seen, &token, &table, &mask.keep, &mask.drop); // class, visible, hidden
-        self.predict(w, x, mask)
-    }
-
-    /// As `fill`, from an encoder that has seen mask tokens: all [B, 1+N, D of the encoder] in the order class, kept,
-    /// dropped. Positions are added again, as for visible tokens.
-    pub fn refine(&self, w: &Weights, all: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let all = self.embed.forward(w, all)?;
-        let table = self.positions.to_device(all.device()).to_kind(all.kind());
-        let [batch, _, width] = sizes(&all);
-        let places = table.unsqueeze(0).expand([batch, self.positions.size()[0], width], false);
+    /// Guesses at the dropped places [B, M, P]. The features are those of visible tokens [B, K, D of the encoder], or of
+    /// all [B, N, D] in the order kept, dropped where the encoder has seen mask tokens; behind a class token if the
+    /// encoder has one.
+    pub fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let seen = self.embed.forward(w, features)?;
+        let positions = self.positions.to_device(seen.device());
+        let token = self.token.map(|token| w[token].view(-1));
         let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
-        let class = all.narrow(1, 0, 1);
-        let tokens = all.narrow(1, 1, order.size()[1]) + gather(&places, &order);
-        self.predict(w, Tensor::cat(&[class, tokens], 1), mask)
-    }
-
-    /// The last block answers only the hidden tokens, which stand last.
-    fn predict(&self, w: &Weights, mut x: Tensor, mask: &Mask) -> Result<Tensor> {
-        let hidden = 1 + mask.keep.size()[1];
-        let last = self.blocks.len() - 1;
-        for (i, block) in self.blocks.iter().enumerate() {
-            x = block.tail(w, &x, if i == last { hidden } else { 0 })?;
-        }
-        self.pred.forward(w, &self.norm.forward(w, &x))
+        let (keep, hidden) = match &token {
+            Some(token) => (&mask.keep, Some((token, &mask.drop))),
+            None => (&order, None),
+        };
+        let x = fill(&seen, None, Places { positions: &positions, keep, hidden })?; // class, visible, hidden
+        let from = x.size()[1] - mask.drop.size()[1];
+        // The last block answers only the hidden tokens, which stand last.
+        self.pred.forward(w, &transform(&self.blocks, &self.norm, w, x, from)?)
     }
 }

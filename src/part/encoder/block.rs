@@ -2,9 +2,17 @@
 
 use crate::fault::Result;
 use crate::op::attention::attention;
-use crate::op::bias_gelu::{Form, bias_gelu};
+use crate::op::bias_gelu::Form;
 use crate::part::weights::{Linear, Norm, Table, Weights};
 use tch::Tensor;
+
+/// Which of queries, keys and values have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Biases {
+    All,
+    /// All but the keys.
+    QueryValue,
+}
 
 pub struct Block {
     norm1: Norm,
@@ -18,10 +26,13 @@ pub struct Block {
 
 impl Block {
     /// Tensors are called `<name>.norm1.weight` and so on, as in timm.
-    pub fn new(table: &mut Table, name: &str, width: i64, heads: i64, hidden: i64) -> Self {
+    pub fn new(table: &mut Table, name: &str, width: i64, heads: i64, hidden: i64, biases: Biases) -> Self {
         Block {
             norm1: Norm::new(table, &format!("{name}.norm1"), width),
-            qkv: Linear::new(table, &format!("{name}.attn.qkv"), width, 3 * width),
+            qkv: match biases {
+                Biases::All => Linear::new(table, &format!("{name}.attn.qkv"), width, 3 * width),
+                Biases::QueryValue => Linear::query_value(table, &format!("{name}.attn"), width),
+            },
             proj: Linear::new(table, &format!("{name}.attn.proj"), width, width),
             norm2: Norm::new(table, &format!("{name}.norm2"), width),
             fc1: Linear::new(table, &format!("{name}.mlp.fc1"), width, hidden),
@@ -30,17 +41,40 @@ impl Block {
         }
     }
 
-    /// x [B, S, D] → [B, S, D].
-    pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
-        self.tail(w, x, 0)
-    }
-
     /// Only the tokens from `from` on → [B, S − from, D]. They attend to all; what nobody reads is not computed.
-    pub fn tail(&self, w: &Weights, x: &Tensor, from: i64) -> Result<Tensor> {
-        let qkv = self.qkv.forward(w, &self.norm1.forward(w, x))?; // [B, S, 3D]
-        let mixed = self.proj.forward(w, &attention(&qkv, self.heads, from))?; // [B, S − from, D]
-        let x = x.narrow(1, from, x.size()[1] - from) + mixed;
-        let hidden = bias_gelu(&self.fc1.forward(w, &self.norm2.forward(w, &x))?, None, Form::Exact)?;
-        Ok(&x + self.fc2.forward(w, &hidden)?)
+    fn forward(&self, w: &Weights, stream: &Stream, from: i64) -> Result<Stream> {
+        let (x, normal) = stream.normalised(w, &self.norm1)?;
+        let qkv = self.qkv.forward(w, &normal)?; // [B, S, 3D]
+        let mixed = self.proj.forward(w, &attention(&qkv, self.heads, from)?)?; // [B, S − from, D]
+        let (x, normal) = self.norm2.after(w, &x.narrow(1, from, x.size()[1] - from), &mixed)?;
+        let hidden = self.fc1.through_gelu(w, &normal, Form::Exact)?;
+        Ok(Stream { x, due: Some(self.fc2.forward(w, &hidden)?) })
     }
+}
+
+/// What runs from block to block: x [B, S, D] and what is still to be added to it, which the next normalisation does in
+/// its own pass.
+struct Stream {
+    x: Tensor,
+    due: Option<Tensor>,
+}
+
+impl Stream {
+    /// The whole sum, and that normalised.
+    fn normalised(&self, w: &Weights, norm: &Norm) -> Result<(Tensor, Tensor)> {
+        match &self.due {
+            Some(due) => norm.after(w, &self.x, due),
+            None => Ok((self.x.shallow_clone(), norm.forward(w, &self.x)?)),
+        }
+    }
+}
+
+/// x [B, S, D] through all blocks and the normalisation behind them → [B, S − from, D]. The last block answers only the
+/// tokens from `from` on.
+pub fn transform(blocks: &[Block], norm: &Norm, w: &Weights, x: Tensor, from: i64) -> Result<Tensor> {
+    let mut stream = Stream { x, due: None };
+    for (i, block) in blocks.iter().enumerate() {
+        stream = block.forward(w, &stream, if i + 1 == blocks.len() { from } else { 0 })?;
+    }
+    Ok(stream.normalised(w, norm)?.1)
 }

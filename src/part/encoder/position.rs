@@ -1,5 +1,6 @@
-//! Fixed sine-cosine positions, of the grid itself or of another one stretched over it.
+//! Fixed sine-cosine positions: by row and column, of the grid itself or of another one stretched over it; or by number.
 
+use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use tch::Tensor;
 
@@ -33,4 +34,28 @@ pub fn sine_cosine(grid: &Grid, width: i64) -> Tensor {
         }
     }
     Tensor::from_slice(&table).view([grid.rows * grid.cols, width])
+}
+
+/// fp32 [N, D], computed in fp64 (official VideoMAE `get_sinusoid_encoding_table`, after Vaswani et al., 2017, §3.5):
+/// tokens counted in row-major order through all frames; sines in the even channels, cosines in the odd ones,
+/// frequencies 10000^(−2i / D).
+pub fn by_number(grid: &Grid, width: i64) -> Tensor {
+    let angle = |token: i64, pair: i64| token as f64 / 10000f64.powf(2.0 * pair as f64 / width as f64);
+    let value = |token, channel: i64| match channel % 2 {
+        0 => angle(token, channel / 2).sin() as f32,
+        _ => angle(token, channel / 2).cos() as f32,
+    };
+    let table: Vec<f32> =
+        (0..grid.tokens()).flat_map(|token| (0..width).map(move |channel| value(token, channel))).collect();
+    Tensor::from_slice(&table).view([grid.tokens(), width])
+}
+
+/// Refuses a `trained_grid` that is none.
+pub fn check(at: &str, trained: Option<[i64; 2]>) -> Result<()> {
+    match trained.filter(|sides| sides.iter().any(|side| !(1..=4096).contains(side))) {
+        Some([rows, cols]) => Err(Fault::usage(format!(
+            "{at} is [{rows}, {cols}]; it is the rows and columns of patches that weights were trained on"
+        ))),
+        None => Ok(()),
+    }
 }

@@ -1,14 +1,16 @@
 //! The vision transformer over the visible tokens, or over all with mask tokens in place.
 
-use super::{block::Block, position};
+use super::Features;
+use super::block::{Biases, Block, transform};
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
-use crate::op::{fill::fill, patch::gather};
+use crate::op::fill::{Places, fill};
+use crate::op::sizes;
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// The shape of a transformer. Width, depth and heads of the usual ones: Ti 192, 12, 3; S 384, 12, 6; B 768, 12, 12;
 /// L 1024, 24, 16; H 1280, 32, 16.
@@ -56,9 +58,22 @@ impl Shape {
     }
 }
 
+/// What sets one paper's encoder apart from another's, beside its shape.
+pub struct Make {
+    /// A class token stands in front of the patches.
+    pub class: bool,
+    /// It sees mask tokens, instead of the visible patches alone.
+    pub in_place: bool,
+    /// How the patch embedding's weight begins.
+    pub embed: Init,
+    pub biases: Biases,
+    /// fp32 [N, D], fixed.
+    pub positions: Tensor,
+}
+
 pub struct Vit {
     embed: Linear,
-    class: Slot,
+    class: Option<Slot>,
     /// There only where the encoder sees mask tokens.
     token: Option<Slot>,
     blocks: Vec<Block>,
@@ -68,55 +83,44 @@ pub struct Vit {
 }
 
 impl Vit {
-    /// `<name>.embed`, `<name>.cls_token`, `<name>.blocks.<i>`, `<name>.norm`; with `in_place` also
-    /// `<name>.mask_token`.
-    pub fn new(table: &mut Table, name: &str, grid: &Grid, shape: &Shape, in_place: bool) -> Self {
+    /// `<name>.embed`, `<name>.cls_token` and `<name>.mask_token` where there are such, `<name>.blocks.<i>`,
+    /// `<name>.norm`.
+    pub fn new(table: &mut Table, name: &str, grid: &Grid, shape: &Shape, make: Make) -> Self {
         let Shape { width, depth, heads, mlp_ratio } = *shape;
-        // The official code leaves this bias at PyTorch's default, uniform within ±1/√(fan in).
-        let bias = Init::Uniform(1.0 / (grid.values() as f64).sqrt());
+        // The official codes leave this bias at PyTorch's default, uniform within ±1/√(fan in).
+        let begins = [make.embed, Init::Uniform(1.0 / (grid.values() as f64).sqrt())];
+        let embed = Linear::begun(table, &format!("{name}.embed"), grid.values(), width, begins);
+        let mut token = |which| table.add(format!("{name}.{which}_token"), &[1, 1, width], Init::Normal(0.02));
         Vit {
-            embed: Linear::with_bias(table, &format!("{name}.embed"), grid.values(), width, bias),
-            class: table.add(format!("{name}.cls_token"), &[1, 1, width], Init::Normal(0.02)),
-            token: in_place.then(|| table.add(format!("{name}.mask_token"), &[1, 1, width], Init::Normal(0.02))),
+            embed,
+            class: make.class.then(|| token("cls")),
+            token: make.in_place.then(|| token("mask")),
             blocks: (0..depth)
-                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width))
+                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, make.biases))
                 .collect(),
             norm: Norm::new(table, &format!("{name}.norm"), width),
-            positions: position::sine_cosine(grid, width),
+            positions: make.positions,
         }
     }
 
-    /// rows [B, K, P] of the kept patches → features [B, 1+K, D], the class token first.
-    pub fn visible(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
-        self.transform(w, self.begin(w, rows, mask)?)
-    }
-
-    /// As `visible`, with a mask token at every dropped place → [B, 1+N, D] in the order class, kept, dropped.
-    pub fn in_place(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let seen = self.embed.forward(w, rows)?;
-        let class = w[self.class].expand([rows.size()[0], 1, seen.size()[2]], false);
-        let token = &w[self.token.expect("an encoder built with mask tokens")];
-        let table = self.table(&seen);
-        self.transform(w, fill(&Tensor::cat(&[class, seen], 1), &token.view(-1), &table, &mask.keep, &mask.drop))
-    }
-
-    /// Class token and embedded patches with their positions.
-    fn begin(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
+    /// rows [B, K, P] of the kept patches → features, the class token first where there is one: of those [B, 1+K, D];
+    /// or with mask tokens at the dropped places [B, 1+N, D], in the order class, kept, dropped.
+    pub fn forward(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, rows)?; // [B, K, D]
-        let [batch, _, width] = crate::op::sizes(&seen);
-        let table = self.table(&seen).unsqueeze(0).expand([batch, self.positions.size()[0], width], false);
-        let class = w[self.class].expand([batch, 1, width], false);
-        Ok(Tensor::cat(&[class, seen + gather(&table, &mask.keep)], 1))
+        let positions = self.positions.to_device(seen.device());
+        let [class, token] = [self.class, self.token].map(|slot| slot.map(|slot| w[slot].view(-1)));
+        let hidden = token.as_ref().map(|token| (token, &mask.drop));
+        let all = fill(&seen, class.as_ref(), Places { positions: &positions, keep: &mask.keep, hidden })?;
+        transform(&self.blocks, &self.norm, w, all, 0)
     }
 
-    fn table(&self, like: &Tensor) -> Tensor {
-        self.positions.to_device(like.device()).to_kind(like.kind())
-    }
-
-    fn transform(&self, w: &Weights, mut x: Tensor) -> Result<Tensor> {
-        for block in &self.blocks {
-            x = block.forward(w, &x)?;
-        }
-        Ok(self.norm.forward(w, &x))
+    /// Whole samples, rows [B, N, P] in row-major order, nothing hidden.
+    pub fn features(&self, w: &Weights, rows: &Tensor) -> Result<Features> {
+        let [batch, tokens, _] = sizes(rows);
+        let mask = Mask::none(batch, tokens, rows.device());
+        let all = self.forward(w, rows, &mask)?.to_kind(Kind::Float); // [B, 1+N, D] or [B, N, D]
+        let front = i64::from(self.class.is_some());
+        let mean = all.narrow(1, front, tokens).mean_dim(1, false, Kind::Float);
+        Ok(Features { class: self.class.map(|_| all.select(1, 0)), mean })
     }
 }

@@ -1,9 +1,14 @@
 //! A mask is a value that walks in front of the encoder: indices, never a float map with a polarity.
 
 mod random;
+mod ratio;
+mod tube;
 
 pub use random::random;
+pub use ratio::Ratio;
+pub use tube::tube;
 
+use crate::op::shuffle::{Indices, Origin, Plan, mask};
 use tch::{Device, Kind, Tensor};
 
 /// Which tokens are kept and which dropped, by row-major token number.
@@ -13,13 +18,25 @@ pub struct Mask {
     pub keep: Tensor,
     /// int64 [B, M].
     pub drop: Tensor,
+    /// What `restore` gives, where it was drawn along with the others.
+    places: Option<Tensor>,
 }
 
 impl Mask {
+    /// Drawn for each sample by a plan, on the device where it is wanted.
+    ///
+    /// # Panics
+    /// Where a GPU refuses the kernel, which is a defect.
+    pub fn drawn(plan: &Plan, seed: u64, samples: &[Origin], device: Device) -> Mask {
+        let drawn = mask(plan, seed, &Origin::table(samples, device));
+        let Indices { keep, drop, restore } = drawn.unwrap_or_else(|fault| panic!("a mask: {fault}"));
+        Mask { keep, drop, places: Some(restore) }
+    }
+
     /// From an order of tokens int64 [B, N]: the first `kept` stay.
     pub fn from_order(order: &Tensor, kept: i64) -> Mask {
         let tokens = order.size()[1];
-        Mask { keep: order.narrow(1, 0, kept), drop: order.narrow(1, kept, tokens - kept) }
+        Mask { keep: order.narrow(1, 0, kept), drop: order.narrow(1, kept, tokens - kept), places: None }
     }
 
     /// Nothing hidden.
@@ -31,6 +48,7 @@ impl Mask {
     /// int64 [B, N]: where each token stands in (keep, drop), so that `cat(keep, drop)` gathered by it is in row-major
     /// order.
     pub fn restore(&self) -> Tensor {
-        Tensor::cat(&[&self.keep, &self.drop], 1).argsort(1, false)
+        let sorted = || Tensor::cat(&[&self.keep, &self.drop], 1).argsort(1, false);
+        self.places.as_ref().map_or_else(sorted, Tensor::shallow_clone)
     }
 }

@@ -2,10 +2,11 @@
 
 use super::Mask;
 use crate::grid::Grid;
-use crate::op::shuffle::{Origin, shuffle};
+use crate::op::shuffle::{Origin, Plan};
 use tch::Device;
 
 /// Hides the share `ratio` of the tokens of each sample.
 pub fn random(grid: &Grid, ratio: f64, seed: u64, samples: &[Origin], device: Device) -> Mask {
-    Mask::from_order(&shuffle(seed, samples, grid.tokens(), device), grid.kept(ratio))
+    let plan = Plan::random(grid, [1, 1, 1], grid.kept(ratio)).expect("no more tokens kept than there are");
+    Mask::drawn(&plan, seed, samples, device)
 }

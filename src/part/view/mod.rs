@@ -1,5 +1,6 @@
-//! A view: one augmented form of a sample. Of a picture it is what the model receives but for the normalisation, which
-//! happens on the device: 8-bit pixels, planes [C, Y, X]. Of a sound it is a spectrogram, normalised (`spectrogram.rs`).
+//! A view: one augmented form of a sample. Of a picture, still or moving, it is what the model receives but for the
+//! normalisation, which happens on the device: 8-bit pixels, planes [C, T, Y, X]. Of a sound it is a spectrogram,
+//! normalised (`spectrogram.rs`).
 
 pub mod crop; // which box of a picture is shown, and its resize
 pub mod tone; // curves from old values to new
@@ -11,6 +12,7 @@ pub mod jitter; // random colour
 pub mod rand_augment; // random operations
 pub mod augment; // the config's `view.augment`
 pub mod plane; // pixel by pixel → plane by plane
+pub mod clip; // videos: which frames, and one box for all of them
 pub mod erase; // random boxes become noise, in batches
 pub mod mix; // mixup and CutMix, of batches
 pub mod spectrogram; // a window of a sound as an image
@@ -22,6 +24,7 @@ use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::rng::{Draw, Purpose};
 use augment::Augment;
+use clip::Clip;
 use crop::Crop;
 use said::Said;
 use serde::{Deserialize, Serialize};
@@ -42,25 +45,21 @@ pub struct View {
     pub center: f64,
     /// What training does to colours and shape after crop and flip; nothing when left out.
     pub augment: Augment,
-    /// Whether training may decode a JPEG at 1/2, 1/4 or 1/8 of its size where the box still has as many pixels as the
-    /// model takes: by a third faster on pictures of 1400 pixels a side, other pixels. They differ from those of a full
-    /// decode on photographs by 0.4 to 1.7 of 255 in the mean, on noise with a photograph's spectrum by 2.6 (5.3 in
-    /// the worst view, 43 in the worst pixel). Evaluation never does it.
+    /// Whether training may decode a JPEG, or a video's frames, at 1/2, 1/4 or 1/8 of their size where the box still has
+    /// as many pixels as the model takes: by a third faster on pictures of 1400 pixels a side, other pixels. They differ
+    /// from those of a full decode on photographs by 0.4 to 1.7 of 255 in the mean, on noise with a photograph's
+    /// spectrum by 2.6 (5.3 in the worst view, 43 in the worst pixel). Evaluation never does it.
     pub scaled_decode: bool,
+    /// Of videos: which frames are shown, as many as `input.frames` says.
+    pub clip: Option<Clip>,
     /// How sounds become spectrograms.
     pub sound: Option<Sound>,
 }
 
 impl Default for View {
     fn default() -> Self {
-        View {
-            crop: Crop::default(),
-            flip: 0.5,
-            center: 0.875,
-            augment: Augment::default(),
-            scaled_decode: false,
-            sound: None,
-        }
+        let (crop, augment) = (Crop::default(), Augment::default());
+        View { crop, flip: 0.5, center: 0.875, augment, scaled_decode: false, clip: None, sound: None }
     }
 }
 
@@ -68,6 +67,7 @@ impl View {
     pub fn check(&self) -> Result<()> {
         self.crop.check()?;
         self.augment.check()?;
+        self.clip.as_ref().map_or(Ok(()), Clip::check)?;
         if !(0.0..=1.0).contains(&self.flip) {
             return Err(Fault::usage(format!("view.flip is {}; it is a probability, 0 to 1", self.flip)));
         }
@@ -85,10 +85,10 @@ impl View {
         if self.sound.is_some() { Medium::Sound } else { Medium::Picture }
     }
 
-    /// Training's view of sample `id` in `epoch` into `out`: of a picture [C, Y, X], 8 bits, random box, random flip; of
-    /// a sound as [`Sound::train`] says. How many of its rows show the sample. `repeat` tells several views of one
-    /// sample apart. The box is drawn from the header; no pixel outside of it is decoded for nothing. Faults as
-    /// [`Picture::region`] does.
+    /// Training's view of sample `id` in `epoch` into `out`: of a picture [C, T, Y, X], 8 bits: random frames of a video,
+    /// random box, random flip, the same for all frames; of a sound as [`Sound::train`] says. How many of its rows show
+    /// the sample. `repeat` tells several views of one sample apart. The box is drawn from the header; no pixel outside
+    /// of it is decoded for nothing. Faults as [`Picture::region`] does.
     #[allow(clippy::too_many_arguments)] // a sample's place in the training, and where it goes
     pub fn train<'a>(
         &self,
@@ -100,35 +100,46 @@ impl View {
         repeat: u32,
         out: &mut [u8],
     ) -> Result<u32> {
-        let mut place = Draw::new(seed, id, epoch, Purpose::Crop, repeat);
+        let stream = |purpose| Draw::new(seed, id, epoch, purpose, repeat);
         let picture = match (sample.into(), &self.sound) {
-            (Sample::Sound(clip), Some(sound)) => return sound.train(grid, &clip, &mut place, out),
+            (Sample::Sound(clip), Some(sound)) => {
+                return sound.train(grid, &clip, &mut stream(Purpose::Crop), out);
+            }
             (sample, sound) => picture(sample, sound)?,
         };
         let size = size(grid);
-        let region = self.crop.region(picture.width(), picture.height(), &mut place);
+        if picture.video().is_some() {
+            self.train_clip(grid, picture, stream, out)?;
+            return Ok(size[1]);
+        }
+        clip::still(grid)?;
+        let region = self.crop.region(picture.width(), picture.height(), &mut stream(Purpose::Crop));
         let least = if self.scaled_decode { size } else { [region.width, region.height] };
         let part = picture.region(region, least)?;
         with_pixels(out.len(), |pixels| {
             crop::resize(&part, size, self.crop.interpolation, pixels);
             // Ahead of the mirroring: what is drawn to the left is as likely drawn to the right.
             let shape = [size[1] as usize, size[0] as usize, part.image.channels as usize];
-            let stream = |purpose| Draw::new(seed, id, epoch, purpose, repeat);
             self.augment.apply(pixels, shape, self.crop.interpolation, stream);
-            let mirror = Draw::new(seed, id, epoch, Purpose::Flip, repeat).uniform() < self.flip;
+            let mirror = stream(Purpose::Flip).uniform() < self.flip;
             plane::planes(pixels, part.image.channels as usize, size[0] as usize, mirror, out);
         });
         Ok(size[1])
     }
 
     /// Evaluation's view into `out`, as [`View::train`]'s: of a picture its central crop, resized, always decoded at
-    /// full size; of a sound its middle.
+    /// full size; of a video its middle frames; of a sound its middle.
     pub fn eval<'a>(&self, grid: &Grid, sample: impl Into<Sample<'a>>, out: &mut [u8]) -> Result<u32> {
         let picture = match (sample.into(), &self.sound) {
             (Sample::Sound(clip), Some(sound)) => return sound.eval(grid, &clip, out),
             (sample, sound) => picture(sample, sound)?,
         };
         let size = size(grid);
+        if picture.video().is_some() {
+            self.eval_clip(grid, picture, out)?;
+            return Ok(size[1]);
+        }
+        clip::still(grid)?;
         let (width, height) = (picture.width(), picture.height());
         let [left, top, w, h] = crop::center(width, height, size, self.center);
         let region = self.crop.interpolation.sees([left, top, w, h], size, width, height);
@@ -151,6 +162,7 @@ fn picture<'a>(sample: Sample<'a>, sound: &Option<Sound>) -> Result<Picture<'a>>
     }
 }
 
+/// [width, height] of a view.
 fn size(grid: &Grid) -> [u32; 2] {
     let [_, _, height, width] = grid.pixels();
     [width as u32, height as u32]

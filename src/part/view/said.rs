@@ -2,6 +2,7 @@
 
 use super::View;
 use super::augment::Augment;
+use super::clip::Clip;
 use super::crop::Crop;
 use super::spectrogram::Sound;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -28,10 +29,14 @@ pub struct Said {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Augment")]
     augment: Option<Augment>,
-    /// Whether training may decode a JPEG at a fraction of its size; false when left out.
+    /// Whether training may decode a JPEG, or a video's frames, at a fraction of its size; false when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "bool")]
     scaled_decode: Option<bool>,
+    /// Of videos: which frames are shown, as many as `input.frames` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Clip")]
+    clip: Option<Clip>,
     /// Samples are sounds, and this is how they become spectrograms. No other key of `view` is given beside it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Sound")]
@@ -42,13 +47,14 @@ impl TryFrom<Said> for View {
     type Error = String;
 
     fn try_from(said: Said) -> Result<View, String> {
-        let Said { crop, flip, center, augment, scaled_decode, sound } = said;
+        let Said { crop, flip, center, augment, scaled_decode, clip, sound } = said;
         let given = [
             ("crop", crop.is_some()),
             ("flip", flip.is_some()),
             ("center", center.is_some()),
             ("augment", augment.is_some()),
             ("scaled_decode", scaled_decode.is_some()),
+            ("clip", clip.is_some()),
         ];
         if let (Some((key, _)), Some(_)) = (given.iter().find(|(_, given)| *given), &sound) {
             return Err(format!(
@@ -63,6 +69,7 @@ impl TryFrom<Said> for View {
             center: center.unwrap_or(middle),
             augment: augment.unwrap_or(change),
             scaled_decode: scaled_decode.unwrap_or(scaled),
+            clip,
             sound,
         })
     }
@@ -70,15 +77,18 @@ impl TryFrom<Said> for View {
 
 impl From<View> for Said {
     fn from(view: View) -> Said {
-        let View { crop, flip, center, augment, scaled_decode, sound } = view;
+        let View { crop, flip, center, augment, scaled_decode, clip, sound } = view;
         match sound {
-            Some(_) => Said { crop: None, flip: None, center: None, augment: None, scaled_decode: None, sound },
+            Some(_) => {
+                Said { crop: None, flip: None, center: None, augment: None, scaled_decode: None, clip: None, sound }
+            }
             None => Said {
                 crop: Some(crop),
                 flip: Some(flip),
                 center: Some(center),
                 augment: Some(augment),
                 scaled_decode: Some(scaled_decode),
+                clip,
                 sound,
             },
         }

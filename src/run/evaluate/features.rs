@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::data::mix::Mix;
 use crate::fault::{Code, Fault, Result};
 use crate::feed::Rows;
-use crate::method::{Batch, Method};
+use crate::method::{Batch, Features, Method};
 use crate::op::shuffle::Origin;
 use crate::optim::flat::Flat;
 use std::sync::Arc;
@@ -23,40 +23,62 @@ pub struct Encoder {
     pub method: Box<dyn Method>,
     pub flat: Flat,
     pub feature: Feature,
+    /// D, known before the first sample: a rank may have none.
+    pub width: i64,
 }
 
 impl Encoder {
-    /// D, known before the first sample: a rank may have none.
-    pub fn width(&self) -> Result<i64> {
-        let kind = self.config.view.medium().kind();
-        let values = self.method.grid().pixels().iter().product::<i64>() as usize;
-        Ok(self.chunk(&vec![0; values * kind.elt_size_in_bytes()], kind, &[0])?.size()[1])
+    /// Of the features that are asked for, else of the class token where there is one, else of the mean.
+    ///
+    /// # Errors
+    /// Code::Usage where the class token is asked for and there is none.
+    pub fn new(config: Config, method: Box<dyn Method>, flat: Flat, asked: Option<Feature>) -> Result<Encoder> {
+        let mut encoder = Encoder { config, method, flat, feature: Feature::Mean, width: 0 };
+        let kind = encoder.config.view.medium().kind();
+        let values = encoder.method.grid().pixels().iter().product::<i64>() as usize;
+        let found = encoder.run(&vec![0; values * kind.elt_size_in_bytes()], kind, &[0])?;
+        encoder.width = found.mean.size()[1];
+        encoder.feature = match (asked, found.class) {
+            (Some(Feature::Class), None) => {
+                return Err(Fault::usage(
+                    "the model has no class token; ask for --feature mean, or leave the choice to the model",
+                ));
+            }
+            (Some(asked), _) => asked,
+            (None, Some(_)) => Feature::Class,
+            (None, None) => Feature::Mean,
+        };
+        Ok(encoder)
     }
 
     /// Features of rows, fp32 [R, D] on the CPU.
     pub fn features(&self, rows: &Rows) -> Result<Tensor> {
         let bytes = rows.pixels.len() / rows.ids.len().max(1);
-        let chunks = rows.ids.chunks(ROWS).zip(rows.pixels.chunks((ROWS * bytes).max(1)));
-        let parts = chunks.map(|(ids, pixels)| self.chunk(pixels, rows.kind, ids)).collect::<Result<Vec<_>>>()?;
-        match parts.is_empty() {
-            true => Ok(Tensor::zeros([0, self.width()?], (Kind::Float, Device::Cpu))),
-            false => Ok(Tensor::cat(&parts, 0)),
+        let mut parts = vec![self.none()];
+        for (ids, pixels) in rows.ids.chunks(ROWS).zip(rows.pixels.chunks((ROWS * bytes).max(1))) {
+            let found = self.run(pixels, rows.kind, ids)?;
+            let features = match self.feature {
+                Feature::Class => found.class.expect("asked for where there is one alone"),
+                Feature::Mean => found.mean,
+            };
+            parts.push(features.to_kind(Kind::Float).to_device(Device::Cpu));
         }
+        Ok(Tensor::cat(&parts, 0))
     }
 
-    fn chunk(&self, pixels: &[u8], kind: Kind, ids: &[u64]) -> Result<Tensor> {
+    /// Features of no sample, [0, D].
+    pub fn none(&self) -> Tensor {
+        Tensor::zeros([0, self.width], (Kind::Float, Device::Cpu))
+    }
+
+    fn run(&self, pixels: &[u8], kind: Kind, ids: &[u64]) -> Result<Features> {
         let shape = [&[ids.len() as i64][..], &self.method.grid().pixels()].concat();
         let batch = Batch {
             pixels: Tensor::f_from_data_size(pixels, &shape, kind)?.to_device(self.flat.master.device()),
             origins: ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
             seed: self.config.train.seed,
         };
-        let found = no_grad(|| self.method.features(&self.flat.leaves, &batch))?;
-        let features = match self.feature {
-            Feature::Class => found.class,
-            Feature::Mean => found.mean,
-        };
-        Ok(features.to_kind(Kind::Float).to_device(Device::Cpu))
+        no_grad(|| self.method.features(&self.flat.leaves, &batch))
     }
 }
 
@@ -72,7 +94,7 @@ impl Set {
     pub fn sweep(encoder: &Encoder, set: &Arc<Mix>, ranks: &mut Ranks, title: &'static str) -> Result<Set> {
         let share = samples::share(set, ranks);
         let mut progress = Progress::begin(title, share, ranks.first());
-        let mut x = vec![Tensor::zeros([0, encoder.width()?], (Kind::Float, Device::Cpu))];
+        let mut x = vec![encoder.none()];
         let mut labels = vec![Tensor::zeros([0], (Kind::Int64, Device::Cpu))];
         let grid = *encoder.method.grid();
         for (rows, step) in samples::sweep(set, ROWS as u64, &encoder.config, grid, ranks)?.zip(1..) {

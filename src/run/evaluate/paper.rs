@@ -92,7 +92,7 @@ impl Paper {
         }
         let piece = piece(batch, ranks.size() as u64);
         let classes = samples::classes(set, ranks)?;
-        let mut head = Head::new(encoder.width()?, classes, seed);
+        let mut head = Head::new(encoder.width, classes, seed);
         let mut progress = Progress::begin("linear classifier", self.epochs * updates, ranks.first());
         for epoch in 0..self.epochs {
             let pieces = (piece, updates * (batch / piece));

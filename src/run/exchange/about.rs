@@ -11,6 +11,10 @@ pub struct About {
     pub normalize: Option<bool>,
     /// The share hidden.
     pub ratio: Option<f64>,
+    /// Frames of a clip.
+    pub frames: Option<i64>,
+    /// [height, width] in pixels.
+    pub size: Option<[i64; 2]>,
     pub mean: Option<Vec<f64>>,
     pub std: Option<Vec<f64>>,
     /// What the user should know.

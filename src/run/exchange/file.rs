@@ -38,12 +38,14 @@ impl Sheet {
         Fault::usage(format!("{}: {why}", self.path.display()))
     }
 
-    /// A bare encoder (`ViTMAEModel`) gets the names that it has as a part of the whole.
+    /// A bare encoder (`ViTMAEModel`, `VideoMAEModel`) gets the names that it has as a part of the whole.
     pub fn name_bare_encoder(&mut self) {
-        if self.tensors.contains_key("embeddings.cls_token") {
-            self.tensors =
-                std::mem::take(&mut self.tensors).into_iter().map(|(n, t)| (format!("vit.{n}"), t)).collect();
-        }
+        let part = match self.tensors.contains_key("embeddings.cls_token") {
+            true => "vit",
+            false if self.tensors.contains_key("embeddings.patch_embeddings.projection.weight") => "videomae",
+            false => return,
+        };
+        self.tensors = std::mem::take(&mut self.tensors).into_iter().map(|(n, t)| (format!("{part}.{n}"), t)).collect();
     }
 }
 

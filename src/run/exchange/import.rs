@@ -6,6 +6,7 @@
 
 use super::about::About;
 use super::file::{Sheet, read};
+use super::model::Model;
 use super::names::Names;
 use super::{Format, derive, position};
 use crate::config::Config;
@@ -45,14 +46,13 @@ pub fn import(order: &Order) -> Result<Vec<String>> {
         sheet.name_bare_encoder();
     }
     let names = recognise(&sheet, order.format)?;
-    let about = order.format.about(&sheet)?;
+    let about = (names.about)(&sheet)?;
     let (mut config, assumed) = match &order.config {
         Some(path) => (Config::read(path, &order.set)?, Vec::new()),
         None => derive::config(&sheet, names, &about, &order.set)?,
     };
     let stretched = positions(&sheet, names, &mut config)?;
-    let catalog::Config::Mae(method) = &config.method;
-    agrees(&sheet, &about, &[("encoder", method.encoder.heads), ("decoder", method.decoder.heads)])?;
+    agrees(&sheet, names, &about, &config)?;
     let method = config.method.build(&config.input)?;
     let flat = Flat::new(method.table(), config.train.seed, Kind::Float, Device::Cpu)?;
     let taken = take(&sheet, names, method.as_ref(), &flat)?;
@@ -61,6 +61,7 @@ pub fn import(order: &Order) -> Result<Vec<String>> {
     lines.extend(about.notes);
     lines.extend(assumed);
     lines.extend(stretched);
+    lines.extend(counted(&config, names, about.frames.zip(about.size)));
     lines.extend(statistics(&config, about.mean.zip(about.std))?);
     let fresh: Vec<&str> = fresh(&flat, &taken);
     if !fresh.is_empty() {
@@ -98,17 +99,38 @@ fn recognise(sheet: &Sheet, format: Format) -> Result<&'static Names> {
     Err(sheet.wrong(format!("its names are not {}: it begins with {}; {hint}.", best.title, some.join(", "))))
 }
 
-/// The config may not contradict what stands beside the file about heads, which shapes would not show.
-fn agrees(sheet: &Sheet, about: &About, ours: &[(&str, i64); 2]) -> Result<()> {
-    for ((part, ours), theirs) in ours.iter().zip([about.heads, about.decoder_heads]) {
-        if let Some(theirs) = theirs.filter(|theirs| theirs != ours) {
+/// The config is of the file's method, and does not contradict what stands beside the file about heads, which shapes
+/// would not show.
+fn agrees(sheet: &Sheet, names: &Names, about: &About, config: &Config) -> Result<()> {
+    let (model, wanted) = (Model::of(&config.method), names.custom.method);
+    if model.method != wanted {
+        return Err(sheet.wrong(format!(
+            "the names are {}, of method.{wanted}, and the config has method.{}. Give a config of that method, or none.",
+            names.title, model.method
+        )));
+    }
+    for ((part, shape), theirs) in model.heads().into_iter().zip([about.heads, about.decoder_heads]) {
+        if let Some(theirs) = theirs.filter(|theirs| *theirs != shape.heads) {
             return Err(sheet.wrong(format!(
-                "method.mae.{part}.heads is {ours}, and config.json beside the file says {theirs}. Give that number, or \
-                 move config.json away if it is wrong."
+                "method.{wanted}.{part}.heads is {}, and config.json beside the file says {theirs}. Give that number, or \
+                 move config.json away if it is wrong.",
+                shape.heads
             )));
         }
     }
     Ok(())
+}
+
+/// Positions that are counted through all tokens mean another place on another grid: says where the config's differs.
+fn counted(config: &Config, names: &Names, told: Option<(i64, [i64; 2])>) -> Option<String> {
+    let input = &config.input;
+    let ours = (input.frames, [input.height, input.width]);
+    let (frames, [height, width]) = told.filter(|told| names.positions.is_empty() && *told != ours)?;
+    Some(format!(
+        "the model saw {frames} frames of {height} × {width} pixels, the config says {} of {} × {}: its positions are \
+         counted through the tokens, and what it has learnt of them holds no longer",
+        input.frames, input.height, input.width
+    ))
 }
 
 /// Puts the file's tensors into `flat` and returns the names of ours that it had. Refused, before anything is changed:
@@ -173,7 +195,7 @@ fn fresh<'a>(flat: &'a Flat, taken: &BTreeSet<String>) -> Vec<&'a str> {
 /// Checks that the file's positions are sine-cosine tables. Where the model's grid is another, the config is told which
 /// one they are to be interpolated from, unless it says so itself.
 fn positions(sheet: &Sheet, names: &Names, config: &mut Config) -> Result<Option<String>> {
-    let (rows, cols) = derive::grid(sheet, names)?;
+    let Some((rows, cols)) = derive::grid(sheet, names)? else { return Ok(None) };
     if let Some(name) = names.position("decoder").filter(|name| sheet.tensors.contains_key(*name))
         && position::grid_of(&sheet.tensors[name]) != Some((rows, cols))
     {
@@ -183,7 +205,8 @@ fn positions(sheet: &Sheet, names: &Names, config: &mut Config) -> Result<Option
         )));
     }
     let grid = config.input.grid()?;
-    let catalog::Config::Mae(method) = &mut config.method;
+    // No other method's positions are a table that a file keeps.
+    let catalog::Config::Mae(method) = &mut config.method else { return Ok(None) };
     if (rows, cols) == (grid.rows, grid.cols) || method.trained_grid.is_some() {
         return Ok(None);
     }

@@ -1,6 +1,6 @@
 //! Weights in and out, under other people's names and in their layouts.
 //!
-//! `names` is the one table for both directions; `mae`, `timm` and `transformers` fill it, a format each; `file` reads
+//! `names` is the one table for both directions; `mae`, `timm`, `transformers` and `videomae` fill it; `file` reads
 //! and writes safetensors; `pth`, `torch` and `pickle` read PyTorch's own files and execute nothing; `position` tells a
 //! sine-cosine table from learned positions.
 
@@ -10,6 +10,7 @@ mod export;
 mod file;
 mod import;
 mod mae;
+mod model;
 mod names;
 mod pickle;
 mod position;
@@ -17,14 +18,12 @@ mod pth;
 mod timm;
 mod torch;
 mod transformers;
+mod videomae;
 
 pub use export::export;
 pub use import::{Order, import};
 
-use crate::fault::Result;
 use crate::grid::Grid;
-use about::About;
-use file::Sheet;
 use names::Names;
 use tch::Tensor;
 
@@ -35,28 +34,24 @@ pub enum Format {
     Mae,
     /// timm's VisionTransformer: the encoder alone.
     Timm,
-    /// transformers' ViTMAEForPreTraining, as 4.x and 5.x name its tensors.
+    /// transformers' ViTMAEForPreTraining, as 4.x and 5.x name its tensors, or VideoMAEForPreTraining.
     Transformers,
+    /// The official VideoMAE repository: encoder and decoder, or the encoder alone.
+    Videomae,
 }
 
 impl Format {
-    const ALL: [Format; 3] = [Format::Mae, Format::Timm, Format::Transformers];
+    const ALL: [Format; 4] = [Format::Mae, Format::Timm, Format::Transformers, Format::Videomae];
 
-    /// Every set of names that the format is met with; the first one is written.
+    /// Every set of names that the format is met with; the first one of a method is written.
     fn names(self) -> &'static [Names] {
         match self {
             Format::Mae => &[mae::NAMES],
             Format::Timm => &[timm::NAMES],
-            Format::Transformers => &[transformers::NAMES, transformers::SAVED_BY_5, transformers::IN_MEMORY_5],
-        }
-    }
-
-    /// What stands beside the weights.
-    fn about(self, sheet: &Sheet) -> Result<About> {
-        match self {
-            Format::Mae => Ok(mae::about(&sheet.config, &sheet.arguments)),
-            Format::Timm => Ok(timm::about(&sheet.config)),
-            Format::Transformers => transformers::about(&sheet.config, &sheet.preprocessor),
+            Format::Transformers => {
+                &[transformers::NAMES, transformers::SAVED_BY_5, transformers::IN_MEMORY_5, videomae::TRANSFORMERS]
+            }
+            Format::Videomae => &[videomae::NAMES],
         }
     }
 }
@@ -67,8 +62,10 @@ impl std::fmt::Display for Format {
     }
 }
 
-/// One of our tensors under the official MAE repository's name and in its layout; one that it does not know keeps ours.
-pub fn to_mae(name: &str, tensor: &Tensor, grid: &Grid) -> (String, Tensor) {
-    let given = mae::NAMES.give(name, tensor, grid).and_then(|parts| parts.into_iter().next());
+/// One of our tensors under the name and in the layout of the official repository of `method`; one that it does not know
+/// keeps ours.
+pub fn official(method: &str, name: &str, tensor: &Tensor, grid: &Grid) -> (String, Tensor) {
+    let names = [&mae::NAMES, &videomae::NAMES].into_iter().find(|names| names.custom.method == method);
+    let given = names.and_then(|names| names.give(name, tensor, grid)?.into_iter().next());
     given.unwrap_or_else(|| (name.to_owned(), tensor.shallow_clone()))
 }

@@ -1,6 +1,12 @@
 //! What other people call our tensors, and how theirs are laid out: one table for both directions.
 
+use super::about::About;
+use super::file::Sheet;
+use super::model::{Custom, Model};
+use crate::config::Config;
+use crate::fault::Result;
 use crate::grid::Grid;
+use serde_json::Value;
 use tch::Tensor;
 
 /// The patch embedding: a matrix over values in the order (frame, row, column, channel) here, a convolution kernel
@@ -10,18 +16,34 @@ pub const EMBEDDING: &str = "encoder.embed.weight";
 /// Our side of a table: layers and lone tensors, what stands before a block's number, the layers of a block.
 pub type Pairs = &'static [(&'static str, &'static str)];
 
-/// One format's names.
+/// The layers of a block: ours, theirs.
+pub type Layers = &'static [(&'static str, &'static [&'static str])];
+
+/// Files beside the weights: name and content.
+pub type Settings = Vec<(&'static str, Value)>;
+
+/// One format's names of one method's models.
 pub struct Names {
     /// What to call it in messages.
     pub title: &'static str,
+    /// The method, and what goes without saying.
+    pub custom: &'static Custom,
+    /// Their embedding is a convolution over frames, even where a token covers one.
+    pub cubes: bool,
     /// Outside the blocks: ours, theirs.
     pub outside: Pairs,
     /// What stands before a block's number: ours, theirs.
     pub blocks: Pairs,
     /// The layers of a block: ours, and theirs. Where theirs are several, their rows stand one below the other in ours.
-    pub layers: &'static [(&'static str, &'static [&'static str])],
+    pub layers: Layers,
     /// Tables of positions [1, 1+N, D], the class token's row first: the part of ours that has it, theirs.
     pub positions: Pairs,
+    /// What stands beside the weights, or why the model is none that can run here.
+    pub about: fn(&Sheet) -> Result<About>,
+    /// The files that are written beside them.
+    pub settings: fn(&Config, &Model) -> Result<Settings>,
+    /// How to open what was written into FOLDER.
+    pub load: &'static str,
 }
 
 impl Names {
@@ -57,7 +79,7 @@ impl Names {
     /// One of our tensors under their names and in their layout; None where the format has no place for it.
     pub fn give(&self, ours: &str, tensor: &Tensor, grid: &Grid) -> Option<Vec<(String, Tensor)>> {
         let names = self.theirs(ours)?;
-        let tensor = if ours == EMBEDDING { to_kernel(tensor, grid) } else { tensor.shallow_clone() };
+        let tensor = if ours == EMBEDDING { self.to_kernel(tensor, grid) } else { tensor.shallow_clone() };
         let parts = tensor.chunk(names.len() as i64, 0);
         Some(names.into_iter().zip(parts).map(|(name, part)| (name, part.contiguous())).collect())
     }
@@ -70,23 +92,22 @@ impl Names {
 
     /// The shape that each of their tensors has for one of ours.
     pub fn shape(&self, ours: &str, shape: &[i64], parts: usize, grid: &Grid) -> Vec<i64> {
-        let mut shape = if ours == EMBEDDING { kernel_shape(shape[0], grid) } else { shape.to_vec() };
+        let mut shape = if ours == EMBEDDING { self.kernel(shape[0], grid) } else { shape.to_vec() };
         shape[0] /= parts as i64;
         shape
     }
-}
+    /// [D, C, p, p], or [D, C, f, p, p] where it goes over frames.
+    fn kernel(&self, width: i64, grid: &Grid) -> Vec<i64> {
+        let (f, p) = (grid.patch_frames, grid.patch);
+        if self.cubes { vec![width, grid.channels, f, p, p] } else { vec![width, grid.channels, p, p] }
+    }
 
-/// [D, C, p, p], or [D, C, f, p, p] where a token covers several frames.
-fn kernel_shape(width: i64, grid: &Grid) -> Vec<i64> {
-    let (f, p) = (grid.patch_frames, grid.patch);
-    if f == 1 { vec![width, grid.channels, p, p] } else { vec![width, grid.channels, f, p, p] }
-}
-
-/// [D, P] with the channel last → a convolution's kernel.
-fn to_kernel(weight: &Tensor, grid: &Grid) -> Tensor {
-    let (f, p) = (grid.patch_frames, grid.patch);
-    let cube = weight.view([-1, f, p, p, grid.channels].as_slice()).permute([0, 4, 1, 2, 3]);
-    cube.reshape(kernel_shape(weight.size()[0], grid))
+    /// [D, P] with the channel last → a convolution's kernel.
+    fn to_kernel(&self, weight: &Tensor, grid: &Grid) -> Tensor {
+        let (f, p) = (grid.patch_frames, grid.patch);
+        let cube = weight.view([-1, f, p, p, grid.channels].as_slice()).permute([0, 4, 1, 2, 3]);
+        cube.reshape(self.kernel(weight.size()[0], grid))
+    }
 }
 
 /// A convolution's kernel → [D, P] with the channel last.

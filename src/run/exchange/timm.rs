@@ -2,14 +2,15 @@
 //! pretrained=True)` opens.
 
 use super::about::{About, numbers};
-use super::names::Names;
+use super::mae::CUSTOM;
+use super::model::Model;
+use super::names::{Layers, Names};
 use crate::config::Config;
 use crate::fault::Result;
-use crate::method::mae;
 use serde_json::{Value, json};
 
 /// A block's layers are called alike here, in timm and in the official MAE repository, which took timm's.
-pub const LAYERS: &[(&str, &[&str])] = &[
+pub const LAYERS: Layers = &[
     ("norm1", &["norm1"]),
     ("attn.qkv", &["attn.qkv"]),
     ("attn.proj", &["attn.proj"]),
@@ -20,14 +21,19 @@ pub const LAYERS: &[(&str, &[&str])] = &[
 
 pub const NAMES: Names = Names {
     title: "timm's",
+    custom: &CUSTOM,
+    cubes: false,
     outside: &[("encoder.cls_token", "cls_token"), ("encoder.embed", "patch_embed.proj"), ("encoder.norm", "norm")],
     blocks: &[("encoder.blocks.", "blocks.")],
     layers: LAYERS,
     positions: &[("encoder", "pos_embed")],
+    about: |sheet| Ok(about(&sheet.config)),
+    settings: |config, model| Ok(vec![("config.json", settings(config, model)?)]),
+    load: "timm.create_model(\"local-dir:FOLDER\", pretrained=True)",
 };
 
 /// What timm's `config.json` says. An architecture without arguments has the heads of its name.
-pub fn about(config: &Value) -> About {
+fn about(config: &Value) -> About {
     let statistics = &config["pretrained_cfg"];
     About {
         heads: config["model_args"]["num_heads"].as_i64(),
@@ -38,8 +44,8 @@ pub fn about(config: &Value) -> About {
 }
 
 /// `config.json`: a registered architecture with every argument written out, so that any size loads.
-pub fn settings(config: &Config, method: &mae::Config) -> Result<Value> {
-    let (input, encoder) = (&config.input, &method.encoder);
+fn settings(config: &Config, model: &Model) -> Result<Value> {
+    let (input, encoder) = (&config.input, &model.encoder);
     let (mean, std) = input.scale()?;
     Ok(json!({
         "architecture": "vit_base_patch16_224",

@@ -2,10 +2,12 @@
 //! is therefore written; that of 5.x in memory; and what 5.x saves, which is 4.x but for the decoder's blocks.
 
 use super::about::{About, numbers};
-use super::names::{Names, Pairs};
+use super::file::Sheet;
+use super::mae::CUSTOM;
+use super::model::Model;
+use super::names::{Layers, Names, Pairs, Settings};
 use crate::config::Config;
 use crate::fault::{Fault, Result};
-use crate::method::mae;
 use crate::op::layer_norm::EPS;
 use crate::part::view::crop::Interpolation;
 use serde_json::{Value, json};
@@ -22,7 +24,9 @@ const OUTSIDE: Pairs = &[
 
 const POSITIONS: Pairs = &[("encoder", "vit.embeddings.position_embeddings"), ("decoder", "decoder.decoder_pos_embed")];
 
-const LAYERS_4: &[(&str, &[&str])] = &[
+const LOAD: &str = "ViTMAEForPreTraining.from_pretrained(\"FOLDER\")";
+
+const LAYERS_4: Layers = &[
     ("norm1", &["layernorm_before"]),
     ("attn.qkv", &["attention.attention.query", "attention.attention.key", "attention.attention.value"]),
     ("attn.proj", &["attention.output.dense"]),
@@ -31,7 +35,7 @@ const LAYERS_4: &[(&str, &[&str])] = &[
     ("mlp.fc2", &["output.dense"]),
 ];
 
-const LAYERS_5: &[(&str, &[&str])] = &[
+const LAYERS_5: Layers = &[
     ("norm1", &["layernorm_before"]),
     ("attn.qkv", &["attention.q_proj", "attention.k_proj", "attention.v_proj"]),
     ("attn.proj", &["attention.o_proj"]),
@@ -42,35 +46,50 @@ const LAYERS_5: &[(&str, &[&str])] = &[
 
 pub const NAMES: Names = Names {
     title: "transformers' (4.x)",
+    custom: &CUSTOM,
+    cubes: false,
     outside: OUTSIDE,
     blocks: &[("encoder.blocks.", "vit.encoder.layer."), ("decoder.blocks.", "decoder.decoder_layers.")],
     layers: LAYERS_4,
     positions: POSITIONS,
+    about,
+    settings,
+    load: LOAD,
 };
 
 pub const SAVED_BY_5: Names = Names {
     title: "transformers' (5.x, saved)",
+    custom: &CUSTOM,
+    cubes: false,
     outside: OUTSIDE,
     blocks: &[("encoder.blocks.", "vit.encoder.layer."), ("decoder.blocks.", "decoder.decoder_encoder.layer.")],
     layers: LAYERS_4,
     positions: POSITIONS,
+    about,
+    settings,
+    load: LOAD,
 };
 
 pub const IN_MEMORY_5: Names = Names {
     title: "transformers' (5.x, in memory)",
+    custom: &CUSTOM,
+    cubes: false,
     outside: OUTSIDE,
     blocks: &[("encoder.blocks.", "vit.layers."), ("decoder.blocks.", "decoder.decoder_layers.")],
     layers: LAYERS_5,
     positions: POSITIONS,
+    about,
+    settings,
+    load: LOAD,
 };
 
-/// What `config.json` and `preprocessor_config.json` say, or why the model is none that can run here.
-pub fn about(config: &Value, preprocessor: &Value) -> Result<About> {
+/// Refuses a `config.json` of a model that cannot run here; else what the user should know.
+pub fn fits_here(config: &Value, model_type: &str) -> Result<Vec<String>> {
     let other = |key: &str, wanted: &str| {
         Err(Fault::usage(format!("config.json beside the file says {key} = {}; this model has {wanted}", config[key])))
     };
-    if config["model_type"].as_str().is_some_and(|found| found != "vit_mae") {
-        return other("model_type", "\"vit_mae\" alone");
+    if config["model_type"].as_str().is_some_and(|found| found != model_type) {
+        return other("model_type", &format!("{model_type:?} alone"));
     }
     if config["hidden_act"].as_str().is_some_and(|found| found != "gelu") {
         return other("hidden_act", "\"gelu\"");
@@ -78,16 +97,19 @@ pub fn about(config: &Value, preprocessor: &Value) -> Result<About> {
     if config["qkv_bias"] == Value::Bool(false) {
         return other("qkv_bias", "biases");
     }
-    let mut notes = Vec::new();
-    if let Some(eps) = config["layer_norm_eps"].as_f64().filter(|&eps| eps != EPS) {
-        if eps > 10.0 * EPS {
-            return other("layer_norm_eps", &format!("{EPS:e}"));
-        }
-        notes.push(format!(
-            "config.json says layer_norm_eps {eps:e}; here it is {EPS:e}, as in the official code: outputs differ \
-             where a token hardly varies"
-        ));
+    match config["layer_norm_eps"].as_f64().filter(|&eps| eps != EPS) {
+        Some(eps) if eps > 10.0 * EPS => other("layer_norm_eps", &format!("{EPS:e}")),
+        Some(eps) => Ok(vec![format!(
+            "config.json says layer_norm_eps {eps:e}; here it is {EPS:e}, as in the official code: outputs differ where a \
+             token hardly varies"
+        )]),
+        None => Ok(Vec::new()),
     }
+}
+
+/// What `config.json` and `preprocessor_config.json` say, or why the model is none that can run here.
+fn about(sheet: &Sheet) -> Result<About> {
+    let (config, preprocessor) = (&sheet.config, &sheet.preprocessor);
     Ok(About {
         heads: config["num_attention_heads"].as_i64(),
         decoder_heads: config["decoder_num_attention_heads"].as_i64(),
@@ -95,37 +117,50 @@ pub fn about(config: &Value, preprocessor: &Value) -> Result<About> {
         ratio: config["mask_ratio"].as_f64(),
         mean: numbers(&preprocessor["image_mean"]),
         std: numbers(&preprocessor["image_std"]),
-        notes,
+        notes: fits_here(config, "vit_mae")?,
+        ..About::default()
     })
 }
 
-/// `config.json` of a `ViTMAEForPreTraining`.
-pub fn settings(config: &Config, method: &mae::Config) -> Value {
-    let (input, encoder, decoder) = (&config.input, &method.encoder, &method.decoder);
-    json!({
+fn settings(config: &Config, model: &Model) -> Result<Settings> {
+    let input = &config.input;
+    let mut value = encoder_and_decoder(model);
+    let own = json!({
         "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae",
         "image_size": input.height, "patch_size": input.patch, "num_channels": input.channels,
+    });
+    value.as_object_mut().expect("an object").extend(own.as_object().expect("an object").clone());
+    Ok(vec![("config.json", value), ("preprocessor_config.json", preprocessor(config)?)])
+}
+
+/// The keys of `config.json` that all of transformers' masked autoencoders share.
+pub fn encoder_and_decoder(model: &Model) -> Value {
+    let (encoder, decoder) = (&model.encoder, &model.decoder);
+    json!({
         "hidden_size": encoder.width, "num_hidden_layers": encoder.depth, "num_attention_heads": encoder.heads,
         "intermediate_size": encoder.mlp_ratio * encoder.width,
         "decoder_hidden_size": decoder.width, "decoder_num_hidden_layers": decoder.depth,
         "decoder_num_attention_heads": decoder.heads, "decoder_intermediate_size": decoder.mlp_ratio * decoder.width,
         "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "qkv_bias": true,
-        "layer_norm_eps": EPS, "initializer_range": 0.02, "mask_ratio": method.mask.ratio,
-        "norm_pix_loss": method.target.normalize, "torch_dtype": "float32",
+        "layer_norm_eps": EPS, "initializer_range": 0.02, "mask_ratio": model.ratio,
+        "norm_pix_loss": model.normalize, "torch_dtype": "float32",
     })
 }
 
 /// `preprocessor_config.json`, with the statistics that the model was trained with: transformers' own default is 0.5.
-pub fn preprocessor(config: &Config) -> Result<Value> {
+fn preprocessor(config: &Config) -> Result<Value> {
     let (mean, std) = config.input.scale()?;
-    // Pillow's number of the kernel.
-    let resample = match config.view.crop.interpolation {
-        Interpolation::Bilinear => 2,
-        Interpolation::Bicubic => 3,
-    };
     let size = json!({"height": config.input.height, "width": config.input.width});
     Ok(json!({
-        "image_processor_type": "ViTImageProcessor", "do_resize": true, "size": size, "resample": resample,
+        "image_processor_type": "ViTImageProcessor", "do_resize": true, "size": size, "resample": resample(config),
         "do_rescale": true, "rescale_factor": 1.0 / 255.0, "do_normalize": true, "image_mean": mean, "image_std": std,
     }))
+}
+
+/// Pillow's number of the kernel that pixels are resized with.
+pub fn resample(config: &Config) -> i64 {
+    match config.view.crop.interpolation {
+        Interpolation::Bilinear => 2,
+        Interpolation::Bicubic => 3,
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::side_by_side;
 use super::tally::Tally;
-use crate::data::decode::{Limits, probe};
+use crate::data::decode::{Decoder, Limits};
 use crate::data::set::DataSet;
 use crate::data::shard::{IMAGE, SOUND, Shard};
 use crate::data::sound;
@@ -36,6 +36,7 @@ pub fn look(set: &DataSet, wanted: u64, bar: &ProgressBar) -> Result<Tally> {
     };
     let work = || {
         let mut tally = Tally::default();
+        let mut decoder = Decoder::new(Limits::default());
         let mut under_way = std::collections::VecDeque::new();
         loop {
             while under_way.len() < AHEAD
@@ -48,7 +49,10 @@ pub fn look(set: &DataSet, wanted: u64, bar: &ProgressBar) -> Result<Tally> {
             };
             let bytes: Result<Bytes> = bytes.recv().expect("every request is answered");
             match bytes {
-                Ok(bytes) => piece.rows.clone().for_each(|row| sample(&piece, row, &bytes, &mut tally)),
+                Ok(bytes) => {
+                    let mut rows = piece.rows.clone();
+                    rows.try_for_each(|row| sample(&piece, row, &bytes, &mut decoder, &mut tally))?;
+                }
                 Err(fault) if fault.code == Code::Corrupt => tally.damaged(fault.message),
                 Err(fault) => {
                     failed.store(true, Ordering::Relaxed);
@@ -108,8 +112,8 @@ fn fetch(piece: &Piece) -> std::sync::mpsc::Receiver<Result<Bytes, Fault>> {
     receiver
 }
 
-/// Counts one sample, whose members lie in `bytes`.
-fn sample(piece: &Piece, row: usize, bytes: &[u8], tally: &mut Tally) {
+/// Counts one sample, whose members lie in `bytes`. Faults where videos cannot be looked at for want of their decoder.
+fn sample(piece: &Piece, row: usize, bytes: &[u8], decoder: &mut Decoder, tally: &mut Tally) -> Result<()> {
     let shard = &piece.shard;
     tally.sample();
     let (mut pictured, mut heard) = (false, false);
@@ -136,9 +140,15 @@ fn sample(piece: &Piece, row: usize, bytes: &[u8], tally: &mut Tally) {
             }
         } else if IMAGE.contains(&extension.as_str()) && !pictured {
             pictured = true;
-            match probe(&member_bytes, &Limits::default()) {
-                Ok(size) => tally.picture(size, member_bytes.len() as u64),
-                Err(fault) => tally.unreadable(format!("{}: {}", name(), fault.message)),
+            match decoder.open(&member_bytes, 3) {
+                Ok(picture) => {
+                    tally.picture((picture.width(), picture.height()), member_bytes.len() as u64);
+                    picture.video().into_iter().for_each(|facts| tally.video(facts));
+                }
+                Err(fault) if fault.code == Code::Corrupt => {
+                    tally.unreadable(format!("{}: {}", name(), fault.message));
+                }
+                Err(fault) => return Err(fault),
             }
         } else if SOUND.contains(&extension.as_str()) && !heard {
             heard = true;
@@ -148,4 +158,5 @@ fn sample(piece: &Piece, row: usize, bytes: &[u8], tally: &mut Tally) {
             }
         }
     }
+    Ok(())
 }

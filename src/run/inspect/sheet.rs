@@ -1,9 +1,13 @@
-//! The contact sheet: some of the pictures, small, or of the sounds as spectrograms, side by side.
+//! The contact sheet: some of the pictures, small, side by side; of a video some of its frames, of a sound its
+//! spectrogram.
 
 use super::look::spread;
-use crate::data::decode::{Limits, Picture, Region};
+use crate::data::clip::Sampling;
+use crate::data::decode::{Limits, Part, Picture, Region};
+use crate::data::index::Row;
 use crate::data::medium::{Decoder, Medium, Sample};
 use crate::data::set::DataSet;
+use crate::data::shard::{IMAGE, SOUND, VIDEO};
 use crate::data::sound::Clip;
 use crate::data::sound::filterbank::{Filterbank, Frames};
 use crate::data::sound::resample::Resampler;
@@ -15,6 +19,8 @@ use std::path::Path;
 /// Pictures on a row, and rows.
 const ROW: usize = 8;
 const PICTURES: u64 = 64;
+/// Frames of a video that are shown.
+const FRAMES: u64 = 4;
 /// Pixels of a picture's longer side on the sheet; a smaller picture is not enlarged but by whole factors.
 const SIDE: u32 = 112;
 /// Of a sound's spectrogram: samples a second, mel filters (its height in pixels), and the most seconds that are shown.
@@ -24,16 +30,18 @@ const SECONDS: u32 = 10;
 /// Below the loudest value of a spectrogram by this much (in the logarithm of power: 60 dB), it is black.
 const DEPTH: f32 = 13.8;
 
-/// Writes up to 64 of the `wanted` samples that were looked at, spread evenly; false where none has a picture that
-/// can be decoded.
+/// Writes up to 64 of the `wanted` samples that were looked at, spread evenly, of videos up to 16; false where none has
+/// a picture or sound that can be decoded.
 pub fn write(set: &DataSet, wanted: u64, path: &Path) -> Result<bool> {
-    let shown = wanted.min(PICTURES);
     let mut decoder = Decoder::new(Limits::default());
+    let (shard, row) = set.sample(0)?;
+    let each = if shard.member(row, IMAGE).is_some_and(|member| moves(&member)) { FRAMES } else { 1 };
+    let shown = wanted.min(PICTURES / each);
     let mut tiles = Vec::new();
     for at in 0..shown {
         let number = spread(spread(at, shown, wanted), wanted, set.len());
-        match tile(set, number, &mut decoder) {
-            Ok(tile) => tiles.push(tile),
+        match look(set, number, &mut decoder) {
+            Ok(seen) => tiles.extend(seen),
             // The report has named it.
             Err(fault) if fault.code == Code::Corrupt => {}
             Err(fault) => return Err(fault),
@@ -47,27 +55,41 @@ pub fn write(set: &DataSet, wanted: u64, path: &Path) -> Result<bool> {
     Ok(true)
 }
 
-fn tile(set: &DataSet, number: u64, decoder: &mut Decoder) -> Result<Tile> {
+fn moves(member: &Row) -> bool {
+    VIDEO.iter().any(|video| member.split().1.eq_ignore_ascii_case(video))
+}
+
+/// A sample's picture, frames of its video, or the spectrogram of its sound.
+fn look(set: &DataSet, number: u64, decoder: &mut Decoder) -> Result<Vec<Tile>> {
     let (shard, row) = set.sample(number)?;
-    let pictured = shard.member(row, Medium::Picture.extensions()).is_some();
-    let heard = shard.member(row, Medium::Sound.extensions()).is_some();
+    let pictured = shard.member(row, IMAGE).is_some();
+    let heard = shard.member(row, SOUND).is_some();
     let medium = if heard && !pictured { Medium::Sound } else { Medium::Picture };
     let bytes = shard.read(row, medium.extensions())?;
     match decoder.open(&bytes, medium, 3)? {
         Sample::Picture(picture) => small(picture),
-        Sample::Sound(clip) => spectrogram(&clip),
+        Sample::Sound(clip) => Ok(vec![spectrogram(&clip)?]),
     }
 }
 
-fn small(picture: Picture) -> Result<Tile> {
+fn small(picture: Picture) -> Result<Vec<Tile>> {
     let (width, height) = (picture.width(), picture.height());
     let longer = width.max(height).max(SIDE);
     let short = |side: u32| (side * SIDE / longer).max(1);
     let size = [short(width), short(height)];
-    let part = picture.region(Region { left: 0, top: 0, width, height }, size)?;
-    let mut pixels = vec![0; size[0] as usize * size[1] as usize * 3];
-    resize(&part, size, Interpolation::Bicubic, &mut pixels);
-    Ok(Tile::rgb(size[0], size[1], pixels))
+    let all = Region { left: 0, top: 0, width, height };
+    let tile = |part: &Part| {
+        let mut pixels = vec![0; size[0] as usize * size[1] as usize * 3];
+        resize(part, size, Interpolation::Bicubic, &mut pixels);
+        Tile::rgb(size[0], size[1], pixels)
+    };
+    let Some(video) = picture.video() else {
+        return Ok(vec![tile(&picture.region(all, size)?)]);
+    };
+    let mut tiles = Vec::new();
+    let indices = Sampling::Segments.centred(video.frames, FRAMES as usize);
+    picture.clip(&indices, all, size, |_, part| tiles.push(tile(part)))?;
+    Ok(tiles)
 }
 
 /// Time from left to right, the highest frequency on top, as bright as loud: the first seconds of the sound, all of them

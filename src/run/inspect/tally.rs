@@ -1,6 +1,7 @@
 //! Counts of what was seen, and their histograms.
 
 use super::Report;
+use crate::data::clip::Facts;
 use crate::data::sound::Header;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -35,6 +36,56 @@ pub struct Spread {
     pub most: u64,
 }
 
+/// What is known of videos before any frame is decoded.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Videos {
+    pub count: u64,
+    /// Over all of them.
+    pub frames: u64,
+    pub seconds: f64,
+    /// Of one, in seconds.
+    pub shortest: f64,
+    pub longest: f64,
+    /// Videos by coding and container, such as `h264 in mov`.
+    pub codings: BTreeMap<String, u64>,
+    /// Videos by frames a second, to two places.
+    pub rates: BTreeMap<String, u64>,
+    /// Videos by width and height, upright, such as `320x240`.
+    pub sizes: BTreeMap<String, u64>,
+}
+
+impl Videos {
+    fn add(&mut self, facts: &Facts) {
+        let named = |name: String| BTreeMap::from([(name, 1)]);
+        let rate = format!("{:.2}", facts.fps);
+        self.join(Videos {
+            count: 1,
+            frames: facts.frames,
+            seconds: facts.seconds,
+            shortest: facts.seconds,
+            longest: facts.seconds,
+            codings: named(format!("{} in {}", facts.codec, facts.container)),
+            rates: named(rate.trim_end_matches('0').trim_end_matches('.').to_owned()),
+            sizes: named(format!("{}x{}", facts.width, facts.height)),
+        });
+    }
+
+    fn join(&mut self, other: Videos) {
+        if other.count == 0 {
+            return;
+        }
+        self.shortest = if self.count == 0 { other.shortest } else { self.shortest.min(other.shortest) };
+        self.longest = self.longest.max(other.longest);
+        self.count += other.count;
+        self.frames += other.frames;
+        self.seconds += other.seconds;
+        let all = [(&mut self.codings, other.codings), (&mut self.rates, other.rates), (&mut self.sizes, other.sizes)];
+        for (mine, theirs) in all {
+            theirs.into_iter().for_each(|(name, count)| *mine.entry(name).or_default() += count);
+        }
+    }
+}
+
 /// A histogram over fixed bounds.
 #[derive(Clone, Debug)]
 struct Histogram {
@@ -55,6 +106,7 @@ pub struct Tally {
     most: u64,
     sides: Histogram,
     aspects: Histogram,
+    videos: Videos,
     sounds: u64,
     seconds: Histogram,
     seconds_total: f64,
@@ -84,6 +136,7 @@ impl Default for Tally {
             most: 0,
             sides: Histogram::over(&SIDES),
             aspects: Histogram::over(&ASPECTS),
+            videos: Videos::default(),
             sounds: 0,
             seconds: Histogram::over(&SECONDS),
             seconds_total: 0.0,
@@ -136,6 +189,11 @@ impl Tally {
         self.most = self.most.max(bytes);
     }
 
+    /// That the last picture moves.
+    pub fn video(&mut self, facts: &Facts) {
+        self.videos.add(facts);
+    }
+
     pub fn damaged(&mut self, name: String) {
         self.damaged.add(name);
     }
@@ -156,6 +214,7 @@ impl Tally {
         other.classes.into_iter().for_each(|(class, count)| *self.classes.entry(class).or_default() += count);
         self.sides.join(&other.sides);
         self.aspects.join(&other.aspects);
+        self.videos.join(other.videos);
         self.sounds += other.sounds;
         self.seconds.join(&other.seconds);
         self.seconds_total += other.seconds_total;
@@ -188,6 +247,7 @@ impl Tally {
             file_bytes: if files > 0 { spread(files) } else { Spread::default() },
             shorter_side: self.sides.bins(),
             aspect: self.aspects.bins(),
+            videos: self.videos,
             seconds: self.seconds.bins(),
             seconds_total: self.seconds_total,
             rates: self.rates,

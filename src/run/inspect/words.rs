@@ -1,6 +1,6 @@
 //! The report as people read it.
 
-use super::{Bin, Report};
+use super::{Bin, Report, Videos};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -45,21 +45,14 @@ impl Report {
             let what = if self.sounds == 0 { "picture" } else { "sound" };
             writeln!(text, "a {what}'s file: {least} to {most}, {mean} on average")?;
         }
-        if self.sounds > 0 {
-            let counts = |of: &BTreeMap<u32, u64>| -> String {
-                of.iter().map(|(value, count)| format!("{value} ({count})")).collect::<Vec<_>>().join(", ")
-            };
-            writeln!(text, "{:.2} hours of sound", self.seconds_total / 3600.0)?;
-            writeln!(text, "samples a second: {}; channels: {}", counts(&self.rates), counts(&self.channels))?;
-            writeln!(text, "seconds:")?;
-            histogram(text, &self.seconds, |value| format!("{value}"))?;
-        }
         if self.pictures > 0 {
             writeln!(text, "shorter side, pixels:")?;
             histogram(text, &self.shorter_side, |value| format!("{value:.0}"))?;
             writeln!(text, "width / height:")?;
             histogram(text, &self.aspect, |value| format!("{value:.2}"))?;
         }
+        self.videos(text)?;
+        self.sounds(text)?;
         named(text, "damaged", &self.damaged, self.damaged_count)?;
         named(text, "unreadable", &self.unreadable, self.unreadable_count)?;
         if let Some(sheet) = &self.sheet {
@@ -85,6 +78,40 @@ impl Report {
             self.classes.iter().try_for_each(|(name, count)| writeln!(text, "  {name}: {count}"))?;
         }
         Ok(())
+    }
+
+    fn videos(&self, text: &mut String) -> std::fmt::Result {
+        let videos = &self.videos;
+        if videos.count == 0 {
+            return Ok(());
+        }
+        let (shortest, mean, longest) = (videos.shortest, videos.seconds / videos.count as f64, videos.longest);
+        let Videos { count, frames, .. } = videos;
+        writeln!(text, "{count} videos, {frames} frames: {shortest:.1} to {longest:.1} s, {mean:.1} s on average")?;
+        for (what, counts) in
+            [("coded as", &videos.codings), ("frames a second", &videos.rates), ("pixels", &videos.sizes)]
+        {
+            let mut counts: Vec<_> = counts.iter().collect();
+            counts.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+            let shown: Vec<String> =
+                counts.iter().take(SHOWN).map(|(name, count)| format!("{name}: {count}")).collect();
+            let more = if counts.len() > SHOWN { ", …" } else { "" };
+            writeln!(text, "  {what}: {}{more}", shown.join(", "))?;
+        }
+        Ok(())
+    }
+
+    fn sounds(&self, text: &mut String) -> std::fmt::Result {
+        if self.sounds == 0 {
+            return Ok(());
+        }
+        let counts = |of: &BTreeMap<u32, u64>| -> String {
+            of.iter().map(|(value, count)| format!("{value} ({count})")).collect::<Vec<_>>().join(", ")
+        };
+        writeln!(text, "{:.2} hours of sound", self.seconds_total / 3600.0)?;
+        writeln!(text, "samples a second: {}; channels: {}", counts(&self.rates), counts(&self.channels))?;
+        writeln!(text, "seconds:")?;
+        histogram(text, &self.seconds, |value| format!("{value}"))
     }
 }
 

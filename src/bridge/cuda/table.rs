@@ -1,0 +1,91 @@
+//! The table of functions behind which the CUDA half lies: `Table` of cuda.cpp, member by member.
+
+use std::ffi::{c_char, c_void};
+use torch_sys::C_tensor;
+
+/// A stream as libtorch knows it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawStream {
+    /// libtorch's own number, which tells its pools from streams of others.
+    pub id: i64,
+    pub device: i64,
+    /// cudaStream_t.
+    pub raw: *mut c_void,
+}
+
+impl RawStream {
+    /// A place to write one to.
+    pub const NONE: RawStream = RawStream { id: 0, device: 0, raw: std::ptr::null_mut() };
+}
+
+#[repr(C)]
+pub struct RawDevice {
+    pub name: [c_char; 256],
+    pub multiprocessors: i64,
+    pub memory: i64,
+    pub major: i64,
+    pub minor: i64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+pub struct RawMemory {
+    pub allocated: i64,
+    pub peak_allocated: i64,
+    pub reserved: i64,
+    pub peak_reserved: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawPool {
+    pub id: [u64; 2],
+}
+
+/// at::cuda::CUDAEvent, opaque.
+#[repr(C)]
+pub struct RawEvent {
+    _opaque: [u8; 0],
+}
+
+/// at::cuda::CUDAGraph, opaque.
+#[repr(C)]
+pub struct RawGraph {
+    _opaque: [u8; 0],
+}
+
+/// Every function returns false where it failed, and then `reason` says why; those that free return nothing.
+#[repr(C)]
+pub struct Table {
+    pub version: u64,
+    pub size: u64,
+    pub reason: unsafe extern "C" fn() -> *const c_char,
+    pub device_current: unsafe extern "C" fn(*mut i64) -> bool,
+    pub device_make_current: unsafe extern "C" fn(i64) -> bool,
+    pub stream_current: unsafe extern "C" fn(i64, *mut RawStream) -> bool,
+    pub stream_make_current: unsafe extern "C" fn(*const RawStream) -> bool,
+    pub stream_from_pool: unsafe extern "C" fn(i64, bool, *mut RawStream) -> bool,
+    pub stream_external: unsafe extern "C" fn(*mut c_void, i64, *mut RawStream) -> bool,
+    pub stream_synchronize: unsafe extern "C" fn(*const RawStream) -> bool,
+    pub record_stream: unsafe extern "C" fn(*const C_tensor, *const RawStream) -> bool,
+    pub synchronize: unsafe extern "C" fn(i64) -> bool,
+    pub event_create: unsafe extern "C" fn(bool, *mut *mut RawEvent) -> bool,
+    pub event_record: unsafe extern "C" fn(*mut RawEvent, *const RawStream) -> bool,
+    pub event_block: unsafe extern "C" fn(*mut RawEvent, *const RawStream) -> bool,
+    pub event_query: unsafe extern "C" fn(*const RawEvent, *mut bool) -> bool,
+    pub event_synchronize: unsafe extern "C" fn(*const RawEvent) -> bool,
+    pub event_elapsed: unsafe extern "C" fn(*const RawEvent, *const RawEvent, *mut f32) -> bool,
+    pub event_destroy: unsafe extern "C" fn(*mut RawEvent),
+    pub pool_create: unsafe extern "C" fn(*mut RawPool) -> bool,
+    pub graph_create: unsafe extern "C" fn(*mut *mut RawGraph) -> bool,
+    pub graph_begin: unsafe extern "C" fn(*mut RawGraph, *const RawPool) -> bool,
+    pub graph_end: unsafe extern "C" fn(*mut RawGraph) -> bool,
+    pub graph_replay: unsafe extern "C" fn(*mut RawGraph) -> bool,
+    pub graph_reset: unsafe extern "C" fn(*mut RawGraph) -> bool,
+    pub graph_destroy: unsafe extern "C" fn(*mut RawGraph),
+    pub empty_cache: unsafe extern "C" fn() -> bool,
+    pub memory_stats: unsafe extern "C" fn(i64, *mut RawMemory) -> bool,
+    pub memory_reset_peak: unsafe extern "C" fn(i64) -> bool,
+    pub device_properties: unsafe extern "C" fn(i64, *mut RawDevice) -> bool,
+}

@@ -1,0 +1,59 @@
+//! A masked autoencoder of pixels, put together from the parts above: rows of visible patches → encoder → decoder →
+//! guesses at the hidden ones. Papers differ in how the parts are made and in the mask.
+
+use crate::fault::Result;
+use crate::part::decoder::vit::{self as decoder, Decoder};
+use crate::part::encoder::Features;
+use crate::part::encoder::vit::{self as encoder, Shape, Vit};
+use crate::part::mask::Mask;
+use crate::part::pixels::{Pixels, Reconstruction};
+use crate::part::target::pixel::Pixel;
+use crate::part::weights::{Table, Weights};
+use tch::{Kind, Tensor};
+
+pub struct Autoencoder {
+    pub pixels: Pixels,
+    /// Tensors of the encoder, `encoder.*`, and of the decoder, `decoder.*`.
+    pub table: Table,
+    pub encoder: Vit,
+    pub decoder: Decoder,
+    pub target: Pixel,
+}
+
+impl Autoencoder {
+    pub fn new(
+        pixels: Pixels,
+        (inside, encoder): (&Shape, encoder::Make),
+        (outside, decoder): (&Shape, decoder::Make),
+        target: Pixel,
+    ) -> Autoencoder {
+        let mut table = Table::default();
+        let encoder = Vit::new(&mut table, "encoder", &pixels.grid, inside, encoder);
+        let decoder = Decoder::new(&mut table, "decoder", &pixels.grid, inside.width, outside, decoder);
+        Autoencoder { pixels, table, encoder, decoder, target }
+    }
+
+    /// x [B, C, T, Y, X] → guesses at the dropped places, in the target's form [B, M, P].
+    pub fn guess(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let visible = self.pixels.rows(x, &mask.keep, w.kind())?; // [B, K, P]
+        let features = self.encoder.forward(w, &visible, mask)?;
+        self.decoder.guess(w, &features, mask)
+    }
+
+    /// What is right at the dropped places, fp32 [B, M, P].
+    pub fn truth(&self, x: &Tensor, mask: &Mask) -> Result<Tensor> {
+        self.target.truth(&self.pixels, x, &mask.drop)
+    }
+
+    /// The encoder on whole samples, nothing hidden.
+    pub fn features(&self, w: &Weights, x: &Tensor) -> Result<Features> {
+        self.encoder.features(w, &self.pixels.all(x, w.kind())?)
+    }
+
+    /// Pictures of the guesses.
+    pub fn reconstruction(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Reconstruction> {
+        let seen = self.pixels.rows(x, &mask.keep, Kind::Float)?;
+        let guess = self.target.shown(&self.pixels, &self.guess(w, x, mask)?, &seen);
+        self.pixels.reconstruction(x, &guess, mask)
+    }
+}

@@ -1,0 +1,85 @@
+//! Samples as the rows of patches that a transformer reads, and rows as pictures again.
+
+use crate::fault::Result;
+use crate::grid::{Grid, Input};
+use crate::op::patch::{self, Level, Scale};
+use crate::part::mask::Mask;
+use tch::{Kind, Tensor};
+
+/// What a model makes of hidden places, for people to look at; pixels as 0..1 [B, C, T, Y, X].
+pub struct Reconstruction {
+    pub original: Tensor,
+    /// The original with hidden places in grey.
+    pub masked: Tensor,
+    /// The original where visible, the guess where hidden.
+    pub guessed: Tensor,
+}
+
+/// How a data set's pixels are cut and scaled. Samples x are uint8 or normalised fp32 [B, C, T, Y, X]; rows are
+/// [B, .., P] with the channel last.
+pub struct Pixels {
+    pub grid: Grid,
+    scale: Scale,
+}
+
+impl Pixels {
+    pub fn new(input: &Input) -> Result<Pixels> {
+        let (mean, std) = input.scale()?;
+        Ok(Pixels { grid: input.grid()?, scale: Scale { mean, std } })
+    }
+
+    /// The patches at `at` int64 [B, K], normalised: [B, K, P] of this kind.
+    pub fn rows(&self, x: &Tensor, at: &Tensor, kind: Kind) -> Result<Tensor> {
+        patch::patch(x, &self.grid, &self.scale, at, kind)
+    }
+
+    /// All patches in row-major order, normalised: [B, N, P] of this kind.
+    pub fn all(&self, x: &Tensor, kind: Kind) -> Result<Tensor> {
+        self.rows(x, &Mask::none(x.size()[0], self.grid.tokens(), x.device()).keep, kind)
+    }
+
+    /// Whole samples, normalised: fp32 [B, C, T, Y, X].
+    pub fn normalised(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(patch::pixels(&self.all(x, Kind::Float)?, &self.grid))
+    }
+
+    /// Targets: the patches at `at` levelled, as the model receives them, or with `unit` as 0..1: fp32 [B, M, P].
+    pub fn target(&self, x: &Tensor, at: &Tensor, level: Level, unit: bool) -> Result<Tensor> {
+        let raw = Scale { mean: vec![0.0; self.scale.mean.len()], std: vec![1.0; self.scale.std.len()] };
+        match (unit, x.kind()) {
+            (false, _) => patch::target(x, &self.grid, &self.scale, at, level),
+            (true, Kind::Uint8) => patch::target(x, &self.grid, &raw, at, level),
+            (true, _) => patch::target(&self.to_unit(x), &self.grid, &raw, at, level),
+        }
+    }
+
+    /// Normalised samples → the same as 0..1, not clamped.
+    fn to_unit(&self, x: &Tensor) -> Tensor {
+        let of =
+            |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float).to_device(x.device()).view([-1, 1, 1, 1]);
+        x * of(&self.scale.std) + of(&self.scale.mean)
+    }
+
+    /// Rows of pixels as 0..1 → normalised rows.
+    pub fn from_unit(&self, rows: &Tensor) -> Tensor {
+        (rows - self.constants(&self.scale.mean, rows)) / self.constants(&self.scale.std, rows)
+    }
+
+    /// Pictures of a guess, normalised rows [B, M, P] at the dropped places.
+    pub fn reconstruction(&self, x: &Tensor, guess: &Tensor, mask: &Mask) -> Result<Reconstruction> {
+        let [seen, hidden] = [self.rows(x, &mask.keep, Kind::Float)?, self.rows(x, &mask.drop, Kind::Float)?];
+        let restore = mask.restore();
+        let picture = |at_hidden: &Tensor| {
+            let rows = patch::gather(&Tensor::cat(&[&seen, at_hidden], 1), &restore);
+            self.scale.to_unit(&patch::pixels(&rows, &self.grid))
+        };
+        let grey = hidden.zeros_like();
+        Ok(Reconstruction { original: picture(&hidden), masked: picture(&grey), guessed: picture(guess) })
+    }
+
+    /// One value for each channel as a row [P].
+    fn constants(&self, values: &[f64], like: &Tensor) -> Tensor {
+        let values = Tensor::from_slice(values).to_kind(Kind::Float).to_device(like.device());
+        values.repeat([self.grid.values() / self.grid.channels])
+    }
+}
