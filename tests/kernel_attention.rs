@@ -80,7 +80,7 @@ fn cross_attention_agrees() -> Outcome {
 }
 
 fn windowed_attention_agrees_shifted_or_not() -> Outcome {
-    let cases: [([i64; 2], [i64; 2], [i64; 2], i64, i64); 5] = [
+    let cases = [
         ([8, 8], [4, 4], [0, 0], 3, 32),
         ([8, 8], [4, 4], [2, 0], 3, 32),
         ([6, 9], [2, 3], [1, 2], 5, 24),

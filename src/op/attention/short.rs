@@ -85,7 +85,7 @@ pub(super) struct Answer {
 /// Contiguous, and on a boundary of 16 bytes as asynchronous copies want it.
 pub(super) fn aligned(x: &Tensor) -> Tensor {
     let x = x.contiguous();
-    if x.data_ptr() as usize % 16 == 0 { x } else { x.copy() }
+    if (x.data_ptr() as usize).is_multiple_of(16) { x } else { x.copy() }
 }
 
 pub(super) fn forward(given: &Given, shape: &Shape) -> Result<Answer> {
