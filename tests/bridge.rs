@@ -38,6 +38,7 @@ pub fn case(name: &str) -> i32 {
         }
         "million" => crate::shard::million(),
         "server" => crate::server::case(),
+        steady if steady.starts_with("steady-") => crate::steady::case(steady),
         cloud if cloud.starts_with("cloud-") => crate::cloud::case(cloud),
         other => crate::device::case(other),
     }

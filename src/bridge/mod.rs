@@ -1,6 +1,7 @@
 //! What tch leaves out: gradient hooks, `.grad` as views of a buffer of our own, the fused CPU forms of operations,
 //! the bytes of a tensor. Together with `device/mpi.rs` the only place for `unsafe`.
 
+pub mod lend; // a tensor over bytes of ours
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 
 use crate::fault::{Fault, Result};

@@ -28,25 +28,27 @@ pub struct Encoder {
 impl Encoder {
     /// D, known before the first sample: a rank may have none.
     pub fn width(&self) -> Result<i64> {
-        let blank = vec![0; self.method.grid().pixels().iter().product::<i64>() as usize];
-        Ok(self.chunk(&blank, &[0])?.size()[1])
+        let shape = [&[1][..], &self.method.grid().pixels()].concat();
+        let blank = Tensor::f_zeros(&shape, (Kind::Uint8, self.flat.master.device()))?;
+        Ok(self.chunk(blank, &[0])?.size()[1])
     }
 
     /// Features of rows, fp32 [R, D] on the CPU.
     pub fn features(&self, rows: &Rows) -> Result<Tensor> {
-        let bytes = rows.pixels.len() / rows.ids.len().max(1);
-        let chunks = rows.ids.chunks(ROWS).zip(rows.pixels.chunks((ROWS * bytes).max(1)));
-        let parts = chunks.map(|(ids, pixels)| self.chunk(pixels, ids)).collect::<Result<Vec<_>>>()?;
+        let chunk = |(number, ids): (usize, &[u64])| {
+            let first = number * ROWS;
+            self.chunk(rows.to_device(first..first + ids.len(), self.flat.master.device())?, ids)
+        };
+        let parts = rows.ids.chunks(ROWS).enumerate().map(chunk).collect::<Result<Vec<_>>>()?;
         match parts.is_empty() {
             true => Ok(Tensor::zeros([0, self.width()?], (Kind::Float, Device::Cpu))),
             false => Ok(Tensor::cat(&parts, 0)),
         }
     }
 
-    fn chunk(&self, pixels: &[u8], ids: &[u64]) -> Result<Tensor> {
-        let shape = [&[ids.len() as i64][..], &self.method.grid().pixels()].concat();
+    fn chunk(&self, pixels: Tensor, ids: &[u64]) -> Result<Tensor> {
         let batch = Batch {
-            pixels: Tensor::f_from_data_size(pixels, &shape, Kind::Uint8)?.to_device(self.flat.master.device()),
+            pixels,
             origins: ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
             seed: self.config.train.seed,
         };
