@@ -13,11 +13,10 @@ mod batch;
 pub use clock::{Clock, Stage, process_seconds};
 
 use crate::data::cache::Cache;
-use crate::data::decode::{Decoder, Limits, Picture};
+use crate::data::decode::{Limits, Picture};
 use crate::data::mix::Mix;
 use crate::data::order::{self, Order};
 use crate::fault::{Fault, Result};
-use bytes::BytesMut;
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use fetch::Fetcher;
 use std::ops::Range;
@@ -62,26 +61,25 @@ impl Source {
 }
 
 /// This rank's rows of one step.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub struct Rows {
     pub step: u64,
     pub ids: Vec<u64>,
     pub epochs: Vec<u64>,
     /// Classes; none where the data set has none.
     pub labels: Option<Vec<i64>>,
-    /// [rows, C, T, Y, X], contiguous; empty where this rank has no row.
-    pub pixels: BytesMut,
+    /// uint8 [rows, C, T, Y, X] on the CPU. The memory is the feed's own, and serves another step once every tensor
+    /// over it is gone.
+    pub pixels: Tensor,
     /// How long the caller waited for it.
     pub waited: Duration,
 }
 
 impl Rows {
-    /// Pixels of some of the rows as a tensor [rows, C, T, Y, X] on a device. To a GPU they go through pinned memory,
-    /// which libtorch keeps for the next time, and without waiting for the copy.
-    pub fn to_device(&self, rows: Range<usize>, shape: [i64; 4], device: Device) -> Result<Tensor> {
-        let row = shape.iter().product::<i64>() as usize;
-        let shape = [&[(rows.end - rows.start) as i64][..], &shape].concat();
-        let pixels = Tensor::f_from_data_size(&self.pixels[rows.start * row..rows.end * row], &shape, Kind::Uint8)?;
+    /// Pixels of some of the rows, [rows, C, T, Y, X] on a device. On a CPU nothing is copied. To a GPU they go through
+    /// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+    pub fn to_device(&self, rows: Range<usize>, device: Device) -> Result<Tensor> {
+        let pixels = self.pixels.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
         match device.is_cuda() {
             true => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, Kind::Uint8, true, false)?),
             false => Ok(pixels),
@@ -162,14 +160,14 @@ impl Feed {
             let (reader, orders, done, stop) = (reader.clone(), orders.clone(), done.clone(), stop.clone());
             let leave = leave.clone();
             feed.spawn(format!("feed-{number}"), move || {
-                let mut decoder = Decoder::new(reader.source.limits);
+                let mut desk = row::Desk::new(reader.source.limits);
                 loop {
                     let order = select! {
                         recv(orders) -> order => order,
                         recv(leave) -> _ => break,
                     };
                     let Ok(order) = order else { break };
-                    if stop.load(Ordering::Relaxed) || done.send(reader.row(&mut decoder, order)).is_err() {
+                    if stop.load(Ordering::Relaxed) || done.send(reader.row(&mut desk, order)).is_err() {
                         break;
                     }
                 }

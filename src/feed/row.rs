@@ -3,11 +3,11 @@
 use super::Source;
 use super::clock::{Clock, Stage};
 use super::fetch::Fetched;
-use crate::data::decode::Decoder;
+use crate::data::decode::{Decoder, Limits};
 use crate::data::shard::{IMAGE, Shard};
 use crate::fault::{Code, Fault, Result};
 use crate::rng::{Draw, Purpose};
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -51,11 +51,46 @@ pub struct Row {
 }
 
 /// A sample's bytes, and where they came from.
-struct Sample {
+struct Sample<'a> {
     shard: Arc<Shard>,
     row: usize,
-    image: Bytes,
+    image: Image<'a>,
     label: Option<i64>,
+}
+
+/// A picture as its file has it.
+enum Image<'a> {
+    /// In the worker's own memory.
+    Read(&'a [u8]),
+    Fetched(Fetched),
+}
+
+impl Image<'_> {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Image::Read(bytes) => bytes,
+            Image::Fetched(fetched) => &fetched.image,
+        }
+    }
+}
+
+/// What a worker keeps from row to row, so that a row needs no new memory.
+pub struct Desk {
+    decoder: Decoder,
+    files: Files,
+}
+
+/// Members that are read from a disk: as long as the longest so far.
+#[derive(Default)]
+struct Files {
+    image: Vec<u8>,
+    label: Vec<u8>,
+}
+
+impl Desk {
+    pub fn new(limits: Limits) -> Desk {
+        Desk { decoder: Decoder::new(limits), files: Files::default() }
+    }
 }
 
 /// What a worker needs.
@@ -69,17 +104,17 @@ pub struct Reader {
 
 impl Reader {
     /// Makes a row. Only Code::Corrupt makes a sample bad; a disk that fails is no reason to train on other samples.
-    pub fn row(&self, decoder: &mut Decoder, order: Order) -> Done {
+    pub fn row(&self, desk: &mut Desk, order: Order) -> Done {
         let Order { step, row, epoch, index, mut out, raw } = order;
         let mut bad = Vec::new();
-        let made = self.with_replacement(decoder, epoch, index, raw, &mut out, &mut bad);
+        let made = self.with_replacement(desk, epoch, index, raw, &mut out, &mut bad);
         self.clock.row();
         Done { step, row, out, made, bad }
     }
 
     fn with_replacement(
         &self,
-        decoder: &mut Decoder,
+        desk: &mut Desk,
         epoch: u64,
         index: u64,
         raw: Raw,
@@ -90,7 +125,7 @@ impl Reader {
         let (mut candidate, mut raw) = (index, raw);
         let mut draw = None;
         for _ in 0..=TRIES {
-            match self.guarded(decoder, epoch, candidate, raw, out) {
+            match self.guarded(desk, epoch, candidate, raw, out) {
                 Err(fault) if fault.code == Code::Corrupt => bad.push((candidate, fault)),
                 made => return made.map(Some),
             }
@@ -107,8 +142,8 @@ impl Reader {
     }
 
     /// A panic in a decoder or a view ends the training with the sample's name, not the thread without a word.
-    fn guarded(&self, decoder: &mut Decoder, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
-        catch_unwind(AssertUnwindSafe(|| self.make(decoder, epoch, index, raw, out))).unwrap_or_else(|panic| {
+    fn guarded(&self, desk: &mut Desk, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+        catch_unwind(AssertUnwindSafe(|| self.make(desk, epoch, index, raw, out))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             let set = &self.source.set;
             Err(Fault::failed(format!(
@@ -120,15 +155,16 @@ impl Reader {
         })
     }
 
-    fn make(&self, decoder: &mut Decoder, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+    fn make(&self, desk: &mut Desk, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
         let Source { set, view, shape, .. } = &self.source;
-        let Sample { shard, row, image, label } = self.clock.of(Stage::Fetch, || self.read(index, raw))?;
+        let Desk { decoder, files } = desk;
+        let Sample { shard, row, image, label } = self.clock.of(Stage::Fetch, || self.read(index, raw, files))?;
         let place = || format!("{}: {}", shard.name(), shard.key(row));
         if self.labelled && label.is_none() {
             return Err(Fault::new(Code::Corrupt, format!("{}: it has no .cls, other samples have", place())));
         }
         let id = set.set(index).0.id_of(shard.key(row));
-        let picture = self.clock.of(Stage::Decode, || decoder.open(&image, shape[0] as u32));
+        let picture = self.clock.of(Stage::Decode, || decoder.open(image.bytes(), shape[0] as u32));
         let picture = picture.map_err(|fault| fault.at(place()))?;
         // A view says which part of the picture it shows, and so decodes inside: the decoder keeps its own time.
         let viewed = self.clock.of(Stage::View, || view(picture, id, epoch, out));
@@ -138,21 +174,25 @@ impl Reader {
     }
 
     /// The bytes of a sample, as its index says that they are.
-    fn read(&self, index: u64, raw: Raw) -> Result<Sample> {
+    fn read<'a>(&self, index: u64, raw: Raw, files: &'a mut Files) -> Result<Sample<'a>> {
         if let Raw::Fetched(fetched) = raw {
-            let Fetched { shard, row, image, label, .. } = &fetched?;
-            let member = shard.wanted(*row, IMAGE)?;
-            if shard.whole(&member, image).is_ok() {
-                let label = label.as_ref().map(|bytes| shard.class(*row, bytes)).transpose()?;
-                return Ok(Sample { shard: shard.clone(), row: *row, image: image.clone(), label });
+            let fetched = fetched?;
+            let (shard, row) = (fetched.shard.clone(), fetched.row);
+            let member = shard.wanted(row, IMAGE)?;
+            if shard.whole(&member, &fetched.image).is_ok() {
+                let label = fetched.label.as_ref().map(|bytes| shard.class(row, bytes)).transpose()?;
+                return Ok(Sample { shard, row, image: Image::Fetched(fetched), label });
             }
             // Bits flip on the way, and in a cache: what the store itself says now is what counts.
             tracing::warn!("{}: the bytes of {} came damaged; fetching them again", shard.name(), member.name);
-            self.source.cache.iter().for_each(|cache| cache.forget(shard, member.offset..member.end()));
+            self.source.cache.iter().for_each(|cache| cache.forget(&shard, member.offset..member.end()));
         }
         let (shard, row) = self.source.set.sample(index)?;
-        let image = shard.read(row, IMAGE)?.into();
-        let label = if self.labelled { shard.label(row)? } else { None };
-        Ok(Sample { shard, row, image, label })
+        let image = shard.read_into(row, IMAGE, &mut files.image)?;
+        let label = match self.labelled && shard.has(row, "cls") {
+            true => Some(shard.class(row, shard.read_into(row, &["cls"], &mut files.label)?)?),
+            false => None,
+        };
+        Ok(Sample { shard, row, image: Image::Read(image), label })
     }
 }

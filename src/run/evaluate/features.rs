@@ -34,8 +34,8 @@ impl Encoder {
     /// Code::Usage where the class token is asked for and there is none.
     pub fn new(config: Config, method: Box<dyn Method>, flat: Flat, asked: Option<Feature>) -> Result<Encoder> {
         let mut encoder = Encoder { config, method, flat, feature: Feature::Mean, width: 0 };
-        let blank = vec![0; encoder.method.grid().pixels().iter().product::<i64>() as usize];
-        let found = encoder.run(&blank, &[0])?;
+        let shape = [&[1][..], &encoder.method.grid().pixels()].concat();
+        let found = encoder.run(Tensor::f_zeros(&shape, (Kind::Uint8, encoder.flat.master.device()))?, &[0])?;
         encoder.width = found.mean.size()[1];
         encoder.feature = match (asked, found.class) {
             (Some(Feature::Class), None) => {
@@ -52,10 +52,10 @@ impl Encoder {
 
     /// Features of rows, fp32 [R, D] on the CPU.
     pub fn features(&self, rows: &Rows) -> Result<Tensor> {
-        let bytes = rows.pixels.len() / rows.ids.len().max(1);
         let mut parts = vec![self.none()];
-        for (ids, pixels) in rows.ids.chunks(ROWS).zip(rows.pixels.chunks((ROWS * bytes).max(1))) {
-            let found = self.run(pixels, ids)?;
+        for (number, ids) in rows.ids.chunks(ROWS).enumerate() {
+            let first = number * ROWS;
+            let found = self.run(rows.to_device(first..first + ids.len(), self.flat.master.device())?, ids)?;
             let features = match self.feature {
                 Feature::Class => found.class.expect("asked for where there is one alone"),
                 Feature::Mean => found.mean,
@@ -70,10 +70,9 @@ impl Encoder {
         Tensor::zeros([0, self.width], (Kind::Float, Device::Cpu))
     }
 
-    fn run(&self, pixels: &[u8], ids: &[u64]) -> Result<Features> {
-        let shape = [&[ids.len() as i64][..], &self.method.grid().pixels()].concat();
+    fn run(&self, pixels: Tensor, ids: &[u64]) -> Result<Features> {
         let batch = Batch {
-            pixels: Tensor::f_from_data_size(pixels, &shape, Kind::Uint8)?.to_device(self.flat.master.device()),
+            pixels,
             origins: ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
             seed: self.config.train.seed,
         };
