@@ -198,7 +198,7 @@ fn views(augmentation: Augmentation, seed: u64) -> std::result::Result<BTreeMap<
     let mut found = BTreeMap::new();
     for rows in samples::epoch(&set, augmentation, (1, set.len()), seed, &config, *method.grid(), &ranks)? {
         let rows = rows?;
-        found.insert(rows.ids[0], rows.pixels.to_vec());
+        found.insert(rows.ids[0], Vec::<u8>::try_from(rows.pixels.flatten(0, -1))?);
     }
     assert_eq!(found.len() as u64, set.len(), "every sample once");
     Ok(found)

@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+use tch::Tensor;
 
 crate::trials![
     any_number_of_ranks_reads_the_same_batch,
@@ -74,7 +75,7 @@ fn together(ranks: Vec<Vec<Rows>>) -> Vec<Rows> {
             whole.ids.extend(part.ids);
             whole.epochs.extend(part.epochs);
             whole.valid.extend(part.valid);
-            whole.pixels.extend(part.pixels);
+            whole.pixels = Tensor::cat(&[&whole.pixels, &part.pixels], 0);
             whole.labels.as_mut().expect("labels").extend(part.labels.expect("labels"));
         }
     }
@@ -90,7 +91,7 @@ fn any_number_of_ranks_reads_the_same_batch() -> Outcome {
     };
     let one = run(1)?;
     assert_eq!(one.len(), 25);
-    assert!(one.iter().all(|rows| rows.ids.len() == 3 && rows.pixels.len() == 3 * 3 * 8 * 8));
+    assert!(one.iter().all(|rows| rows.ids.len() == 3 && rows.pixels.size() == [3, 3, 1, 8, 8]));
     let mut first: Vec<u64> = one[..10].iter().flat_map(|rows| rows.ids.clone()).collect();
     first.sort_unstable();
     let mut ids: Vec<u64> = (0..30).map(|index| set.id(index)).collect::<Result<_, _>>()?;
@@ -162,7 +163,7 @@ fn a_sweep_reads_every_sample_once() -> Outcome {
         assert_eq!(steps.iter().flat_map(|rows| rows.ids.clone()).collect::<Vec<_>>(), ids, "{world} ranks");
         let labels: Vec<i64> = steps.iter().flat_map(|rows| rows.labels.clone().expect("labels")).collect();
         assert_eq!(labels.iter().sum::<i64>(), 15);
-        assert!(steps.iter().all(|rows| rows.pixels.len() == rows.ids.len() * 192));
+        assert!(steps.iter().all(|rows| rows.pixels.numel() == rows.ids.len() * 192));
     }
     Ok(())
 }
@@ -208,7 +209,7 @@ fn a_bad_sample_is_replaced_alike_everywhere() -> Outcome {
         (2..30).map(|index| set.id(index)).collect::<Result<Vec<_>, _>>()?,
         "a sweep leaves bad samples out"
     );
-    assert!(swept.iter().all(|rows| rows.pixels.len() == rows.ids.len() * 192));
+    assert!(swept.iter().all(|rows| rows.pixels.numel() == rows.ids.len() * 192));
     Ok(())
 }
 

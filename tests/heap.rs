@@ -1,7 +1,8 @@
-//! Counts what this thread asks of Rust's allocator, so that a test can say "no more than".
+//! Counts what is asked of Rust's allocator, by a thread or by the process, so that a test can say "no more than".
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 thread_local! {
     /// Bytes held now, the most of them, and bytes ever asked for, by this thread.
@@ -10,12 +11,18 @@ thread_local! {
     static ASKED: Cell<usize> = const { Cell::new(0) };
 }
 
+/// Requests for memory so far, by all threads.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
 struct Counting;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
 fn count(change: isize) {
+    if change > 0 {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+    }
     // A thread that ends has lost its counters already.
     let _ = HELD.try_with(|held| {
         held.set(held.get() + change);
@@ -43,6 +50,11 @@ unsafe impl GlobalAlloc for Counting {
         count(-(layout.size() as isize));
         unsafe { System.realloc(at, layout, size) }
     }
+}
+
+/// How often the process has asked for memory. Only a process of one's own makes sense of it.
+pub fn calls() -> usize {
+    CALLS.load(Ordering::Relaxed)
 }
 
 /// What `work` gives, the most bytes that it held at once, and all that it asked for.

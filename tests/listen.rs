@@ -21,6 +21,7 @@ use std::f64::consts::TAU;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tch::{Device, Kind, Tensor};
 
 crate::trials![
     folders_of_sounds_become_shards,
@@ -313,7 +314,7 @@ fn any_number_of_ranks_hears_the_same_batch() -> Outcome {
     };
     let order = || Order::mixed(&set.sizes(), 5, 2);
     let one = all(Feed::train(source(1), order(), 7, 0, 1, 0..8)?)?;
-    assert!(one.iter().all(|rows| rows.pixels.len() == 7 * 4 * 32 * 16 && rows.kind == tch::Kind::Float));
+    assert!(one.iter().all(|rows| rows.pixels.numel() == 7 * 32 * 16 && rows.pixels.kind() == Kind::Float));
     let valid: Vec<u32> = one.iter().flat_map(|rows| rows.valid.clone()).collect();
     assert!(valid.contains(&32) && valid.contains(&8), "long sounds and short ones: {valid:?}");
     for world in 2..=3 {
@@ -321,15 +322,15 @@ fn any_number_of_ranks_hears_the_same_batch() -> Outcome {
             .map(|rank| all(Feed::train(source(2), order(), 7, rank, world, 0..8)?))
             .collect::<Result<_, _>>()?;
         for step in 0..8 {
-            let pixels: Vec<u8> = ranks.iter().flat_map(|rank| rank[step].pixels.to_vec()).collect();
+            let pixels = Tensor::cat(&ranks.iter().map(|rank| &rank[step].pixels).collect::<Vec<_>>(), 0);
             let ids: Vec<u64> = ranks.iter().flat_map(|rank| rank[step].ids.clone()).collect();
             assert!(ids == one[step].ids && pixels == one[step].pixels, "step {step} on {world} ranks");
         }
     }
     // Resumed at step 5, it goes on with the same rows.
     assert!(all(Feed::train(source(2), order(), 7, 0, 1, 5..8)?)? == one[5..], "a feed goes on");
-    let tensor = one[0].to_device(0..7, grid.pixels(), tch::Device::Cpu)?;
-    assert_eq!((tensor.kind(), tensor.size()), (tch::Kind::Float, vec![7, 1, 1, 32, 16]));
+    let tensor = one[0].to_device(0..7, Device::Cpu)?;
+    assert_eq!((tensor.kind(), tensor.size()), (Kind::Float, vec![7, 1, 1, 32, 16]));
     assert!(tensor.abs().max().double_value(&[]) < 6.0, "normalised");
     Ok(())
 }

@@ -41,6 +41,7 @@ mod server;
 mod stream;
 mod cloud;
 mod far;
+mod steady;
 mod pack;
 mod inspect;
 mod listen;
@@ -128,6 +129,7 @@ fn main() {
     trials.extend(stream::trials());
     trials.extend(cloud::trials());
     trials.extend(far::trials());
+    trials.extend(steady::trials());
     trials.extend(pack::trials());
     trials.extend(inspect::trials());
     trials.extend(listen::trials());

@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/native_layer_norm_backward.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -169,6 +170,15 @@ void occlude_keep_memory() {
   // Smaller blocks stay with the C library, which is told not to give them back either.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 512 << 20);
+}
+
+// On success the tensor's memory owns `owner`, and hands it to `give_back` when it is freed.
+bool occlude_lend(at::Tensor** out, void* bytes, const int64_t* shape, size_t dimensions, void (*give_back)(void*),
+                  void* owner) {
+  return guarded([&] {
+    const at::IntArrayRef sizes(shape, dimensions);
+    *out = new at::Tensor(at::from_blob(bytes, sizes, [give_back, owner](void*) { give_back(owner); }, at::kByte));
+  });
 }
 
 bool occlude_linear(at::Tensor** out, const at::Tensor* x, const at::Tensor* w, const at::Tensor* b) {

@@ -3,6 +3,7 @@
 
 pub mod cuda; // the CUDA half: streams, events, graphs, memory
 mod fused; // fused operations; the order of attention kernels
+pub mod lend; // a tensor over bytes of ours
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 mod node; // an autograd node of closures
 

@@ -6,7 +6,7 @@
 
 use super::index::{self, HEADER, Header, Index, Row};
 use super::scan;
-use super::store::Store;
+use super::store::{self, Store};
 use crate::fault::{Code, Fault, Result};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -80,7 +80,7 @@ impl Found {
 
     /// Whether its bytes travel over a network.
     pub fn remote(&self) -> bool {
-        self.store.local().is_none()
+        self.store.remote()
     }
 
     /// The whole index, checked.
@@ -103,7 +103,8 @@ impl Found {
                 format!("{}: its index was replaced while the program ran; start again", self.name()),
             ));
         }
-        Ok(Shard { store: self.store.clone(), file: self.file.clone(), index })
+        let path = self.store.local().map(|folder| folder.join(&self.file));
+        Ok(Shard { store: self.store.clone(), file: self.file.clone(), path, index })
     }
 }
 
@@ -148,6 +149,8 @@ fn scanned(store: &Store, file: &str, bytes: u64) -> Result<(Arc<Index>, Place)>
 pub struct Shard {
     store: Store,
     file: String,
+    /// Of a tar on this machine's disk.
+    path: Option<PathBuf>,
     index: Arc<Index>,
 }
 
@@ -186,10 +189,27 @@ impl Shard {
     /// The bytes of the first member of sample `row` that has one of the extensions. Faults with Code::Corrupt where
     /// there is none, where the tar is shorter than its index says, or where the digest differs.
     pub fn read(&self, row: usize, extensions: &[&str]) -> Result<Vec<u8>> {
-        let member = self.wanted(row, extensions)?;
-        let bytes = self.store.get_range(&self.file, member.offset..member.end())?;
-        self.whole(&member, &bytes)?;
+        let mut bytes = Vec::new();
+        let length = self.read_into(row, extensions, &mut bytes)?.len();
+        bytes.truncate(length);
         Ok(bytes)
+    }
+
+    /// As [`Shard::read`], into memory that is kept: it grows where the member is longer than it, and its first bytes
+    /// are the member. From a disk nothing else is allocated.
+    pub fn read_into<'a>(&self, row: usize, extensions: &[&str], into: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+        let member = self.wanted(row, extensions)?;
+        let range = member.offset..member.end();
+        let length = member.length as usize;
+        match &self.path {
+            Some(path) => {
+                into.resize(into.len().max(length), 0);
+                store::read_file(path, range, &mut into[..length])?;
+            }
+            None => *into = self.store.get_range(&self.file, range)?,
+        }
+        self.whole(&member, &into[..length])?;
+        Ok(&into[..length])
     }
 
     /// As [`Shard::member`]; a sample without it is Code::Corrupt.

@@ -202,15 +202,8 @@ impl Store {
     /// A run of bytes of a file on this machine, without a detour.
     fn read_range(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
         self.key(path)?;
-        let file = self.name(path);
-        let open = std::fs::File::open(&file).map_err(|error| Fault::disk(&file, error))?;
         let mut bytes = vec![0; (range.end - range.start) as usize];
-        open.read_exact_at(&mut bytes, range.start).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                Fault::new(Code::Corrupt, format!("{file}: it ends before byte {}", range.end))
-            }
-            _ => Fault::disk(&file, error),
-        })?;
+        read_file(Path::new(&self.name(path)), range, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -322,6 +315,11 @@ impl Store {
             };
         }
         self.list(path)?.iter().try_for_each(|(object, _)| self.delete(object))
+    }
+
+    /// Whether its bytes travel over a network.
+    pub fn remote(&self) -> bool {
+        !self.on_disk
     }
 
     /// The folder on this machine's disk, for a local store.
@@ -443,6 +441,17 @@ impl Store {
         };
         Fault::new(Code::Store, format!("{name}: cannot be {what}{waited}: {}", words::shortly(error)))
     }
+}
+
+/// Bytes `range` of a file on this machine, as many as `into` has. Code::Corrupt where the file ends before.
+pub(super) fn read_file(path: &Path, range: Range<u64>, into: &mut [u8]) -> Result<()> {
+    let file = std::fs::File::open(path).map_err(|error| Fault::disk(path.display(), error))?;
+    file.read_exact_at(into, range.start).map_err(|error| match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => {
+            Fault::new(Code::Corrupt, format!("{}: it ends before byte {}", path.display(), range.end))
+        }
+        _ => Fault::disk(path.display(), error),
+    })
 }
 
 /// The local I/O error behind `error`, if it is one that a person mends on the disk.

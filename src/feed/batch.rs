@@ -4,9 +4,10 @@ use super::clock::{Clock, Stage};
 use super::fetch::Fetcher;
 use super::row::{Done, Order, Raw, Row};
 use super::{Plan, Rows, Source};
+use crate::bridge::lend::lend;
 use crate::fault::{Code, Fault, Result};
 use bytes::BytesMut;
-use crossbeam_channel::{Receiver, Sender, select};
+use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,6 +26,25 @@ struct Step {
     /// The rows' places, as they come back.
     pixels: Vec<BytesMut>,
     missing: usize,
+}
+
+/// The memory of a step's pixels, which comes back when the last tensor over it is gone.
+struct Lent {
+    bytes: BytesMut,
+    back: Sender<BytesMut>,
+}
+
+impl AsMut<[u8]> for Lent {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        // Nobody takes it back once the feed is gone.
+        let _ = self.back.send(std::mem::take(&mut self.bytes));
+    }
 }
 
 /// What the thread speaks through.
@@ -50,6 +70,8 @@ pub struct Belt {
     open: VecDeque<Step>,
     /// Steps handed over and not yet taken.
     waiting: usize,
+    /// Memory of steps that are over: its pages are here, and it need not be cleared.
+    spare: (Sender<BytesMut>, Receiver<BytesMut>),
     /// Bytes of the step planned last.
     each: usize,
     /// Bad samples by index, and how many there may be.
@@ -71,8 +93,8 @@ impl Belt {
         clock: Arc<Clock>,
     ) -> Belt {
         let allowed = ((source.set.len() as f64 * source.max_bad_share) as usize).max(3);
-        let (open, bad) = (VecDeque::new(), BTreeMap::new());
-        Belt { source, labelled, plan, steps, lines, open, waiting: 0, each: 0, bad, allowed, rank, clock }
+        let (open, bad, spare) = (VecDeque::new(), BTreeMap::new(), unbounded());
+        Belt { source, labelled, plan, steps, lines, open, waiting: 0, spare, each: 0, bad, allowed, rank, clock }
     }
 
     /// Until the last step is out, a fault is out, or nobody wants more.
@@ -88,7 +110,7 @@ impl Belt {
             self.fill();
             while self.open.front().is_some_and(|step| step.missing == 0) {
                 let step = self.open.pop_front().expect("a step in front");
-                let rows = self.clock.of(Stage::Batch, || self.finished(step));
+                let rows = self.clock.of(Stage::Batch, || self.finished(step))?;
                 if self.lines.out.send(Ok(rows)).is_err() {
                     return Ok(());
                 }
@@ -123,7 +145,8 @@ impl Belt {
             let samples = (self.plan)(step);
             // One run of memory for the step; each worker holds its row's part of it.
             let each = self.source.row_bytes();
-            let mut room = BytesMut::zeroed(samples.len() * each);
+            let mut room = self.spare.1.try_recv().unwrap_or_default();
+            room.resize(samples.len() * each, 0);
             self.each = room.len();
             let pixels = samples.iter().map(|_| BytesMut::new()).collect();
             self.open.push_back(Step {
@@ -179,7 +202,7 @@ impl Belt {
 
     /// The rows' places side by side again, which they are in memory; the gaps that left-out rows leave are closed,
     /// and labels dropped where the set has none.
-    fn finished(&self, step: Step) -> Rows {
+    fn finished(&self, step: Step) -> Result<Rows> {
         let Step { step, rows, pixels: places, .. } = step;
         let bytes = self.source.row_bytes();
         let mut pixels = BytesMut::new();
@@ -193,15 +216,19 @@ impl Belt {
         }
         pixels.truncate(kept * bytes);
         let rows: Vec<Row> = rows.into_iter().flatten().collect();
-        Rows {
+        // Bytes first, then their element: the innermost side is as many times longer.
+        let kind = self.source.medium.kind();
+        let [c, t, y, x] = self.source.shape;
+        let shape = [kept as i64, c, t, y, x * kind.elt_size_in_bytes() as i64];
+        let pixels = lend(Lent { bytes: pixels, back: self.spare.0.clone() }, &shape)?;
+        Ok(Rows {
             step,
             ids: rows.iter().map(|row| row.id).collect(),
             epochs: rows.iter().map(|row| row.epoch).collect(),
             labels: self.labelled.then(|| rows.iter().filter_map(|row| row.label).collect()),
             valid: rows.iter().map(|row| row.valid).collect(),
-            kind: self.source.medium.kind(),
-            pixels,
+            pixels: pixels.f_view_dtype(kind)?,
             waited: Duration::ZERO,
-        }
+        })
     }
 }

@@ -12,7 +12,8 @@ use crate::data::store;
 use crate::fault::{Fault, Result};
 use bytes::Bytes;
 use crossbeam_channel::Sender;
-use futures::future::{select, try_join_all};
+use futures::future::select;
+use futures::stream::{FuturesOrdered, TryStreamExt};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::pin::pin;
@@ -151,8 +152,10 @@ impl Fetcher {
         // Closed only when the program ends.
         let Ok(held) = self.budget.clone().acquire_many_owned(units).await else { return };
         let held = Arc::new(held);
-        let fetched = try_join_all(runs.iter().map(|run| self.run(&shard, run.clone()))).await;
-        let fetched = match fetched {
+        // Ordered by name alone: of these futures only those are looked at that have something to say, where
+        // `try_join_all` looks at all of a short list whenever one moves.
+        let under_way: FuturesOrdered<_> = runs.iter().map(|run| self.run(&shard, run.clone())).collect();
+        let fetched: Vec<Bytes> = match under_way.try_collect().await {
             Ok(fetched) => fetched,
             Err(fault) => return self.fail(group.into_iter().map(|wanted| wanted.order).collect(), &fault),
         };

@@ -14,11 +14,10 @@ pub use clock::{Clock, Stage, process_seconds};
 
 use crate::data::cache::Cache;
 use crate::data::decode::Limits;
-use crate::data::medium::{Decoder, Medium, Sample};
+use crate::data::medium::{Medium, Sample};
 use crate::data::mix::Mix;
 use crate::data::order::{self, Order};
 use crate::fault::{Fault, Result};
-use bytes::BytesMut;
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use fetch::Fetcher;
 use std::ops::Range;
@@ -26,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use tokio::sync::Semaphore;
 
 /// A sample's view: (sample, id, epoch) → [C, T, Y, X] as bytes into the last argument; how many of its Y rows, from the
@@ -66,7 +65,7 @@ impl Source {
 }
 
 /// This rank's rows of one step.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub struct Rows {
     pub step: u64,
     pub ids: Vec<u64>,
@@ -75,23 +74,20 @@ pub struct Rows {
     pub labels: Option<Vec<i64>>,
     /// Of each view, how many of its Y rows show the sample; the rest, of a short sound, is padding.
     pub valid: Vec<u32>,
-    /// The element of `pixels`.
-    pub kind: Kind,
-    /// [rows, C, T, Y, X], contiguous; empty where this rank has no row.
-    pub pixels: BytesMut,
+    /// [rows, C, T, Y, X] on the CPU, of the medium's element. The memory is the feed's own, and serves another step once
+    /// every tensor over it is gone.
+    pub pixels: Tensor,
     /// How long the caller waited for it.
     pub waited: Duration,
 }
 
 impl Rows {
-    /// Pixels of some of the rows as a tensor [rows, C, T, Y, X] on a device. To a GPU they go through pinned memory,
-    /// which libtorch keeps for the next time, and without waiting for the copy.
-    pub fn to_device(&self, rows: Range<usize>, shape: [i64; 4], device: Device) -> Result<Tensor> {
-        let row = shape.iter().product::<i64>() as usize * self.kind.elt_size_in_bytes();
-        let shape = [&[(rows.end - rows.start) as i64][..], &shape].concat();
-        let pixels = Tensor::f_from_data_size(&self.pixels[rows.start * row..rows.end * row], &shape, self.kind)?;
+    /// Pixels of some of the rows, [rows, C, T, Y, X] on a device. On a CPU nothing is copied. To a GPU they go through
+    /// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+    pub fn to_device(&self, rows: Range<usize>, device: Device) -> Result<Tensor> {
+        let pixels = self.pixels.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
         match device.is_cuda() {
-            true => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, self.kind, true, false)?),
+            true => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, self.pixels.kind(), true, false)?),
             false => Ok(pixels),
         }
     }
@@ -170,14 +166,14 @@ impl Feed {
             let (reader, orders, done, stop) = (reader.clone(), orders.clone(), done.clone(), stop.clone());
             let leave = leave.clone();
             feed.spawn(format!("feed-{number}"), move || {
-                let mut decoder = Decoder::new(reader.source.limits);
+                let mut desk = row::Desk::new(reader.source.limits);
                 loop {
                     let order = select! {
                         recv(orders) -> order => order,
                         recv(leave) -> _ => break,
                     };
                     let Ok(order) = order else { break };
-                    if stop.load(Ordering::Relaxed) || done.send(reader.row(&mut decoder, order)).is_err() {
+                    if stop.load(Ordering::Relaxed) || done.send(reader.row(&mut desk, order)).is_err() {
                         break;
                     }
                 }

@@ -3,11 +3,12 @@
 use super::Source;
 use super::clock::{Clock, Stage};
 use super::fetch::Fetched;
+use crate::data::decode::Limits;
 use crate::data::medium::Decoder;
 use crate::data::shard::Shard;
 use crate::fault::{Code, Fault, Result};
 use crate::rng::{Draw, Purpose};
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -53,11 +54,46 @@ pub struct Row {
 }
 
 /// A sample's bytes, and where they came from.
-struct Sample {
+struct Sample<'a> {
     shard: Arc<Shard>,
     row: usize,
-    bytes: Bytes,
+    coded: Coded<'a>,
     label: Option<i64>,
+}
+
+/// A picture or sound as its file has it.
+enum Coded<'a> {
+    /// In the worker's own memory.
+    Read(&'a [u8]),
+    Fetched(Fetched),
+}
+
+impl Coded<'_> {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Coded::Read(bytes) => bytes,
+            Coded::Fetched(fetched) => &fetched.bytes,
+        }
+    }
+}
+
+/// What a worker keeps from row to row, so that a row needs no new memory.
+pub struct Desk {
+    decoder: Decoder,
+    files: Files,
+}
+
+/// Members that are read from a disk: as long as the longest so far.
+#[derive(Default)]
+struct Files {
+    coded: Vec<u8>,
+    label: Vec<u8>,
+}
+
+impl Desk {
+    pub fn new(limits: Limits) -> Desk {
+        Desk { decoder: Decoder::new(limits), files: Files::default() }
+    }
 }
 
 /// What a worker needs.
@@ -71,17 +107,17 @@ pub struct Reader {
 
 impl Reader {
     /// Makes a row. Only Code::Corrupt makes a sample bad; a disk that fails is no reason to train on other samples.
-    pub fn row(&self, decoder: &mut Decoder, order: Order) -> Done {
+    pub fn row(&self, desk: &mut Desk, order: Order) -> Done {
         let Order { step, row, epoch, index, mut out, raw } = order;
         let mut bad = Vec::new();
-        let made = self.with_replacement(decoder, epoch, index, raw, &mut out, &mut bad);
+        let made = self.with_replacement(desk, epoch, index, raw, &mut out, &mut bad);
         self.clock.row();
         Done { step, row, out, made, bad }
     }
 
     fn with_replacement(
         &self,
-        decoder: &mut Decoder,
+        desk: &mut Desk,
         epoch: u64,
         index: u64,
         raw: Raw,
@@ -92,7 +128,7 @@ impl Reader {
         let (mut candidate, mut raw) = (index, raw);
         let mut draw = None;
         for _ in 0..=TRIES {
-            match self.guarded(decoder, epoch, candidate, raw, out) {
+            match self.guarded(desk, epoch, candidate, raw, out) {
                 Err(fault) if fault.code == Code::Corrupt => bad.push((candidate, fault)),
                 made => return made.map(Some),
             }
@@ -109,8 +145,8 @@ impl Reader {
     }
 
     /// A panic in a decoder or a view ends the training with the sample's name, not the thread without a word.
-    fn guarded(&self, decoder: &mut Decoder, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
-        catch_unwind(AssertUnwindSafe(|| self.make(decoder, epoch, index, raw, out))).unwrap_or_else(|panic| {
+    fn guarded(&self, desk: &mut Desk, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+        catch_unwind(AssertUnwindSafe(|| self.make(desk, epoch, index, raw, out))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             let set = &self.source.set;
             Err(Fault::failed(format!(
@@ -122,15 +158,16 @@ impl Reader {
         })
     }
 
-    fn make(&self, decoder: &mut Decoder, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+    fn make(&self, desk: &mut Desk, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
         let Source { set, medium, view, shape, .. } = &self.source;
-        let Sample { shard, row, bytes, label } = self.clock.of(Stage::Fetch, || self.read(index, raw))?;
+        let Desk { decoder, files } = desk;
+        let Sample { shard, row, coded, label } = self.clock.of(Stage::Fetch, || self.read(index, raw, files))?;
         let place = || format!("{}: {}", shard.name(), shard.key(row));
         if self.labelled && label.is_none() {
             return Err(Fault::new(Code::Corrupt, format!("{}: it has no .cls, other samples have", place())));
         }
         let id = set.set(index).0.id_of(shard.key(row));
-        let opened = self.clock.of(Stage::Decode, || decoder.open(&bytes, *medium, shape[0] as u32));
+        let opened = self.clock.of(Stage::Decode, || decoder.open(coded.bytes(), *medium, shape[0] as u32));
         let opened = opened.map_err(|fault| fault.at(place()))?;
         // A view says which part of the picture it shows, and so decodes inside: the decoder keeps its own time.
         let viewed = self.clock.of(Stage::View, || view(opened, id, epoch, out));
@@ -140,22 +177,26 @@ impl Reader {
     }
 
     /// The bytes of a sample, as its index says that they are.
-    fn read(&self, index: u64, raw: Raw) -> Result<Sample> {
+    fn read<'a>(&self, index: u64, raw: Raw, files: &'a mut Files) -> Result<Sample<'a>> {
         let extensions = self.source.medium.extensions();
         if let Raw::Fetched(fetched) = raw {
-            let Fetched { shard, row, bytes, label, .. } = &fetched?;
-            let member = shard.wanted(*row, extensions)?;
-            if shard.whole(&member, bytes).is_ok() {
-                let label = label.as_ref().map(|bytes| shard.class(*row, bytes)).transpose()?;
-                return Ok(Sample { shard: shard.clone(), row: *row, bytes: bytes.clone(), label });
+            let fetched = fetched?;
+            let (shard, row) = (fetched.shard.clone(), fetched.row);
+            let member = shard.wanted(row, extensions)?;
+            if shard.whole(&member, &fetched.bytes).is_ok() {
+                let label = fetched.label.as_ref().map(|bytes| shard.class(row, bytes)).transpose()?;
+                return Ok(Sample { shard, row, coded: Coded::Fetched(fetched), label });
             }
             // Bits flip on the way, and in a cache: what the store itself says now is what counts.
             tracing::warn!("{}: the bytes of {} came damaged; fetching them again", shard.name(), member.name);
-            self.source.cache.iter().for_each(|cache| cache.forget(shard, member.offset..member.end()));
+            self.source.cache.iter().for_each(|cache| cache.forget(&shard, member.offset..member.end()));
         }
         let (shard, row) = self.source.set.sample(index)?;
-        let bytes = shard.read(row, extensions)?.into();
-        let label = if self.labelled { shard.label(row)? } else { None };
-        Ok(Sample { shard, row, bytes, label })
+        let coded = shard.read_into(row, extensions, &mut files.coded)?;
+        let label = match self.labelled && shard.has(row, "cls") {
+            true => Some(shard.class(row, shard.read_into(row, &["cls"], &mut files.label)?)?),
+            false => None,
+        };
+        Ok(Sample { shard, row, coded: Coded::Read(coded), label })
     }
 }

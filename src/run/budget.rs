@@ -30,17 +30,17 @@ pub fn data(config: &Config, world: &Arc<dyn World>, seconds: f64) -> Result<()>
     let set = open::training_set(config)?;
     let grid = config.method.build(&config.input)?.grid().to_owned();
     let source = open::source(config, set.clone(), world.as_ref(), grid)?;
-    let (threads, shape, remote) = (source.threads, source.shape, set.remote());
+    let (threads, remote) = (source.threads, set.remote());
     let order = Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards);
     let feed = Feed::train(source, order, config.train.global_batch, world.rank(), world.size(), 0..u64::MAX >> 8)?;
-    let spent = measure(feed, shape, world, seconds)?;
+    let spent = measure(feed, world, seconds)?;
     if world.rank() == 0 {
         report(&spent, threads, remote);
     }
     Ok(())
 }
 
-fn measure(mut feed: Feed, shape: [i64; 4], world: &Arc<dyn World>, seconds: f64) -> Result<Spent> {
+fn measure(mut feed: Feed, world: &Arc<dyn World>, seconds: f64) -> Result<Spent> {
     const STAGES: [Stage; 4] = [Stage::Fetch, Stage::Decode, Stage::View, Stage::Batch];
     let next = |feed: &mut Feed| feed.next().unwrap_or_else(|| Err(Fault::failed("the feed ended early")));
     for _ in 0..WARM {
@@ -53,7 +53,7 @@ fn measure(mut feed: Feed, shape: [i64; 4], world: &Arc<dyn World>, seconds: f64
         let rows = next(&mut feed)?;
         waited += rows.waited;
         let copying = Instant::now();
-        drop(rows.to_device(0..rows.ids.len(), shape, world.device())?);
+        drop(rows.to_device(0..rows.ids.len(), world.device())?);
         copy += copying.elapsed();
     }
     let after = seen(&feed);

@@ -47,7 +47,7 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         let rows = feed.next().expect("rows for every step")?;
         run.beat(step, Phase::Compute);
         let waited = rows.waited;
-        let micro = micro_batches(config, &rows, world, &run)?;
+        let micro = micro_batches(config, &rows, world)?;
         let lr = run.schedule.at(step * config.train.global_batch);
         let outcome = run.stepper.step(&micro, lr, |stepper, outcome| match step < dump_until {
             true => {
@@ -117,7 +117,7 @@ fn agree(channel: &mut dyn crate::device::Channel, requests: &Requests, deadline
 }
 
 /// This rank's rows as batches on its device, cut to the micro-batch.
-fn micro_batches(config: &Config, rows: &Rows, world: &Arc<dyn World>, run: &Opened) -> Result<Vec<Batch>> {
+fn micro_batches(config: &Config, rows: &Rows, world: &Arc<dyn World>) -> Result<Vec<Batch>> {
     let own = order::rows(config.train.global_batch, world.rank(), world.size());
     let most = config.train.micro_batch.unwrap_or(own.end - own.start).max(1) as usize;
     let mut batches = Vec::new();
@@ -125,7 +125,7 @@ fn micro_batches(config: &Config, rows: &Rows, world: &Arc<dyn World>, run: &Ope
         let end = (first + most).min(rows.ids.len());
         let origin = |i: usize| Origin { id: rows.ids[i], epoch: rows.epochs[i], repeat: 0 };
         batches.push(Batch {
-            pixels: rows.to_device(first..end, run.source.shape, world.device())?,
+            pixels: rows.to_device(first..end, world.device())?,
             origins: (first..end).map(origin).collect(),
             seed: config.train.seed,
         });

@@ -8,7 +8,7 @@ use ffmpeg_next::codec::packet::Packet;
 use ffmpeg_next::codec::{Id, packet::side_data};
 use ffmpeg_next::format::context::{Input, StreamIo};
 use ffmpeg_next::format::stream::Stream;
-use ffmpeg_next::{Dictionary, Error, Rational, codec, format, media};
+use ffmpeg_next::{Dictionary, Rational, codec, format, media};
 use std::io::Cursor;
 
 /// Demuxers by FFmpeg's names: MP4 and QuickTime, Matroska and WebM, AVI.
@@ -95,9 +95,8 @@ fn demuxer(file: Vec<u8>) -> Result<Input, Refusal> {
         options.set(key, value);
     }
     let io = StreamIo::from_read_seek(Cursor::new(file)).map_err(|error| error.to_string())?;
-    format::input_from_stream(io, None, Some(options)).map_err(|error| match error {
-        Error::Other { .. } => "it is none of MP4, QuickTime, WebM, Matroska, AVI".into(),
-        error => format!("its container cannot be read: {error}"),
+    format::input_from_stream(io, None, Some(options)).map_err(|error| {
+        format!("it is none of MP4, QuickTime, WebM, Matroska, AVI, or its beginning is damaged ({error})")
     })
 }
 

@@ -34,9 +34,9 @@ impl Encoder {
     /// Code::Usage where the class token is asked for and there is none.
     pub fn new(config: Config, method: Box<dyn Method>, flat: Flat, asked: Option<Feature>) -> Result<Encoder> {
         let mut encoder = Encoder { config, method, flat, feature: Feature::Mean, width: 0 };
-        let kind = encoder.config.view.medium().kind();
-        let values = encoder.method.grid().pixels().iter().product::<i64>() as usize;
-        let found = encoder.run(&vec![0; values * kind.elt_size_in_bytes()], kind, &[0])?;
+        let shape = [&[1][..], &encoder.method.grid().pixels()].concat();
+        let (kind, device) = (encoder.config.view.medium().kind(), encoder.flat.master.device());
+        let found = encoder.run(Tensor::f_zeros(&shape, (kind, device))?, &[0])?;
         encoder.width = found.mean.size()[1];
         encoder.feature = match (asked, found.class) {
             (Some(Feature::Class), None) => {
@@ -53,10 +53,10 @@ impl Encoder {
 
     /// Features of rows, fp32 [R, D] on the CPU.
     pub fn features(&self, rows: &Rows) -> Result<Tensor> {
-        let bytes = rows.pixels.len() / rows.ids.len().max(1);
         let mut parts = vec![self.none()];
-        for (ids, pixels) in rows.ids.chunks(ROWS).zip(rows.pixels.chunks((ROWS * bytes).max(1))) {
-            let found = self.run(pixels, rows.kind, ids)?;
+        for (number, ids) in rows.ids.chunks(ROWS).enumerate() {
+            let first = number * ROWS;
+            let found = self.run(rows.to_device(first..first + ids.len(), self.flat.master.device())?, ids)?;
             let features = match self.feature {
                 Feature::Class => found.class.expect("asked for where there is one alone"),
                 Feature::Mean => found.mean,
@@ -71,10 +71,9 @@ impl Encoder {
         Tensor::zeros([0, self.width], (Kind::Float, Device::Cpu))
     }
 
-    fn run(&self, pixels: &[u8], kind: Kind, ids: &[u64]) -> Result<Features> {
-        let shape = [&[ids.len() as i64][..], &self.method.grid().pixels()].concat();
+    fn run(&self, pixels: Tensor, ids: &[u64]) -> Result<Features> {
         let batch = Batch {
-            pixels: Tensor::f_from_data_size(pixels, &shape, kind)?.to_device(self.flat.master.device()),
+            pixels,
             origins: ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
             seed: self.config.train.seed,
         };
