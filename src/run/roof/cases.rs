@@ -167,7 +167,7 @@ fn flat(device: Device, kind: Kind, n: i64) -> Vec<Make> {
             let [master, first, second, gradient] = [(); 4].map(|()| buffer());
             let (second, compute) = (second.square(), master.to_kind(kind));
             let steps = Tensor::zeros([1], (Kind::Float, device));
-            let table = Table::new(&[0..n as usize], &[true], n as usize, &steps);
+            let table = Table::new(std::slice::from_ref(&(0..n as usize)), &[true], n as usize, &steps);
             let control = control(1e-4, 0.05, 1.0, true, device);
             let run = move || {
                 let (master, first, second, gradient) = (&master, &first, &second, &gradient);
