@@ -187,8 +187,13 @@ fn every_operation_is_tested() -> Outcome {
         );
     }
     for kernel in kernels {
-        assert!(operations.contains(&kernel), "kernels/{kernel}.cu has no operation of its name");
-        assert!(tested.contains(&format!("{kernel}::kernel")), "no test in tests/kernel*.rs calls {kernel}::kernel");
+        // An operation of several files names them after itself.
+        let owner =
+            operations.iter().find(|operation| kernel == **operation || kernel.starts_with(&format!("{operation}_")));
+        let Some(owner) = owner else { panic!("kernels/{kernel}.cu has no operation of its name") };
+        let rest = kernel[owner.len()..].trim_start_matches('_');
+        let called = [owner.as_str(), rest].iter().any(|name| tested.contains(&format!("{name}::kernel")));
+        assert!(called, "no test in tests/kernel*.rs calls a kernel() of {kernel}");
     }
     Ok(())
 }
