@@ -16,12 +16,14 @@ crate::trials![
 /// The job has stopped on request: in time, saved where it stood, with one sentence.
 fn stopped(run: &Run, job: Job, since: Instant) -> u64 {
     let end = job.end(30);
-    assert!(since.elapsed().as_secs() < 10, "{:?}", since.elapsed());
+    assert!(since.elapsed().as_secs() < 25, "{:?}", since.elapsed());
     assert_eq!(end.code, 75, "{}", end.told);
     let last = run.lines().last().expect("a line").step;
     assert!(last < STEPS, "stopped too late to show anything");
     assert_eq!(run.saved().last(), Some(&last), "the last step is not the saved one");
-    assert_eq!(end.told, format!("occlude: saved after step {last} and stopped, as requested"));
+    // Before that, a job that went on has said from where.
+    let told: Vec<&str> = end.told.lines().filter(|line| !line.contains("goes on after step")).collect();
+    assert_eq!(told, [format!("occlude: saved after step {last} and stopped, as requested")]);
     last
 }
 
