@@ -71,11 +71,10 @@ fn three_ranks_over_mpi_conform() -> Outcome {
 
 /// The suite over MPI, whose random sums have the bits of those between threads.
 fn over_mpi(size: usize) -> Outcome {
-    let output = Command::new(root().join(".deps/venv/bin/mpirun"))
-        .args(["-n", &size.to_string(), "--oversubscribe", "--bind-to", "none"])
+    let output = Command::new(root().join("launch/mpirun"))
+        .args(["-n", &size.to_string()])
         .arg(std::env::current_exe()?)
         .envs([("OCCLUDE_CASE", "conformance"), ("OMP_NUM_THREADS", "1")])
-        .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
         .output()?;
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {

@@ -16,6 +16,7 @@ crate::trials![
     a_rank_s_own_code_is_passed_on,
     restarts_stop_without_progress,
     a_pinned_rank_is_widened_to_its_share,
+    an_mpirun_that_does_not_come_up_is_started_again,
 ];
 
 /// What a rank does in these tests: steps until it is asked to stop, then saves for 2 s and leaves with 75.
@@ -221,5 +222,31 @@ fn a_pinned_rank_is_widened_to_its_share() -> Outcome {
         .output()?;
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(told.trim(), format!("threads {0}, cores {0}", cores()), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// A busy host may keep mpirun from starting; it says so, before any rank has begun.
+fn an_mpirun_that_does_not_come_up_is_started_again() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let place = |name: &str| folder.path().join(name);
+    for name in ["launch", "mpi/bin"] {
+        std::fs::create_dir_all(place(name))?;
+    }
+    std::fs::copy(root().join("launch/mpirun"), place("launch/mpirun"))?;
+    let stand_in = r#"#!/bin/sh
+        echo started >> "$OCCLUDE_STARTS"
+        [ "$(wc -l < "$OCCLUDE_STARTS")" -gt 2 ] && exit 75
+        rule=$(printf '%074d' 0 | tr 0 -)
+        printf '%s\nThe PMIx server'"'"'s listener thread failed to start. We cannot\ncontinue.\n%s\n' "$rule" "$rule" >&2
+        exit 213"#;
+    std::fs::write(place("mpi/bin/mpirun"), stand_in)?;
+    std::fs::set_permissions(place("mpi/bin/mpirun"), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let output = Command::new(place("launch/mpirun"))
+        .args(["-n", "2", "true"])
+        .env("OCCLUDE_STARTS", place("starts"))
+        .output()?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), told.as_str()), (Some(75), ""), "the third start's own code, and not a word");
+    assert_eq!(std::fs::read_to_string(place("starts"))?.lines().count(), 3);
     Ok(())
 }
