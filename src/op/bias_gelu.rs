@@ -2,7 +2,7 @@
 //! approximations of the same paper.
 
 use super::fold;
-use super::launch::{Launch, Source, Variant, blocks, type_name};
+use super::launch::{Launch, Source, blocks, by_width, wide};
 use crate::bridge::{Forward, node};
 use crate::fault::Result;
 use tch::{Kind, Tensor};
@@ -49,18 +49,8 @@ const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 pub const SOURCE: Source = Source {
     name: "bias_gelu",
     built_in: include_str!("../../kernels/bias_gelu.cu"),
-    variants: || KINDS.iter().flat_map(|kind| [1, 16].map(|width| variant(*kind, width))).collect(),
+    variants: || KINDS.iter().flat_map(|kind| [1, 16].map(|width| by_width(*kind, width))).collect(),
 };
-
-/// 16 bytes at a time where a row holds a whole number of them.
-fn variant(kind: Kind, width: i64) -> Variant {
-    vec![("ELEMENT", type_name(kind).into()), ("WIDE", wide(kind, width).to_string())]
-}
-
-fn wide(kind: Kind, width: i64) -> i64 {
-    let most = 16 / kind.elt_size_in_bytes() as i64;
-    if width % most == 0 { most } else { 1 }
-}
 
 /// The same by our kernels; x is made contiguous.
 pub fn kernel(x: &Tensor, bias: Option<&Tensor>, form: Form) -> Result<Tensor> {
@@ -84,7 +74,7 @@ fn forward(x: &Tensor, bias: Option<&Tensor>, form: Form) -> Result<Tensor> {
     let y = Tensor::empty_like(x);
     let launch = Launch {
         source: &SOURCE,
-        variant: variant(x.kind(), width),
+        variant: by_width(x.kind(), width),
         entry: "bias_gelu",
         grid: [blocks(numel / wide(x.kind(), width), 256), 1, 1],
         threads: 256,
@@ -111,7 +101,7 @@ fn backward(
     let parts = wants_bias.then(|| Tensor::empty([i64::from(runs), width], (Kind::Float, x.device())));
     let launch = Launch {
         source: &SOURCE,
-        variant: variant(x.kind(), width),
+        variant: by_width(x.kind(), width),
         entry: "bias_gelu_backward",
         grid: [runs, blocks(width, each), 1],
         threads: 256,

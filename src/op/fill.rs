@@ -1,6 +1,6 @@
 //! A transformer's input: class token, visible tokens, mask tokens and positions in one sequence.
 
-use super::launch::{Argument, Launch, Source, Variant, blocks, type_name};
+use super::launch::{Argument, Launch, Source, blocks, by_width, wide};
 use super::{fold, patch::gather, sizes};
 use crate::bridge::{Forward, node};
 use crate::fault::Result;
@@ -53,18 +53,8 @@ const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
 pub const SOURCE: Source = Source {
     name: "fill",
     built_in: include_str!("../../kernels/fill.cu"),
-    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|width| variant(kind, width))).collect(),
+    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|width| by_width(kind, width))).collect(),
 };
-
-fn variant(kind: Kind, width: i64) -> Variant {
-    vec![("ELEMENT", type_name(kind).into()), ("WIDE", wide(kind, width).to_string())]
-}
-
-/// Neighbours moved at a time: 16 bytes where a row holds a whole number of them.
-fn wide(kind: Kind, width: i64) -> i64 {
-    let most = 16 / kind.elt_size_in_bytes() as i64;
-    if width % most == 0 { most } else { 1 }
-}
 
 /// How many rows there are of what.
 #[derive(Clone, Copy)]
@@ -91,7 +81,7 @@ impl Shape {
     fn launch(&self, entry: &'static str, kind: Kind, of_block: i64, shared: usize) -> Launch<'static> {
         let columns = blocks(self.width, 32 * wide(kind, self.width));
         let grid = [blocks(self.batch * self.all()[1], of_block), columns, 1];
-        Launch { source: &SOURCE, variant: variant(kind, self.width), entry, grid, threads: 256, shared }
+        Launch { source: &SOURCE, variant: by_width(kind, self.width), entry, grid, threads: 256, shared }
     }
 
     fn numbers(&self) -> [Argument<'static>; 5] {

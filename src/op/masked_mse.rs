@@ -1,6 +1,6 @@
 //! The squared error at the hidden patches.
 
-use super::launch::{Launch, Source, Variant, blocks, type_name};
+use super::launch::{Launch, Source, blocks, by_width, wide};
 use super::{fold, scale};
 use crate::bridge::{Forward, node};
 use crate::fault::Result;
@@ -26,17 +26,8 @@ const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
 pub const SOURCE: Source = Source {
     name: "masked_mse",
     built_in: include_str!("../../kernels/masked_mse.cu"),
-    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|numel| variant(kind, numel))).collect(),
+    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|numel| by_width(kind, numel))).collect(),
 };
-
-fn variant(kind: Kind, numel: i64) -> Variant {
-    vec![("ELEMENT", type_name(kind).into()), ("WIDE", wide(kind, numel).to_string())]
-}
-
-fn wide(kind: Kind, numel: i64) -> i64 {
-    let most = 16 / kind.elt_size_in_bytes() as i64;
-    if numel % most == 0 { most } else { 1 }
-}
 
 /// Blocks at most: eight for each multiprocessor of a Hopper, all of them at work at once.
 const MOST: u32 = 1056;
@@ -53,7 +44,7 @@ pub fn kernel(guess: &Tensor, truth: &Tensor) -> Result<Tensor> {
         let parts = Tensor::empty([i64::from(grid), 1], (Kind::Float, guess.device()));
         let launch = Launch {
             source: &SOURCE,
-            variant: variant(guess.kind(), numel),
+            variant: by_width(guess.kind(), numel),
             entry: "masked_mse",
             grid: [grid, 1, 1],
             threads: 256,

@@ -1,7 +1,7 @@
 //! A tensor times one number on the same device. Losses work out their gradient in the forward pass and keep it; this is
 //! their backward pass.
 
-use super::launch::{Launch, Source, Variant, blocks, type_name};
+use super::launch::{Launch, Source, blocks, by_width, wide};
 use crate::fault::Result;
 use tch::{Kind, Tensor};
 
@@ -10,24 +10,15 @@ const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
 pub const SOURCE: Source = Source {
     name: "scale",
     built_in: include_str!("../../kernels/scale.cu"),
-    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|numel| variant(kind, numel))).collect(),
+    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|numel| by_width(kind, numel))).collect(),
 };
-
-fn variant(kind: Kind, numel: i64) -> Variant {
-    vec![("ELEMENT", type_name(kind).into()), ("WIDE", wide(kind, numel).to_string())]
-}
-
-fn wide(kind: Kind, numel: i64) -> i64 {
-    let most = 16 / kind.elt_size_in_bytes() as i64;
-    if numel % most == 0 { most } else { 1 }
-}
 
 /// x of any shape, contiguous, times `by` fp32 [] → the shape and kind of x; the product is rounded once.
 pub fn kernel(x: &Tensor, by: &Tensor) -> Result<Tensor> {
     let (y, numel) = (Tensor::empty_like(x), x.numel() as i64);
     let launch = Launch {
         source: &SOURCE,
-        variant: variant(x.kind(), numel),
+        variant: by_width(x.kind(), numel),
         entry: "scale",
         grid: [blocks(numel / wide(x.kind(), numel), 256), 1, 1],
         threads: 256,

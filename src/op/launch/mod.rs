@@ -65,6 +65,18 @@ pub fn by_type(types: &[Kind]) -> Vec<Variant> {
     types.iter().map(|kind| vec![("ELEMENT", type_name(*kind).to_owned())]).collect()
 }
 
+/// The variant of a source whose macro `ELEMENT` is its element type and `WIDE` the neighbours that it moves at a time,
+/// for rows of `width` elements.
+pub fn by_width(kind: Kind, width: i64) -> Variant {
+    vec![("ELEMENT", type_name(kind).to_owned()), ("WIDE", wide(kind, width).to_string())]
+}
+
+/// Neighbours that are moved at a time: 16 bytes where a row of `width` holds a whole number of them, else one.
+pub fn wide(kind: Kind, width: i64) -> i64 {
+    let most = 16 / kind.elt_size_in_bytes() as i64;
+    if width % most == 0 { most } else { 1 }
+}
+
 /// What kernels call a kind of number.
 ///
 /// # Panics
