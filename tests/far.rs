@@ -2,7 +2,7 @@
 
 use crate::job::{Run, data, occlude, tiny};
 use crate::server::Server;
-use crate::support::Outcome;
+use crate::support::{Outcome, root};
 use occlude::run::checkpoint;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -50,13 +50,18 @@ fn training_from_a_store_is_training_from_a_disk() -> Outcome {
 fn a_store_of_100_ms_is_not_waited_for() -> Outcome {
     let server = stripes()?;
     server.faults(|faults| (faults.latency, faults.fail_every) = (Duration::from_millis(100), 100));
-    // Some tens of milliseconds a step: a model's step takes its time.
-    let shape = json!({"width": 192, "depth": 6, "heads": 4});
+    // The quickstart's model, batch and ranks.
+    let quickstart = std::fs::read(root().join("configs/tiny/mae.json"))?;
     let run = far(&server, |config| {
-        config["method"] = json!({"mae": {"encoder": shape, "decoder": shape}});
-        config["train"] = json!({"steps": 60, "global_batch": 20});
+        let url = config["data"]["train"].take();
+        *config = serde_json::from_slice(&quickstart).expect("JSON");
+        config["data"]["train"] = url;
+        config["train"]["epochs"].take();
+        config["train"]["steps"] = json!(40);
+        config["log"]["pictures_every_steps"] = json!(0);
     });
-    run.finish(0, &[]);
+    let end = run.start(2, &[]).end(120);
+    assert_eq!(end.code, 0, "{}", end.told);
     let lines = run.lines();
     let waited: f64 = lines[10..].iter().map(|line| line.data_wait * line.seconds).sum();
     let total: f64 = lines[10..].iter().map(|line| line.seconds).sum();

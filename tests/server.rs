@@ -158,9 +158,15 @@ impl Server {
     }
 }
 
-/// A process that serves the files of a folder as `b/shards/…` and says on which port, until it is killed.
+/// A process that serves the files of a folder as `b/shards/…` and says on which port, until it is killed. Each answer
+/// takes OCCLUDE_LATENCY_MS, and every OCCLUDE_FAIL_EVERY-th is a failure, where those are set.
 pub fn case() -> i32 {
     let server = Server::start();
+    let number = |name: &str| std::env::var(name).map_or(0, |text| text.parse().expect("a number"));
+    server.faults(|faults| {
+        faults.latency = Duration::from_millis(number("OCCLUDE_LATENCY_MS"));
+        faults.fail_every = number("OCCLUDE_FAIL_EVERY");
+    });
     let folder = std::env::var_os("OCCLUDE_FOLDER").expect("a folder");
     server.upload(Path::new(&folder), "b/shards").expect("files");
     println!("{}", server.port);

@@ -13,7 +13,7 @@ use occlude::data::mix::Mix;
 use occlude::data::order::Order;
 use occlude::data::pack::{Options, pack};
 use occlude::data::set::DataSet;
-use occlude::fault::Result;
+use occlude::fault::{Fault, Result};
 use occlude::feed::{Feed, Source, ViewFn};
 use occlude::grid::Grid;
 use occlude::part::view::View;
@@ -53,12 +53,12 @@ pub fn case(name: &str) -> i32 {
     }
 }
 
-fn run(case: &str, place: &str) -> std::result::Result<f64, Failed> {
+fn run(case: &str, place: &str) -> std::result::Result<String, Failed> {
     let mut command = Command::new(std::env::current_exe()?);
     let output = command.env("OCCLUDE_CASE", case).env("OCCLUDE_PLACE", place).output()?;
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(told.trim().parse()?)
+    Ok(told)
 }
 
 /// `count` pictures of noise that no JPEG makes small, `side` pixels a side, in two classes; four files under many names.
@@ -100,7 +100,7 @@ fn source(url: &str, view: ViewFn, prefetch_bytes: usize) -> Result<Source> {
     })
 }
 
-/// Requests for memory a sample, by the whole process, once 40 steps of 32 have gone by.
+/// Requests for memory a step, by the whole process, in steps of 32 samples and of 256, once a few have gone by.
 fn rows(url: &str) -> Result<String> {
     // No view of ours: what a view needs of its own is not the feed's.
     let view: ViewFn = Arc::new(|sample: Sample, _, _, out: &mut [u8]| {
@@ -108,26 +108,32 @@ fn rows(url: &str) -> Result<String> {
         out.copy_from_slice(&picture.whole()?.pixels[..out.len()]);
         Ok(64)
     });
-    let source = source(url, view, 2 << 20)?;
-    let order = Order::mixed(&source.set.sizes(), 3, 4);
-    let mut feed = Feed::train(source, order, 32, 0, 1, 0..1000)?;
-    let mut take = |steps: usize| (0..steps).try_for_each(|_| feed.next().expect("a step").map(drop));
-    take(40)?;
-    let before = heap::calls();
-    take(200)?;
-    Ok(format!("{:.3}", (heap::calls() - before) as f64 / (200.0 * 32.0)))
+    let each = |batch: u64| {
+        let source = source(url, view.clone(), 2 << 20)?;
+        let order = Order::mixed(&source.set.sizes(), 3, 4);
+        let mut feed = Feed::train(source, order, batch, 0, 1, 0..1000)?;
+        let mut take = |samples: u64| (0..samples / batch).try_for_each(|_| feed.next().expect("a step").map(drop));
+        take(2048)?;
+        let before = heap::calls();
+        take(8192)?;
+        Ok::<_, Fault>((heap::calls() - before) as f64 / (8192 / batch) as f64)
+    };
+    Ok(format!("{:.3} {:.3}", each(32)?, each(256)?))
 }
 
 fn a_sample_needs_no_new_memory() -> Outcome {
     let folder = tempfile::tempdir()?;
-    noise(&folder.path().join("in"), 64, 80)?;
+    noise(&folder.path().join("in"), 2048, 80)?;
     let out = text(&folder.path().join("out"));
-    pack(&text(&folder.path().join("in")), &out, &Options { samples_per_shard: 16, ..Options::default() })?;
-    let each = run("steady-rows", &out)?;
-    println!("{each} requests a sample");
-    // Less than one a sample, so that nothing is made anew for each: what is left belongs to steps, to epochs (of two
-    // steps here) and to the channels' blocks.
-    assert!(each < 1.0, "{each} requests for memory a sample");
+    pack(&text(&folder.path().join("in")), &out, &Options { samples_per_shard: 256, ..Options::default() })?;
+    let told = run("steady-rows", &out)?;
+    let steps: Vec<f64> = told.split_whitespace().map(str::parse).collect::<std::result::Result<_, _>>()?;
+    let each = (steps[1] - steps[0]) / (256.0 - 32.0);
+    println!("{:.1} requests for memory a step, and {each:.3} a sample", steps[0] - 32.0 * each);
+    // A row passes two channels, which ask for a block every 31 rows, and a step's lists double as they grow; one request
+    // a row would be 1.
+    assert!(each < 0.125, "{each} requests for memory a sample");
+    assert!(steps[0] < 40.0, "{} requests for memory a step of 32", steps[0]);
     Ok(())
 }
 
@@ -165,7 +171,7 @@ fn large_samples_from_a_store_keep_to_the_bytes_asked_for() -> Outcome {
     server.upload(&out, "b/shards")?;
     let all: u64 =
         std::fs::read_dir(&out)?.map(|file| file.map_or(0, |file| file.metadata().map_or(0, |m| m.len()))).sum();
-    let most = run("steady-feed", &server.http("b/shards"))? as u64;
+    let most = run("steady-feed", &server.http("b/shards"))?.trim().parse::<u64>()?;
     println!("{} MiB at most, {} MiB in the store, eight times read", most >> 20, all >> 20);
     let bound = 2 * ROOM as u64 + BESIDE;
     assert!(8 * all > 4 * bound, "{all} bytes prove nothing");
@@ -177,7 +183,7 @@ fn packing_holds_a_few_pictures_at_a_time() -> Outcome {
     let folder = tempfile::tempdir()?;
     let place = folder.path().join("in");
     noise(&place, 2000, 224)?;
-    let most = run("steady-pack", &text(&place))? as u64;
+    let most = run("steady-pack", &text(&place))?.trim().parse::<u64>()?;
     let tar = std::fs::metadata(folder.path().join("in-packed/in-packed-000000.tar"))?.len();
     println!("{} MiB at most for a tar of {} MiB", most >> 20, tar >> 20);
     // Lists of 2,000 pictures, five pictures for each thread, the writer's 1 MiB.
