@@ -277,7 +277,32 @@ impl Config {
         let grid = self.input.grid()?;
         self.input.scale()?;
         self.method.check(&grid)?;
+        self.check_captions()?;
         self.check_numbers()
+    }
+
+    /// A method that reads captions is told how, and no other is.
+    fn check_captions(&self) -> Result<()> {
+        let needs = self.method.needs();
+        match (&self.view.caption, self.method.text()) {
+            (None, Some(text)) => Err(Fault::usage(format!(
+                "the method reads captions, and the config does not say how: give view.caption \
+                 {{\"tokenizer\": FILE, \"length\": {}}}",
+                text.length
+            ))),
+            (Some(_), None) => {
+                Err(Fault::usage("view.caption is given, and the method reads no captions; leave it out"))
+            }
+            (Some(caption), Some(text)) if caption.length != text.length => Err(Fault::usage(format!(
+                "view.caption.length is {}, and the method's text.length {}; give one number to both",
+                caption.length, text.length
+            ))),
+            _ if needs.whole_batch && self.train.micro_batch.is_some() => Err(Fault::usage(
+                "train.micro_batch is given, and the loss compares the samples of a whole batch, which micro-batches would \
+                 cut; leave it out, and take more ranks or a smaller train.global_batch where memory is short",
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn check_numbers(&self) -> Result<()> {

@@ -106,7 +106,7 @@ impl Theirs {
     fn ours(&self) -> Result<Tensors, Failed> {
         let loaded = checkpoint::open(&text(self.at("ours")))?;
         let (_, method, flat) = state::model(&loaded, Device::Cpu)?;
-        let batch = Batch { pixels: self.pixels().unsqueeze(2), origins: origins(), seed: 0 };
+        let batch = Batch { pixels: self.pixels().unsqueeze(2), text: None, origins: origins(), seed: 0 };
         Ok(no_grad(|| -> occlude::fault::Result<Tensors> {
             let features = method.features(&flat.leaves, &batch)?;
             let sum = method.loss(&flat.leaves, &batch)?.remove(0).sum.reshape([1]);

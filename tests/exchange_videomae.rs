@@ -42,7 +42,7 @@ struct Theirs {
 
 fn batch() -> Batch {
     let origins = (0..BATCH).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
-    Batch { pixels: normal(4, &[BATCH as i64, 3, 6, 30, 30]), origins, seed: 0 }
+    Batch { pixels: normal(4, &[BATCH as i64, 3, 6, 30, 30]), text: None, origins, seed: 0 }
 }
 
 impl Theirs {

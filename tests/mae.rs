@@ -186,6 +186,7 @@ impl Case {
         let size = [self.batch, self.channels, 1, self.size.0, self.size.1];
         Batch {
             pixels: Tensor::randn(size, (Kind::Float, Device::Cpu)),
+            text: None,
             origins: (0..self.batch as u64).map(|id| Origin { id, epoch: step, repeat: 0 }).collect(),
             seed: 9,
         }

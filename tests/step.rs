@@ -79,7 +79,7 @@ fn picture(position: u64) -> (Origin, Vec<u8>) {
 fn batch(step: u64, rows: impl Iterator<Item = u64>) -> Batch {
     let (origins, pixels): (Vec<_>, Vec<_>) = rows.map(|row| picture(step * BATCH + row)).unzip();
     let pixels = Tensor::from_slice(&pixels.concat()).view([origins.len() as i64, 1, 1, 16, 16]);
-    Batch { pixels, origins, seed: 5 }
+    Batch { pixels, text: None, origins, seed: 5 }
 }
 
 /// This rank's share of a global batch of `size`, in micro-batches of at most `micro` rows.

@@ -68,6 +68,8 @@ mod small_disk;
 mod evaluate;
 mod verbs;
 mod exchange;
+mod flip;
+mod captions;
 mod exchange_videomae;
 mod pth;
 mod architecture;
@@ -156,10 +158,13 @@ fn main() {
     trials.extend(evaluate::trials());
     trials.extend(verbs::trials());
     trials.extend(exchange::trials());
+    trials.extend(flip::trials());
+    trials.extend(captions::trials());
     trials.extend(exchange_videomae::trials());
     trials.extend(pth::trials());
     trials.extend(architecture::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     job::clean();
+    captions::clean();
     conclusion.exit();
 }

@@ -5,6 +5,7 @@
 use super::Source;
 use super::row::{Order, Raw};
 use crate::data::cache::Cache;
+use crate::data::caption;
 use crate::data::medium::Medium;
 use crate::data::mix::Mix;
 use crate::data::shard::Shard;
@@ -37,6 +38,8 @@ pub struct Fetched {
     pub bytes: Bytes,
     /// The `.cls` member, where labels are wanted.
     pub label: Option<Bytes>,
+    /// The `.txt` member, where captions are wanted.
+    pub caption: Option<Bytes>,
     /// Its part of the budget, given back when the sample is decoded.
     _held: Arc<OwnedSemaphorePermit>,
 }
@@ -48,6 +51,7 @@ pub struct Fetcher {
     cache: Option<Arc<Cache>>,
     medium: Medium,
     labelled: bool,
+    captioned: bool,
     requests: Arc<Semaphore>,
     budget: Arc<Semaphore>,
     /// Units in all.
@@ -61,10 +65,21 @@ impl Fetcher {
     /// What is fetched and not yet decoded is bounded by the source's bytes.
     pub fn new(source: &Source, labelled: bool, out: Sender<Order>) -> Fetcher {
         let (set, cache, bytes) = (source.set.clone(), source.cache.clone(), source.prefetch_bytes);
-        let medium = source.medium;
+        let (medium, captioned) = (source.medium, source.captions.is_some());
         let units = (bytes as u64 / UNIT).clamp(1, u64::from(u32::MAX >> 4)) as u32;
         let (requests, budget) = (Arc::new(Semaphore::new(REQUESTS)), Arc::new(Semaphore::new(units as usize)));
-        Fetcher { set, cache, medium, labelled, requests, budget, units, out, stop: Arc::new(Semaphore::new(0)) }
+        Fetcher {
+            set,
+            cache,
+            medium,
+            labelled,
+            captioned,
+            requests,
+            budget,
+            units,
+            out,
+            stop: Arc::new(Semaphore::new(0)),
+        }
     }
 
     /// What ends everything under way when it is closed.
@@ -116,7 +131,7 @@ impl Fetcher {
             let (set, index) = self.set.set(order.index);
             let row = set.place(index).1;
             match self.members(&shard, row) {
-                Ok((image, label)) => wanted.push(Wanted { order, row, image, label }),
+                Ok((image, beside)) => wanted.push(Wanted { order, row, image, beside }),
                 Err(fault) => self.fail(vec![order], &fault),
             }
         }
@@ -137,15 +152,18 @@ impl Fetcher {
     }
 
     /// Where the members of a sample lie that a decoder wants.
-    fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, Option<Range<u64>>)> {
+    fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, [Option<Range<u64>>; 2])> {
         let image = shard.wanted(row, self.medium.extensions())?;
         let label = if self.labelled { shard.member(row, &["cls"]) } else { None };
-        Ok((image.offset..image.end(), label.map(|label| label.offset..label.end())))
+        let caption = if self.captioned { Some(caption::member(shard, row)?) } else { None };
+        let beside = [label, caption].map(|member| member.map(|member| member.offset..member.end()));
+        Ok((image.offset..image.end(), beside))
     }
 
     /// Fetches samples of one shard within the budget, neighbours together.
     async fn group(self, shard: Arc<Shard>, group: Vec<Wanted>) {
-        let members = group.iter().flat_map(|wanted| [Some(&wanted.image), wanted.label.as_ref()]).flatten();
+        let members =
+            group.iter().flat_map(|wanted| std::iter::once(&wanted.image).chain(wanted.beside.iter().flatten()));
         let runs = runs(members.cloned().collect());
         let bytes: u64 = runs.iter().map(|run| run.end - run.start).sum();
         let units = bytes.div_ceil(UNIT).clamp(1, u64::from(self.units)) as u32;
@@ -164,9 +182,10 @@ impl Fetcher {
             let from = member.start - runs[at].start;
             fetched[at].slice(from as usize..(from + member.end - member.start) as usize)
         };
-        for Wanted { mut order, row, image, label } in group {
-            let (bytes, label) = (cut(&image), label.as_ref().map(cut));
-            order.raw = Raw::Fetched(Ok(Fetched { shard: shard.clone(), row, bytes, label, _held: held.clone() }));
+        for Wanted { mut order, row, image, beside } in group {
+            let (bytes, [label, caption]) = (cut(&image), beside.map(|member| member.as_ref().map(cut)));
+            let (shard, _held) = (shard.clone(), held.clone());
+            order.raw = Raw::Fetched(Ok(Fetched { shard, row, bytes, label, caption, _held }));
             let _ = self.out.send(order);
         }
     }
@@ -192,13 +211,14 @@ struct Wanted {
     order: Order,
     row: usize,
     image: Range<u64>,
-    label: Option<Range<u64>>,
+    /// Its label and its caption.
+    beside: [Option<Range<u64>>; 2],
 }
 
 impl Wanted {
     fn bytes(&self) -> u64 {
         let length = |range: &Range<u64>| range.end - range.start;
-        length(&self.image) + self.label.as_ref().map_or(0, length)
+        length(&self.image) + self.beside.iter().flatten().map(length).sum::<u64>()
     }
 }
 

@@ -1,17 +1,20 @@
 //! What a method is: four functions over the parts. A method knows parts; parts know no method.
 
 pub mod catalog;
+pub mod flip;
 pub mod mae;
 pub mod videomae;
 
 pub use crate::part::encoder::Features;
 pub use crate::part::pixels::Reconstruction;
 
-use crate::fault::Result;
+use crate::device::World;
+use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::op::shuffle::Origin;
 use crate::part::mask::Mask;
 use crate::part::weights::{Table, Weights};
+use std::{sync::Arc, time::Duration};
 use tch::Tensor;
 
 /// Samples on their way through a model, on one rank.
@@ -19,10 +22,30 @@ use tch::Tensor;
 pub struct Batch {
     /// uint8 as decoded, or fp32 already normalised: [B, C, T, Y, X].
     pub pixels: Tensor,
+    /// Token ids of the samples' captions, int64 [B, L], where the config reads captions.
+    pub text: Option<Tensor>,
     /// Where each sample's randomness comes from.
     pub origins: Vec<Origin>,
     /// The run's seed.
     pub seed: u64,
+}
+
+impl Batch {
+    /// The captions, of a method that reads them.
+    pub fn captions(&self) -> Result<&Tensor> {
+        self.text.as_ref().ok_or_else(|| Fault::failed("a batch without captions came to a method that reads them"))
+    }
+}
+
+/// What a method asks of a run beyond samples, known from its config.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// It reads captions: the config must say how, and samples must have some.
+    pub captions: bool,
+    /// Its loss compares the samples of a batch with each other: a rank's share is not cut, and all have equal ones.
+    pub whole_batch: bool,
+    /// It guesses pixels, of which pictures can be drawn.
+    pub pictures: bool,
 }
 
 /// One named part of a loss: a sum, to be divided by its count over the whole step. The objective is the sum of all
@@ -45,6 +68,11 @@ pub trait Method {
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
+    /// Opens what a method needs to talk with other ranks inside of its loss; collective, once, before the first step. One
+    /// collective may take so long.
+    fn join(&mut self, _world: &Arc<dyn World>, _deadline: Duration) -> Result<()> {
+        Ok(())
+    }
     /// Which tokens the method hides of this batch.
     fn mask(&self, batch: &Batch) -> Mask;
     /// The pixels as the model receives them: fp32, normalised [B, C, T, Y, X].
@@ -52,5 +80,22 @@ pub trait Method {
     /// The encoder on whole samples, nothing hidden.
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features>;
     /// Pictures of what the model guesses.
-    fn reconstruct(&self, w: &Weights, batch: &Batch) -> Result<Reconstruction>;
+    fn reconstruct(&self, _w: &Weights, _batch: &Batch) -> Result<Reconstruction> {
+        Err(Fault::usage(format!("{} guesses no pixels: there is nothing to draw", self.name())))
+    }
+    /// Whole images as unit vectors, fp32 [B, E], in the space that they share with captions.
+    fn match_images(&self, _w: &Weights, _batch: &Batch) -> Result<Tensor> {
+        Err(self.no_captions())
+    }
+    /// Captions, ids int64 [B, L], as unit vectors, fp32 [B, E].
+    fn match_captions(&self, _w: &Weights, _ids: &Tensor) -> Result<Tensor> {
+        Err(self.no_captions())
+    }
+    /// The fault of a method that has learned nothing of captions.
+    fn no_captions(&self) -> Fault {
+        Fault::usage(format!(
+            "{} has not learned to match images with captions; ask for --protocol knn or linear",
+            self.name()
+        ))
+    }
 }

@@ -5,6 +5,10 @@
 //! several times over. Our kernels do what lies between the products, each in one pass over the strip. Everything is in
 //! fp32; features in half precision enter the products as they are and are summed in fp32.
 
+mod strips; // the same on a CPU, where the matrix is large
+
+pub use strips::by_strips;
+
 use super::launch::{Launch, Source, Variant, type_name};
 use super::sizes;
 use crate::bridge::{Forward, node};
@@ -18,7 +22,10 @@ pub fn info_nce(queries: &Tensor, keys: &Tensor, scale: &Tensor, offset: i64) ->
         return kernel(queries, keys, scale, offset, strip(keys));
     }
     check(queries, keys, offset)?;
-    Ok(formula(queries, keys, scale, offset))
+    match strip(keys) {
+        strip if strip < queries.size()[0] => by_strips(queries, keys, scale, offset, strip),
+        _ => Ok(formula(queries, keys, scale, offset)),
+    }
 }
 
 /// Both directions, summed: this rank's images against the texts of all ranks, its texts against all images.

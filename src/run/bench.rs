@@ -8,6 +8,7 @@ use crate::fault::{Fault, Result};
 use crate::method::Batch;
 use crate::op::shuffle::Origin;
 use crate::optim::{flat::Flat, update::Updater};
+use crate::part::encoder::text;
 use serde_json::json;
 use std::io::BufRead;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tch::Tensor;
 pub struct Bench {
     stepper: Stepper,
     pixels: Tensor,
+    text: Option<Tensor>,
     seed: u64,
     done: u64,
 }
@@ -34,16 +36,21 @@ impl Bench {
             Medium::Picture => Tensor::randint(256, shape, (tch::Kind::Uint8, world.device())),
             Medium::Sound => Tensor::randn(shape, (tch::Kind::Float, world.device())),
         };
+        let ids = |text: &text::Config| {
+            Tensor::randint(text.vocabulary, [rows, text.length], (tch::Kind::Int64, world.device()))
+        };
+        let text = config.method.text().map(ids);
         let bytes = (config.world.bucket_mb * 1e6) as usize;
         let stepper = Stepper::new(method, flat, updater, world.clone(), bytes, Duration::from_secs(600))?;
-        Ok(Bench { stepper, pixels, seed: config.train.seed, done: 0 })
+        Ok(Bench { stepper, pixels, text, seed: config.train.seed, done: 0 })
     }
 
     /// One whole step; its seconds.
     pub fn step(&mut self) -> Result<f64> {
         let rows = self.pixels.size()[0] as u64;
         let origins = (0..rows).map(|id| Origin { id, epoch: self.done % 1000, repeat: 0 }).collect();
-        let batch = Batch { pixels: self.pixels.shallow_clone(), origins, seed: self.seed };
+        let text = self.text.as_ref().map(Tensor::shallow_clone);
+        let batch = Batch { pixels: self.pixels.shallow_clone(), text, origins, seed: self.seed };
         let began = Instant::now();
         self.stepper.step(&[batch], 1e-4, |_, _| Ok(()))?;
         self.done += 1;

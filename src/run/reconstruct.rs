@@ -93,6 +93,7 @@ fn picture_of(
     let pixels: Vec<u8> = samples.iter().flat_map(|(_, view)| view).copied().collect();
     let batch = Batch {
         pixels: Tensor::f_from_data_size(&pixels, &shape, kind)?.to_device(weights.0[0].device()),
+        text: None,
         origins: samples.iter().map(|(id, _)| Origin { id: *id, epoch: 0, repeat: 0 }).collect(),
         seed,
     };

@@ -61,6 +61,15 @@ pub fn imported(flat: &Flat, config: &Config, format: &str, file: &str, fresh: &
     }
 }
 
+/// The weights of a training's checkpoint, as if they had been imported: the moving average where it kept one.
+pub fn weights_alone(mut loaded: Loaded) -> Loaded {
+    loaded.manifest.step = 0;
+    if let Some(meta) = loaded.manifest.meta.as_object_mut() {
+        meta.insert("imported".into(), json!({"format": "checkpoint"}));
+    }
+    loaded
+}
+
 /// Whether a checkpoint holds weights alone, with no training behind them that could go on.
 fn is_imported(loaded: &Loaded) -> bool {
     loaded.manifest.meta.get("imported").is_some()
@@ -75,7 +84,7 @@ fn named(name: String, tensor: &Tensor) -> Named {
 /// Puts a checkpoint's tensors into the buffers of a fresh training. Imported weights begin one: no moment, no step.
 pub fn restore(stepper: &mut Stepper, loaded: &Loaded) -> Result<()> {
     if is_imported(loaded) {
-        fill(&stepper.flat, &stepper.flat.master, loaded, "weight")?;
+        fill(&stepper.flat, &stepper.flat.master, loaded, best(loaded))?;
         if let Some(average) = &mut stepper.updater.average {
             average.copy_(&stepper.flat.master);
         }
@@ -93,10 +102,15 @@ pub fn restore(stepper: &mut Stepper, loaded: &Loaded) -> Result<()> {
 
 /// The weights to evaluate with, into `flat`: the moving average where the run kept one.
 pub fn weights(flat: &mut Flat, loaded: &Loaded) -> Result<()> {
-    let averaged = loaded.tensors.keys().any(|name| name.starts_with("average."));
-    fill(flat, &flat.master, loaded, if averaged { "average" } else { "weight" })?;
+    fill(flat, &flat.master, loaded, best(loaded))?;
     flat.refresh();
     Ok(())
+}
+
+/// The weights of a checkpoint that count: their moving average where it has one.
+fn best(loaded: &Loaded) -> &'static str {
+    let averaged = loaded.tensors.keys().any(|name| name.starts_with("average."));
+    if averaged { "average" } else { "weight" }
 }
 
 fn fill(flat: &Flat, buffer: &Tensor, loaded: &Loaded, name: &str) -> Result<()> {

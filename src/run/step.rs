@@ -41,7 +41,7 @@ pub struct Outcome {
 
 impl Stepper {
     pub fn new(
-        method: Box<dyn Method>,
+        mut method: Box<dyn Method>,
         flat: Flat,
         updater: Updater,
         world: Arc<dyn World>,
@@ -50,6 +50,7 @@ impl Stepper {
     ) -> Result<Stepper> {
         let buckets = Buckets::new(&flat, bucket_bytes, world.channel("gradients")?)?;
         let flags = world.channel("flags")?;
+        method.join(&world, deadline)?;
         Ok(Stepper { method, flat, updater, buckets, world, flags, deadline })
     }
 

@@ -75,7 +75,7 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
                 spool.send()?;
             }
         }
-        let pictures = config.log.pictures_every_steps;
+        let pictures = if config.method.needs().pictures { config.log.pictures_every_steps } else { 0 };
         if let (Some(log), true) = (&mut run.log, pictures > 0 && (done % pictures == 0 || last)) {
             run.beat.at(done, Phase::Evaluate);
             log.picture(done, "reconstruction", &reconstruct::sheet(&run.stepper, &run.source, config)?)?;
@@ -126,6 +126,7 @@ fn micro_batches(config: &Config, rows: &Rows, world: &Arc<dyn World>) -> Result
         let origin = |i: usize| Origin { id: rows.ids[i], epoch: rows.epochs[i], repeat: 0 };
         batches.push(Batch {
             pixels: rows.to_device(first..end, world.device())?,
+            text: rows.text_to_device(first..end, world.device())?,
             origins: (first..end).map(origin).collect(),
             seed: config.train.seed,
         });

@@ -74,6 +74,7 @@ impl Encoder {
     fn run(&self, pixels: Tensor, ids: &[u64]) -> Result<Features> {
         let batch = Batch {
             pixels,
+            text: None,
             origins: ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
             seed: self.config.train.seed,
         };
