@@ -152,7 +152,7 @@ impl Fetcher {
     }
 
     /// Where the members of a sample lie that a decoder wants.
-    fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, [Option<Range<u64>>; 2])> {
+    fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, Beside)> {
         let image = shard.wanted(row, self.medium.extensions())?;
         let label = if self.labelled { shard.member(row, &["cls"]) } else { None };
         let caption = if self.captioned { Some(caption::member(shard, row)?) } else { None };
@@ -206,13 +206,15 @@ impl Fetcher {
     }
 }
 
+/// Where a sample's label and its caption lie, as far as they are wanted and there.
+type Beside = [Option<Range<u64>>; 2];
+
 /// A sample to be fetched.
 struct Wanted {
     order: Order,
     row: usize,
     image: Range<u64>,
-    /// Its label and its caption.
-    beside: [Option<Range<u64>>; 2],
+    beside: Beside,
 }
 
 impl Wanted {

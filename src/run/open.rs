@@ -207,7 +207,7 @@ fn shares(config: &Config, world: usize) -> Result<()> {
             "train.global_batch is {batch}, which {world} ranks cannot share; give at least {world}, or start fewer ranks"
         )));
     }
-    if config.method.needs().whole_batch && batch % world as u64 != 0 {
+    if config.method.needs().whole_batch && !batch.is_multiple_of(world as u64) {
         let near = batch / world as u64 * world as u64;
         return Err(Fault::usage(format!(
             "train.global_batch is {batch}, of which {world} ranks have no equal shares, and the loss compares all ranks' \
