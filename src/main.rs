@@ -40,8 +40,8 @@ fn run(verb: Verb) -> Result<()> {
     match verb {
         Verb::Train(a) => {
             let config = a.config.read();
-            let world = device::join()?;
             let requests = Requests::listen()?;
+            let world = device::join()?;
             let order = train::Order { run: a.run, resume: a.resume, dump_steps: a.dump_steps };
             let work = || train::train(&config?, &order, &world, &requests);
             // A stop on request is every rank's, and one rank tells it.

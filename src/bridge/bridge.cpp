@@ -12,6 +12,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <dlfcn.h>
 #include <malloc.h>
+#include <signal.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
@@ -150,6 +151,14 @@ std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t n) {
 extern "C" {
 
 const char* occlude_reason() { return occlude::reason.c_str(); }
+
+// Keeps signals from the calling thread and from the threads that it will start, or lets them through to it.
+bool occlude_mask_signals(const int* numbers, size_t n, bool keep) {
+  sigset_t set;
+  sigemptyset(&set);
+  for (size_t i = 0; i < n; ++i) sigaddset(&set, numbers[i]);
+  return pthread_sigmask(keep ? SIG_BLOCK : SIG_UNBLOCK, &set, nullptr) == 0;
+}
 
 // The linker drops libtorch_cuda, since nothing refers to it; opened here it registers its kernels.
 bool occlude_open_cuda() { return dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr; }

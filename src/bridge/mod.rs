@@ -11,7 +11,7 @@ pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, s
 pub use node::{Forward, node};
 
 use crate::fault::{Fault, Result};
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
@@ -20,6 +20,7 @@ unsafe extern "C" {
     fn occlude_reason() -> *const c_char;
     fn occlude_open_cuda() -> bool;
     fn occlude_keep_memory();
+    fn occlude_mask_signals(numbers: *const c_int, n: usize, keep: bool) -> bool;
     fn occlude_on_gradient(
         leaf: *const C_tensor,
         call: extern "C" fn(*mut c_void, usize),
@@ -53,6 +54,15 @@ pub fn open_cuda() -> bool {
 pub fn keep_memory() {
     // SAFETY: installs an allocator that lives as long as the process.
     unsafe { occlude_keep_memory() }
+}
+
+/// Keeps signals from this thread and from those that it will start, or lets them through to it again.
+pub fn mask_signals(numbers: &[c_int], keep: bool) -> Result<()> {
+    // SAFETY: the numbers live through the call.
+    match unsafe { occlude_mask_signals(numbers.as_ptr(), numbers.len(), keep) } {
+        true => Ok(()),
+        false => Err(Fault::failed("the system refuses to mask signals")),
+    }
 }
 
 /// Hooks on the gradients of leaves; they fall silent when this is dropped together with its leaves.
