@@ -20,6 +20,7 @@ mod op;
 mod kernel;
 mod kernel_attention;
 mod kernel_tokens;
+mod kernel_windows;
 mod kernel_flat;
 mod kernel_targets;
 mod nvrtc;
@@ -109,6 +110,7 @@ fn main() {
     trials.extend(kernel::trials());
     trials.extend(kernel_attention::trials());
     trials.extend(kernel_tokens::trials());
+    trials.extend(kernel_windows::trials());
     trials.extend(kernel_flat::trials());
     trials.extend(kernel_targets::trials());
     trials.extend(nvrtc::trials());
