@@ -24,6 +24,7 @@ mod kernel_windows;
 mod kernel_flat;
 mod kernel_targets;
 mod nvrtc;
+mod occupancy;
 mod store;
 mod shard;
 mod order;
@@ -114,6 +115,7 @@ fn main() {
     trials.extend(kernel_flat::trials());
     trials.extend(kernel_targets::trials());
     trials.extend(nvrtc::trials());
+    trials.extend(occupancy::trials());
     trials.extend(store::trials());
     trials.extend(shard::trials());
     trials.extend(order::trials());
