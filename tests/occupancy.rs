@@ -134,8 +134,10 @@ fn losses() -> Result<()> {
     round(&[empty(&[64, 32]), empty(&[256, 32])], |x| info_nce::kernel(&x[0], &x[1], &scale, 0, 32))
 }
 
-/// Operations of training steps, by their shapes.
-fn hot() -> Vec<(&'static str, fn() -> Result<()>)> {
+/// A shape, and operations of a training step at it.
+type Hot = (&'static str, fn() -> Result<()>);
+
+fn hot() -> Vec<Hot> {
     vec![
         ("rows 768 wide", || norm(768)),
         ("rows 1024 wide", || norm(1024)),
