@@ -41,6 +41,7 @@ pub fn case(name: &str) -> i32 {
             0
         }
         "million" => crate::shard::million(),
+        "contrast" => crate::kernel_targets::peak(),
         "nccl" => crate::nccl::case(),
         "server" => crate::server::case(),
         cuda if cuda.starts_with("cuda-") => crate::cuda::case(cuda),
