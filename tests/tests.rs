@@ -53,6 +53,7 @@ mod step;
 mod gpu_step;
 mod probe;
 mod overlap;
+mod sharded;
 mod lease;
 mod checkpoint;
 mod damage;
@@ -141,6 +142,7 @@ fn main() {
     trials.extend(gpu_step::trials());
     trials.extend(probe::trials());
     trials.extend(overlap::trials());
+    trials.extend(sharded::trials());
     trials.extend(lease::trials());
     trials.extend(checkpoint::trials());
     trials.extend(damage::trials());
