@@ -124,6 +124,10 @@ pub struct Train {
     /// The dtype of weights and activations in the model; master weights, moments and losses are fp32.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Keeps nothing of a transformer block for backward but what flows into it, and runs the block again there: some 2 of
+    /// 16 activations a block stay in memory, for a third more to compute. The numbers stay the same.
+    #[serde(default)]
+    pub recompute: bool,
     /// Refused steps (loss or gradient not finite on some rank) in a row before training gives up.
     #[serde(default = "Train::bad_steps")]
     pub bad_steps: u64,
@@ -368,7 +372,7 @@ impl Config {
         }
         for (section, keys) in [
             ("world", &["bucket_mb", "shard_optimizer", "frozen_s", "deadline_s"][..]),
-            ("train", &["bad_steps", "micro_batch"][..]),
+            ("train", &["bad_steps", "micro_batch", "recompute"][..]),
             ("data", &["threads", "prefetch_mb", "max_bad_share", "cache", "patience_s"][..]),
         ] {
             for key in keys {

@@ -54,6 +54,7 @@ mod gpu_step;
 mod probe;
 mod overlap;
 mod sharded;
+mod recompute;
 mod lease;
 mod checkpoint;
 mod damage;
@@ -143,6 +144,7 @@ fn main() {
     trials.extend(probe::trials());
     trials.extend(overlap::trials());
     trials.extend(sharded::trials());
+    trials.extend(recompute::trials());
     trials.extend(lease::trials());
     trials.extend(checkpoint::trials());
     trials.extend(damage::trials());

@@ -192,7 +192,10 @@ fn agree(config: &Config, set: &Mix, world: &dyn World) -> Result<()> {
 
 /// The model and its optimizer as the config wants them on this rank.
 pub(super) fn stepper(config: &Config, world: &Arc<dyn World>, deadline: Duration) -> Result<Stepper> {
-    let method = config.method.build(&config.input)?;
+    let mut method = config.method.build(&config.input)?;
+    if config.train.recompute {
+        method.recompute();
+    }
     let (table, seed, kind, device) = (method.table(), config.train.seed, config.train.dtype.kind(), world.device());
     let wire = Wire { bytes: (config.world.bucket_mb * 1e6) as usize, kind: config.world.wire.kind() };
     let flat = match config.world.shard_optimizer && world.size() > 1 {
