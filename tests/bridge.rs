@@ -45,6 +45,7 @@ pub fn case(name: &str) -> i32 {
         "nccl" => crate::nccl::case(),
         "server" => crate::server::case(),
         cuda if cuda.starts_with("cuda-") => crate::cuda::case(cuda),
+        again if again.starts_with("recompute-") => crate::recompute::case(again),
         steady if steady.starts_with("steady-") => crate::steady::case(steady),
         cloud if cloud.starts_with("cloud-") => crate::cloud::case(cloud),
         other => crate::device::case(other),

@@ -55,6 +55,8 @@ mod step;
 mod gpu_step;
 mod probe;
 mod overlap;
+mod sharded;
+mod recompute;
 mod lease;
 mod checkpoint;
 mod damage;
@@ -145,6 +147,8 @@ fn main() {
     trials.extend(gpu_step::trials());
     trials.extend(probe::trials());
     trials.extend(overlap::trials());
+    trials.extend(sharded::trials());
+    trials.extend(recompute::trials());
     trials.extend(lease::trials());
     trials.extend(checkpoint::trials());
     trials.extend(damage::trials());

@@ -8,7 +8,7 @@ pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 mod node; // an autograd node of closures
 
 pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, set_sdp_order};
-pub use node::{Forward, node};
+pub use node::{Forward, backward, node};
 
 use crate::fault::{Fault, Result};
 use std::ffi::{CStr, c_char, c_int, c_void};

@@ -40,6 +40,9 @@ pub trait Method {
     fn grid(&self) -> &Grid;
     /// What the model is made of.
     fn table(&self) -> &Table;
+    /// From now on a block's activations are not kept for backward but computed again there: less memory, more time, the
+    /// same numbers.
+    fn recompute(&mut self);
     /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
     /// counts are added up over micro-batches and ranks first and each sum is divided once.
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;

@@ -99,6 +99,9 @@ impl Method for VideoMae {
     fn normalised(&self, batch: &Batch) -> Result<Tensor> {
         self.model.pixels.normalised(&batch.pixels)
     }
+    fn recompute(&mut self) {
+        self.model.recompute();
+    }
     fn name(&self) -> &'static str {
         "videomae"
     }

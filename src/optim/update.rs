@@ -99,12 +99,12 @@ impl Config {
     }
 }
 
-/// Views of every tensor in each of the flat buffers, made once.
+/// Views of what this rank keeps of every tensor in each of the flat buffers, made once.
 pub struct Updater {
     config: Config,
     tensors: Vec<Views>,
     table: Table,
-    /// The moving average, fp32 [L].
+    /// The moving average of the master weights, fp32 [K].
     pub average: Option<Tensor>,
 }
 
@@ -121,17 +121,17 @@ impl Updater {
     pub fn new(flat: &Flat, config: &Config) -> Updater {
         let views = |index: usize| Views {
             decays: flat.specs[index].decays,
-            weight: flat.part(&flat.master, index).view(-1),
-            gradient: flat.part(&flat.gradient, index).view(-1),
-            first: flat.part(&flat.first, index).view(-1),
-            second: flat.part(&flat.second, index).view(-1),
+            weight: flat.piece(&flat.master, index),
+            gradient: flat.piece(&flat.summed, index),
+            first: flat.piece(&flat.first, index),
+            second: flat.piece(&flat.second, index),
             steps: flat.steps.narrow(0, index as i64, 1).view([]),
         };
         let decays: Vec<bool> = flat.specs.iter().map(|spec| spec.decays).collect();
         Updater {
             config: config.clone(),
             tensors: (0..flat.specs.len()).map(views).collect(),
-            table: Table::new(&flat.places, &decays, flat.master.numel(), &flat.steps),
+            table: Table::new(&flat.kept, &decays, flat.master.numel(), &flat.steps),
             average: config.ema.map(|_| flat.master.copy()),
         }
     }
@@ -141,7 +141,8 @@ impl Updater {
         self.config.clip.map_or(1.0, |limit| (limit / (norm + 1e-6)).min(1.0))
     }
 
-    /// One update of the tensors that are `used`; the others stay where they are, moments and counts included.
+    /// One update of what this rank keeps of the tensors that are `used`; the others stay where they are, moments and
+    /// counts included. Where the optimizer is sharded, [`Buckets::spread`](super::bucket::Buckets::spread) comes next.
     pub fn update(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         if flat.master.device().is_cuda() {
             self.all_at_once(flat, used, lr, clip_scale)?;
@@ -164,8 +165,8 @@ impl Updater {
             master: &flat.master,
             first: &flat.first,
             second: &flat.second,
-            gradient: &flat.gradient,
-            compute: (flat.compute.kind() != flat.master.kind()).then_some(&flat.compute),
+            gradient: &flat.summed,
+            compute: (flat.narrowed.kind() != flat.master.kind()).then_some(&flat.narrowed),
         };
         let control = adamw::control(lr, weight_decay, clip_scale, true, device);
         adamw::kernel(buffers, &self.table, &control, (betas[0], betas[1]), eps)
@@ -175,16 +176,14 @@ impl Updater {
     fn by_tensor(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         let Config { betas, eps, weight_decay, .. } = self.config;
         if clip_scale < 1.0 {
-            let _ = flat.gradient.g_mul_scalar_(clip_scale);
+            let _ = flat.summed.g_mul_scalar_(clip_scale);
         }
+        let moved = self.tensors.iter_mut().zip(used).filter(|(_, used)| **used).map(|(t, _)| t);
+        let (here, elsewhere): (Vec<_>, Vec<_>) = moved.partition(|t| t.weight.numel() > 0);
+        // Every rank counts the updates of all tensors.
+        elsewhere.into_iter().for_each(|t| drop(t.steps.g_add_scalar_(1.0)));
         for decays in [true, false] {
-            let group: Vec<&Views> = self
-                .tensors
-                .iter()
-                .zip(used)
-                .filter(|(t, used)| **used && t.decays == decays)
-                .map(|(t, _)| t)
-                .collect();
+            let group: Vec<&Views> = here.iter().filter(|t| t.decays == decays).map(|t| &**t).collect();
             let pick = |of: fn(&Views) -> &Tensor| group.iter().map(|t| of(t).shallow_clone()).collect::<Vec<_>>();
             let weight_decay = if decays { weight_decay } else { 0.0 };
             adamw(

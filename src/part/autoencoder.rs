@@ -33,6 +33,11 @@ impl Autoencoder {
         Autoencoder { pixels, table, encoder, decoder, target }
     }
 
+    /// From now on blocks are run again in backward instead of being kept.
+    pub fn recompute(&mut self) {
+        (self.encoder.stack.recompute, self.decoder.stack.recompute) = (true, true);
+    }
+
     /// x [B, C, T, Y, X] → guesses at the dropped places, in the target's form [B, M, P].
     pub fn guess(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Tensor> {
         let visible = self.pixels.rows(x, &mask.keep, w.kind())?; // [B, K, P]

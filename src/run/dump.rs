@@ -2,7 +2,8 @@
 //!
 //! `dump/step-XXXXXXXX-rank-R.safetensors` under the run. Weights (fp32 masters before the step) and gradients (the mean
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
-//! the mask; the losses and the optimizer's numbers. Micro-batches are joined along B.
+//! the mask; the losses and the optimizer's numbers. Micro-batches are joined along B. Every rank writes its own, all in
+//! the same step: where the optimizer is sharded, weights and gradients are gathered.
 
 use super::{exchange::official, step::Outcome, step::Stepper};
 use crate::fault::{Fault, Result};
@@ -23,11 +24,12 @@ pub fn write(
 ) -> Result<()> {
     let (flat, method) = (&stepper.flat, &stepper.method);
     let mut tensors: Vec<(String, Tensor)> = Vec::new();
-    for (index, spec) in flat.specs.iter().enumerate() {
-        for (prefix, buffer) in [("weight", &flat.master), ("grad", &flat.gradient)] {
-            let (name, tensor) = official(method.name(), &spec.name, &flat.part(buffer, index), method.grid());
+    for (prefix, buffer) in [("weight", &flat.master), ("grad", &flat.summed)] {
+        stepper.buckets.whole(flat, buffer, stepper.deadline, |index, whole| {
+            let (name, tensor) = official(method.name(), &flat.specs[index].name, whole, method.grid());
             tensors.push((format!("{prefix}.{name}"), tensor));
-        }
+            Ok(())
+        })?;
     }
     if !micro.is_empty() {
         let masks: Vec<_> = micro.iter().map(|batch| method.mask(batch)).collect();

@@ -47,7 +47,7 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
             samples.push((source.set.id(index)?, view));
         }
     }
-    let weights = stepper.flat.weights(&stepper.flat.master);
+    let weights = stepper.buckets.weights(&stepper.flat, stepper.deadline)?;
     picture_of(stepper.method.as_ref(), &weights, &samples, medium.kind(), config.train.seed)
 }
 

@@ -4,8 +4,8 @@
 use crate::device::{Channel, Reduce, World};
 use crate::fault::{Fault, Result};
 use crate::method::{Batch, Method};
-use crate::op::square_sum::square_sum;
-use crate::optim::{bucket::Buckets, flat::Flat, update::Updater};
+use crate::optim::bucket::{Buckets, Wire};
+use crate::optim::{flat::Flat, update::Updater};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
@@ -20,7 +20,7 @@ pub struct Stepper {
     /// Small messages: counts, losses, flags.
     flags: Box<dyn Channel>,
     /// How long to wait for another rank.
-    deadline: Duration,
+    pub deadline: Duration,
 }
 
 /// What a step did, the same on every rank but for `local_loss`, `seconds` and `comm_wait`.
@@ -45,10 +45,10 @@ impl Stepper {
         flat: Flat,
         updater: Updater,
         world: Arc<dyn World>,
-        bucket_bytes: usize,
+        wire: impl Into<Wire>,
         deadline: Duration,
     ) -> Result<Stepper> {
-        let buckets = Buckets::new(&flat, bucket_bytes, world.channel("gradients")?)?;
+        let buckets = Buckets::new(&flat, wire, world.channel("gradients")?)?;
         let flags = world.channel("flags")?;
         Ok(Stepper { method, flat, updater, buckets, world, flags, deadline })
     }
@@ -64,6 +64,7 @@ impl Stepper {
         let samples: i64 = micro.iter().map(|batch| batch.pixels.size()[0]).sum();
         let counts = self.total(self.method.counts(samples).iter().map(|(_, count)| *count).collect())?;
 
+        self.buckets.gathered(self.deadline)?;
         self.flat.zero_gradient();
         self.buckets.begin();
         let mut sums = vec![0.0; counts.len()];
@@ -86,13 +87,14 @@ impl Stepper {
         if outcome.bad_ranks.is_empty() {
             let used = self.used()?;
             self.updater.update(&mut self.flat, &used, lr, outcome.clip_scale)?;
+            self.buckets.spread();
         }
         Ok(outcome)
     }
 
     /// Global losses and norm, and whether every rank found its own finite.
     fn judge(&mut self, samples: i64, sums: &[f64], counts: &[f64], comm_wait: Duration) -> Result<Outcome> {
-        let grad_norm = f64::from(square_sum(&self.flat.gradient)?.double_value(&[]) as f32).sqrt();
+        let grad_norm = f64::from(self.buckets.square_sum(&self.flat, self.deadline)?.double_value(&[]) as f32).sqrt();
         let rank = self.world.rank();
         let mut report = sums.to_vec();
         report.extend((0..self.world.size()).map(|r| f64::from(r == rank && !sums.iter().all(|sum| sum.is_finite()))));

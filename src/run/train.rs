@@ -66,13 +66,16 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         let last = done == run.steps;
         let due = done % config.checkpoint.every_steps == 0;
         run.beat(done, Phase::Save);
-        if let (Some(saver), true) = (&mut saver, due || last || request.stop || request.save) {
-            if let Some(log) = &mut run.log {
-                log.sync()?;
-            }
-            saver.save(state::snapshot(&run.stepper, done, config, world.size()))?;
-            if let Some(spool) = &mut run.spool {
-                spool.send()?;
+        if due || last || request.stop || request.save {
+            let snapshot = state::snapshot(&run.stepper, done, config, world.as_ref())?;
+            if let (Some(saver), Some(snapshot)) = (&mut saver, snapshot) {
+                if let Some(log) = &mut run.log {
+                    log.sync()?;
+                }
+                saver.save(snapshot)?;
+                if let Some(spool) = &mut run.spool {
+                    spool.send()?;
+                }
             }
         }
         let pictures = config.log.pictures_every_steps;

@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod position;
+pub mod stack;
 pub mod vit;
 
 use tch::Tensor;

@@ -1,62 +1,17 @@
 //! The vision transformer over the visible tokens, or over all with mask tokens in place.
 
 use super::Features;
-use super::block::{Biases, Block, transform};
-use crate::fault::{Fault, Result};
+use super::block::Biases;
+use super::stack::Stack;
+use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::fill::{Places, fill};
 use crate::op::sizes;
 use crate::part::mask::Mask;
-use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use crate::part::weights::{Init, Linear, Slot, Table, Weights};
 use tch::{Kind, Tensor};
 
-/// The shape of a transformer. Width, depth and heads of the usual ones: Ti 192, 12, 3; S 384, 12, 6; B 768, 12, 12;
-/// L 1024, 24, 16; H 1280, 32, 16.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Shape {
-    /// D.
-    pub width: i64,
-    /// Blocks.
-    pub depth: i64,
-    /// H; D / H is the head width.
-    pub heads: i64,
-    /// Width of a block's hidden layer as a multiple of D.
-    #[serde(default = "Shape::four")]
-    pub mlp_ratio: i64,
-}
-
-impl Shape {
-    fn four() -> i64 {
-        4
-    }
-
-    pub fn check(&self, at: &str) -> Result<()> {
-        let Shape { width, depth, heads, mlp_ratio } = *self;
-        for (name, value, most) in
-            [("width", width, 16384), ("depth", depth, 256), ("heads", heads, 256), ("mlp_ratio", mlp_ratio, 64)]
-        {
-            if !(1..=most).contains(&value) {
-                return Err(Fault::usage(format!("{at}.{name} is {value}; it must lie in 1..={most}")));
-            }
-        }
-        if width % heads != 0 {
-            return Err(Fault::usage(format!(
-                "{at}.width is {width}, which {at}.heads = {heads} does not divide; the nearest that fits is {}",
-                (width / heads).max(1) * heads
-            )));
-        }
-        if width % 4 != 0 {
-            return Err(Fault::usage(format!(
-                "{at}.width is {width}; sine-cosine positions want a multiple of 4, the nearest is {}",
-                (width / 4).max(1) * 4
-            )));
-        }
-        Ok(())
-    }
-}
+pub use super::stack::Shape;
 
 /// What sets one paper's encoder apart from another's, beside its shape.
 pub struct Make {
@@ -76,8 +31,7 @@ pub struct Vit {
     class: Option<Slot>,
     /// There only where the encoder sees mask tokens.
     token: Option<Slot>,
-    blocks: Vec<Block>,
-    norm: Norm,
+    pub stack: Stack,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
     pub positions: Tensor,
 }
@@ -86,7 +40,7 @@ impl Vit {
     /// `<name>.embed`, `<name>.cls_token` and `<name>.mask_token` where there are such, `<name>.blocks.<i>`,
     /// `<name>.norm`.
     pub fn new(table: &mut Table, name: &str, grid: &Grid, shape: &Shape, make: Make) -> Self {
-        let Shape { width, depth, heads, mlp_ratio } = *shape;
+        let width = shape.width;
         // The official codes leave this bias at PyTorch's default, uniform within ±1/√(fan in).
         let begins = [make.embed, Init::Uniform(1.0 / (grid.values() as f64).sqrt())];
         let embed = Linear::begun(table, &format!("{name}.embed"), grid.values(), width, begins);
@@ -95,10 +49,7 @@ impl Vit {
             embed,
             class: make.class.then(|| token("cls")),
             token: make.in_place.then(|| token("mask")),
-            blocks: (0..depth)
-                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, make.biases))
-                .collect(),
-            norm: Norm::new(table, &format!("{name}.norm"), width),
+            stack: Stack::new(table, name, shape, make.biases),
             positions: make.positions,
         }
     }
@@ -111,7 +62,7 @@ impl Vit {
         let [class, token] = [self.class, self.token].map(|slot| slot.map(|slot| w[slot].view(-1)));
         let hidden = token.as_ref().map(|token| (token, &mask.drop));
         let all = fill(&seen, class.as_ref(), Places { positions: &positions, keep: &mask.keep, hidden })?;
-        transform(&self.blocks, &self.norm, w, all, 0)
+        self.stack.forward(w, all, 0)
     }
 
     /// Whole samples, rows [B, N, P] in row-major order, nothing hidden.
