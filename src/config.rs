@@ -127,6 +127,9 @@ pub struct Train {
     /// Refused steps (loss or gradient not finite on some rank) in a row before training gives up.
     #[serde(default = "Train::bad_steps")]
     pub bad_steps: u64,
+    /// On a GPU, a step is captured as a CUDA graph and launched whole, where the method allows it.
+    #[serde(default = "Train::graph")]
+    pub graph: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -202,6 +205,9 @@ impl Data {
 impl Train {
     fn bad_steps() -> u64 {
         3
+    }
+    fn graph() -> bool {
+        true
     }
 }
 impl Checkpoint {
@@ -358,7 +364,7 @@ impl Config {
             root.remove(section);
         }
         for (section, keys) in [
-            ("train", &["bad_steps", "micro_batch"][..]),
+            ("train", &["bad_steps", "graph", "micro_batch"][..]),
             ("data", &["threads", "prefetch_mb", "max_bad_share", "cache", "patience_s"][..]),
         ] {
             for key in keys {

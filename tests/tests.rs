@@ -51,6 +51,7 @@ mod videomae;
 mod optim;
 mod config;
 mod step;
+mod pace;
 mod gpu_step;
 mod probe;
 mod overlap;
@@ -140,6 +141,7 @@ fn main() {
     trials.extend(optim::trials());
     trials.extend(config::trials());
     trials.extend(step::trials());
+    trials.extend(pace::trials());
     trials.extend(gpu_step::trials());
     trials.extend(probe::trials());
     trials.extend(overlap::trials());

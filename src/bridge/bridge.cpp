@@ -178,6 +178,14 @@ void occlude_keep_memory() {
 
 size_t occlude_memory_in_use() { return Keeper::alive; }
 
+// Queues the copy where the device lets it, instead of waiting for it.
+bool occlude_copy(const at::Tensor* to, const at::Tensor* from) {
+  return guarded([&] {
+    const at::NoGradGuard no_grad;
+    to->copy_(*from, /*non_blocking=*/true);
+  });
+}
+
 // On success the tensor's memory owns `owner`, and hands it to `give_back` when it is freed.
 bool occlude_lend(at::Tensor** out, void* bytes, const int64_t* shape, size_t dimensions, void (*give_back)(void*),
                   void* owner) {

@@ -22,6 +22,7 @@ unsafe extern "C" {
     fn occlude_open_cuda() -> bool;
     fn occlude_keep_memory();
     fn occlude_memory_in_use() -> usize;
+    fn occlude_copy(to: *const C_tensor, from: *const C_tensor) -> bool;
     fn occlude_on_gradient(
         leaf: *const C_tensor,
         call: extern "C" fn(*mut c_void, usize),
@@ -103,6 +104,13 @@ impl Hooks {
 pub fn set_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: both handles live through the call; libtorch counts its own reference to the gradient.
     checked(unsafe { occlude_set_gradient(leaf.as_ptr(), gradient.as_ptr()) }, "set gradient")
+}
+
+/// Copies into `to`, of the same shape, as `Tensor::copy_` does but without waiting: between a GPU and pinned memory the
+/// copy is queued on the current stream, and neither tensor's values are to be relied on before that has come so far.
+pub fn copy(to: &Tensor, from: &Tensor) -> Result<()> {
+    // SAFETY: both handles live through the call; libtorch keeps pinned memory that is freed until the copy is done.
+    checked(unsafe { occlude_copy(to.as_ptr(), from.as_ptr()) }, "copy")
 }
 
 /// The bytes of a contiguous CPU tensor, read where they lie.

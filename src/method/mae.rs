@@ -105,7 +105,7 @@ impl Method for Mae {
         vec![("pixel", (samples * (self.grid().tokens() - self.grid().kept(self.ratio))) as f64)]
     }
     fn mask(&self, batch: &Batch) -> Mask {
-        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())
+        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins)
     }
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
         self.model.features(w, &batch.pixels)

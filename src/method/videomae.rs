@@ -88,7 +88,7 @@ impl Method for VideoMae {
         vec![("pixel", (samples * hidden) as f64)]
     }
     fn mask(&self, batch: &Batch) -> Mask {
-        mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())
+        mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins)
     }
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
         self.model.features(w, &batch.pixels)

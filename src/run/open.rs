@@ -291,10 +291,9 @@ fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn Chann
     // Imported weights are a checkpoint of step 0.
     if told.int64_value(&[1]) != 0 {
         let flat = &stepper.flat;
-        let average = stepper.updater.average.iter();
-        for buffer in [&flat.master, &flat.first, &flat.second, &flat.steps].into_iter().chain(average) {
-            let _ = channel.broadcast(buffer, 0).wait(deadline)?;
-        }
+        let buffers = [&flat.master, &flat.first, &flat.second, &flat.steps].into_iter();
+        let buffers: Vec<&Tensor> = buffers.chain(&stepper.updater.average).collect();
+        channel.broadcast_all(&buffers, 0).done(deadline)?;
         stepper.flat.refresh();
     }
     Ok(first)

@@ -4,6 +4,7 @@ use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::fill::{Places, fill};
 use crate::part::encoder::block::{Biases, Block, transform};
+use crate::part::encoder::position::Positions;
 use crate::part::encoder::vit::Shape;
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
@@ -28,7 +29,7 @@ pub struct Decoder {
     norm: Norm,
     pred: Linear,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
-    pub positions: Tensor,
+    pub positions: Positions,
 }
 
 impl Decoder {
@@ -44,7 +45,7 @@ impl Decoder {
                 .collect(),
             norm: Norm::new(table, &format!("{name}.norm"), width),
             pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
-            positions: make.positions,
+            positions: make.positions.into(),
         }
     }
 
@@ -53,7 +54,7 @@ impl Decoder {
     /// encoder has one.
     pub fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, features)?;
-        let positions = self.positions.to_device(seen.device());
+        let positions = self.positions.on(seen.device());
         let token = self.token.map(|token| w[token].view(-1));
         let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
         let (keep, hidden) = match &token {

@@ -2,6 +2,7 @@
 
 use super::Features;
 use super::block::{Biases, Block, transform};
+use super::position::Positions;
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::op::fill::{Places, fill};
@@ -79,7 +80,7 @@ pub struct Vit {
     blocks: Vec<Block>,
     norm: Norm,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
-    pub positions: Tensor,
+    pub positions: Positions,
 }
 
 impl Vit {
@@ -99,7 +100,7 @@ impl Vit {
                 .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, make.biases))
                 .collect(),
             norm: Norm::new(table, &format!("{name}.norm"), width),
-            positions: make.positions,
+            positions: make.positions.into(),
         }
     }
 
@@ -107,7 +108,7 @@ impl Vit {
     /// or with mask tokens at the dropped places [B, 1+N, D], in the order class, kept, dropped.
     pub fn forward(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, rows)?; // [B, K, D]
-        let positions = self.positions.to_device(seen.device());
+        let positions = self.positions.on(seen.device());
         let [class, token] = [self.class, self.token].map(|slot| slot.map(|slot| w[slot].view(-1)));
         let hidden = token.as_ref().map(|token| (token, &mask.drop));
         let all = fill(&seen, class.as_ref(), Places { positions: &positions, keep: &mask.keep, hidden })?;
