@@ -1,21 +1,23 @@
 //! Steps ahead of the device, as far as they go without one: the device's own decisions run on the CPU, and what a step
 //! asks of it is written down.
 
+use crate::architecture::{files, short, text};
 use crate::bridge::run;
-use crate::step::{BATCH, BUCKET, LR, Path, load, state, stepper, tiny};
+use crate::step::{BATCH, BUCKET, LR, Path, input, load, state, stepper, tiny};
 use crate::support::Outcome;
 use occlude::bridge::record::{Recorder, Span};
 use occlude::bridge::{keep_memory, memory_in_use};
 use occlude::device::World;
 use occlude::device::solo::{Solo, threads};
 use occlude::fault::{Code, Result};
-use occlude::grid::Grid;
+use occlude::grid::{Grid, Input};
 use occlude::method::{Batch, Features, Method, Reconstruction, Term, mae};
 use occlude::part::mask::Mask;
 use occlude::part::weights::{Table, Weights};
 use occlude::run::ledger::{Ledger, Taken};
 use occlude::run::pace::{Ahead, Pace, Share};
 use occlude::run::step::{self, Stepper};
+use serde_json::json;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,9 +29,11 @@ crate::trials![
     a_bad_step_ahead_is_refused_by_all_ranks,
     a_step_ahead_asks_nothing_of_the_device,
     a_question_in_a_loss_is_noticed,
+    nothing_that_a_loss_is_made_of_moves_numbers_between_host_and_device,
     a_step_ahead_leaves_no_memory_behind,
     a_share_of_another_size_or_kind_is_refused,
     on_a_cpu_the_host_looks_at_every_step,
+    a_method_whose_masks_are_drawn_on_the_host_is_not_captured,
     late_outcomes_are_those_of_their_steps_and_too_many_bad_ones_end_the_training,
 ];
 
@@ -133,7 +137,7 @@ fn a_bad_step_ahead_is_refused_by_all_ranks() -> Outcome {
 }
 
 /// Operations that wait for the device or bring numbers to or from it, wherever they are called.
-const QUESTIONS: [&str; 8] = [
+const QUESTIONS: [&str; 7] = [
     "aten::item",
     "aten::_local_scalar_dense",
     "aten::is_nonzero",
@@ -141,7 +145,6 @@ const QUESTIONS: [&str; 8] = [
     "aten::masked_select",
     "aten::equal",
     "aten::_unique2",
-    "aten::to.dtype_layout(device)",
 ];
 
 /// What one step asks, in order, from the spans of its parts: what a graph would hold. Masks are left out, which are
@@ -235,10 +238,9 @@ pub fn curious() -> impl Method {
 
 fn a_question_in_a_loss_is_noticed() -> Outcome {
     type Look = fn(&Tensor) -> Tensor;
-    let looks: [(&str, Look); 4] = [
+    let looks: [(&str, Look); 3] = [
         ("aten::item", |sum| sum * if sum.double_value(&[]) > 0.0 { 1.0 } else { 2.0 }),
         ("aten::zeros", |sum| sum * Tensor::from_slice(&[1f32]).sum(Kind::Float)),
-        ("aten::to.dtype_layout(device)", |sum| sum.to_device(Device::Cpu)),
         ("aten::nonzero", |sum| sum * sum.view([1]).nonzero().numel() as f64),
     ];
     for (name, look) in looks {
@@ -246,6 +248,33 @@ fn a_question_in_a_loss_is_noticed() -> Outcome {
         let found = questions(&asked(&steps[2]));
         assert!(found.contains(name), "{name} is not among {found:?}");
     }
+    Ok(())
+}
+
+/// Where numbers of the host become constants of a device, once.
+const MAKERS: [&str; 4] =
+    ["src/op/adamw.rs", "src/op/attention/windows.rs", "src/op/shuffle.rs", "src/part/encoder/position.rs"];
+
+/// Without a device, a copy to it does nothing and is not noticed above: the sources are looked at. Views are the host's.
+fn nothing_that_a_loss_is_made_of_moves_numbers_between_host_and_device() -> Outcome {
+    const MOVES: [&str; 5] = [".to_device(", "from_slice(", "double_value(", "int64_value(", "try_from(&"];
+    let mut looked_at = 0;
+    for folder in ["src/op", "src/part", "src/method"] {
+        for path in files(folder, "rs") {
+            let (place, text) = (short(&path), text(&path));
+            if MAKERS.contains(&place.as_str()) || place.starts_with("src/part/view/") {
+                continue;
+            }
+            looked_at += 1;
+            for line in text.lines().map(|line| line.split("//").next().unwrap_or("")) {
+                assert!(
+                    !MOVES.iter().any(|call| line.contains(call)),
+                    "{place}: a captured step cannot do this: {line}"
+                );
+            }
+        }
+    }
+    assert!(looked_at > 40, "{looked_at} files");
     Ok(())
 }
 
@@ -282,6 +311,7 @@ fn a_share_of_another_size_or_kind_is_refused() -> Outcome {
 }
 
 fn on_a_cpu_the_host_looks_at_every_step() -> Outcome {
+    assert_eq!(tiny().capturable(), Ok(()), "it is the device that is missing");
     let world = alone();
     let mut stepper = stepper(tiny(), world.clone(), Kind::Float, BUCKET);
     let mut pace = Pace::new(true, BATCH, &stepper, &world)?;
@@ -289,6 +319,18 @@ fn on_a_cpu_the_host_looks_at_every_step() -> Outcome {
     let outcome = pace.step(&mut stepper, &load(0, BATCH, world.as_ref(), 4), LR)?;
     assert!(outcome.is_some_and(|outcome| outcome.loss > 0.0), "at once");
     assert!(pace.settle(&stepper)?.is_none());
+    Ok(())
+}
+
+fn a_method_whose_masks_are_drawn_on_the_host_is_not_captured() -> Outcome {
+    let wide = Input { height: 260, width: 260, ..input() };
+    let config = json!({
+        "encoder": {"width": 4, "depth": 1, "heads": 1}, "decoder": {"width": 4, "depth": 1, "heads": 1},
+        "mask": {"ratio": 0.75},
+    });
+    let method = mae::Mae::new(&serde_json::from_value(config)?, &wide)?;
+    assert_eq!(method.grid().tokens(), 65 * 65);
+    assert!(method.capturable().is_err_and(|why| why.contains("drawn on the host")));
     Ok(())
 }
 

@@ -2,7 +2,6 @@
 
 #include "bridge.h"
 
-#include <ATen/core/ivalue.h>
 #include <ATen/record_function.h>
 
 #include <chrono>
@@ -40,11 +39,6 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& function) {
   std::string name = function.name();
   const char* overload = function.overload_name();
   if (overload != nullptr && *overload != '\0') name.append(".").append(overload);
-  if (name.rfind("aten::to.", 0) == 0) {
-    for (const auto& input : function.inputs()) {
-      if (input.isDevice()) name.append("(device)");
-    }
-  }
   const std::lock_guard<std::mutex> guard(lock);
   spans.push_back({std::move(name), at::RecordFunction::currentThreadId(), now(), 0});
   return std::make_unique<Begun>(turn, spans.size() - 1);
@@ -69,7 +63,7 @@ bool occlude_record_start() {
       spans.clear();
       ++turn;
     }
-    handle = at::addThreadLocalCallback(at::RecordFunctionCallback(begin, end).needsInputs(true));
+    handle = at::addThreadLocalCallback(at::RecordFunctionCallback(begin, end));
   });
 }
 

@@ -14,7 +14,7 @@ unsafe extern "C" {
 }
 
 /// An operation (`aten::add.Tensor`: with its overload where it has one), a node of a backward pass, or a [`scope`] of
-/// our own. Spans of a thread nest. A conversion says whether a device was asked for: `aten::to.dtype_layout(device)`.
+/// our own. Spans of a thread nest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
     pub name: String,

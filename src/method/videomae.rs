@@ -87,6 +87,9 @@ impl Method for VideoMae {
         let hidden = grid.frames * (grid.rows * grid.cols - grid.kept_places(self.ratio));
         vec![("pixel", (samples * hidden) as f64)]
     }
+    fn capturable(&self) -> Result<(), &'static str> {
+        mask::on_device(self.grid().rows * self.grid().cols)
+    }
     fn mask(&self, batch: &Batch) -> Mask {
         mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins)
     }

@@ -9,8 +9,16 @@ pub use ratio::Ratio;
 pub use tube::tube;
 
 use crate::bridge::record::scope;
-use crate::op::shuffle::{Indices, Plan, mask};
+use crate::op::shuffle::{Indices, MOST_UNITS, Plan, mask};
 use tch::{Device, Kind, Tensor};
+
+/// Whether a GPU draws masks of so many units a sample by itself, or why not.
+pub fn on_device(units: i64) -> Result<(), &'static str> {
+    match units {
+        0..=MOST_UNITS => Ok(()),
+        _ => Err("masks of more than 4096 units a sample are drawn on the host"),
+    }
+}
 
 /// Which tokens are kept and which dropped, by row-major token number.
 #[derive(Debug)]
