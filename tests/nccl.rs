@@ -16,12 +16,14 @@ use std::process::Command;
 use std::sync::Arc;
 use tch::{Cuda, Device};
 
+type OnDevice = fn() -> Outcome;
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("nccl::it_is_the_copy_that_libtorch_has", it_is_the_copy_that_libtorch_has),
         trial("nccl::more_ranks_than_gpus_are_refused", more_ranks_than_gpus_are_refused),
     ];
-    let on_a_device: [(&str, fn() -> Outcome); 2] = [
+    let on_a_device: [(&str, OnDevice); 2] = [
         ("nccl::a_rank_on_a_gpu_conforms", a_rank_on_a_gpu_conforms),
         ("nccl::two_ranks_on_one_gpu_conform_and_train_as_one", two_ranks_on_one_gpu_conform_and_train_as_one),
     ];
