@@ -131,6 +131,9 @@ pub struct Train {
     /// Refused steps (loss or gradient not finite on some rank) in a row before training gives up.
     #[serde(default = "Train::bad_steps")]
     pub bad_steps: u64,
+    /// On a GPU, a step is captured as a CUDA graph and launched whole, where the method allows it.
+    #[serde(default = "Train::graph")]
+    pub graph: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -215,6 +218,9 @@ impl Data {
 impl Train {
     fn bad_steps() -> u64 {
         3
+    }
+    fn graph() -> bool {
+        true
     }
 }
 impl Checkpoint {
@@ -372,7 +378,7 @@ impl Config {
         }
         for (section, keys) in [
             ("world", &["bucket_mb", "shard_optimizer", "frozen_s", "deadline_s"][..]),
-            ("train", &["bad_steps", "micro_batch", "recompute"][..]),
+            ("train", &["bad_steps", "graph", "micro_batch", "recompute"][..]),
             ("data", &["threads", "prefetch_mb", "max_bad_share", "cache", "patience_s"][..]),
         ] {
             for key in keys {

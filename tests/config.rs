@@ -233,6 +233,7 @@ fn defaults_are_written_out_and_read_back() -> Outcome {
         ("/world/bucket_mb", json!(25.0)),
         ("/checkpoint/keep_last", json!(2)),
         ("/train/bad_steps", json!(3)),
+        ("/train/graph", json!(true)),
         ("/train/dtype", json!("fp32")),
         ("/train/recompute", json!(false)),
         ("/world/wire", json!("fp32")),
@@ -260,6 +261,7 @@ fn the_identity_is_what_must_not_change() -> Outcome {
         "data.prefetch_mb=3",
         "data.max_bad_share=0.5",
         "train.bad_steps=9",
+        "train.graph=false",
         "about.title=another",
     ] {
         assert_eq!(with(&[free])?.identity(), base, "{free} may change when a run is resumed");

@@ -102,9 +102,9 @@ const BLOCK: usize = 800_000;
 const STEP_S: f64 = 0.3;
 
 fn noise(rows: i64) -> Batch {
-    let origins = (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
+    let origins: Vec<Origin> = (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
     let pixels = Tensor::arange(rows * 256, (Kind::Int64, Device::Cpu)).remainder(253).to_kind(Kind::Uint8);
-    Batch { pixels: pixels.view([rows, 1, 1, 16, 16]), origins, seed: 5 }
+    Batch::new(pixels.view([rows, 1, 1, 16, 16]), &origins, 5)
 }
 
 fn timed(stepper: &mut Stepper, rows: i64) -> f64 {

@@ -58,8 +58,8 @@ fn losses_and_gradients_are_the_same_to_the_bit() -> Outcome {
 
 fn a_clip_s_losses_and_gradients_are_the_same_to_the_bit() -> Outcome {
     let pixels = Tensor::arange(3 * 4 * 256, (Kind::Int64, Device::Cpu)).remainder(251).to_kind(Kind::Uint8);
-    let origins = (0..3).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
-    let micro = [Batch { pixels: pixels.view([3, 1, 4, 16, 16]), origins, seed: 5 }];
+    let origins: Vec<Origin> = (0..3).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
+    let micro = [Batch::new(pixels.view([3, 1, 4, 16, 16]), &origins, 5)];
     let (plain, again) = (after(clip(), Kind::Float, &micro), after(forgetful(clip()), Kind::Float, &micro));
     assert!(plain.0 == again.0 && plain.1.equal(&again.1) && plain.2.equal(&again.2));
     Ok(())
@@ -104,8 +104,8 @@ pub fn case(name: &str) -> i32 {
     let rows = 96;
     let pixels = Tensor::zeros([rows, 1, 1, 32, 32], (Kind::Uint8, Device::Cpu));
     let mut step = |rows: i64| {
-        let origins = (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
-        let micro = [Batch { pixels: pixels.narrow(0, 0, rows), origins, seed: 5 }];
+        let origins: Vec<Origin> = (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
+        let micro = [Batch::new(pixels.narrow(0, 0, rows), &origins, 5)];
         stepper.step(&micro, LR, |_, _| Ok(())).expect("a step");
     };
     // What libraries set up at their first step is not the step's.

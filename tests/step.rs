@@ -15,6 +15,7 @@ use occlude::optim::update::{Config, Updater};
 use occlude::part::mask::Mask;
 use occlude::part::weights::{Init, Slot, Table, Weights};
 use occlude::rng::{Draw, Purpose};
+use occlude::run::pace::{Ahead, Share};
 use occlude::run::step::Stepper;
 use serde_json::json;
 use std::sync::Arc;
@@ -52,7 +53,7 @@ pub fn tiny() -> mae::Mae {
     mae::Mae::new(&serde_json::from_value(config).expect("numbers"), &input()).expect("a method")
 }
 
-fn optim() -> Config {
+pub fn optim() -> Config {
     serde_json::from_value(json!({"lr": LR, "weight_decay": 0.05, "ema": 0.99})).expect("numbers")
 }
 
@@ -80,14 +81,27 @@ fn picture(position: u64) -> (Origin, Vec<u8>) {
 fn batch(step: u64, rows: impl Iterator<Item = u64>) -> Batch {
     let (origins, pixels): (Vec<_>, Vec<_>) = rows.map(|row| picture(step * BATCH + row)).unzip();
     let pixels = Tensor::from_slice(&pixels.concat()).view([origins.len() as i64, 1, 1, 16, 16]);
-    Batch { pixels, origins, seed: 5 }
+    Batch::new(pixels, &origins, 5)
 }
 
 /// This rank's share of a global batch of `size`, in micro-batches of at most `micro` rows.
 pub fn share(step: u64, size: u64, world: &dyn World, micro: u64) -> Vec<Batch> {
     let own: Vec<u64> = rows(size, world.rank(), world.size()).collect();
-    let there = |batch: Batch| Batch { pixels: batch.pixels.to_device(world.device()), ..batch };
+    let device = world.device();
+    let there = |batch: Batch| Batch {
+        pixels: batch.pixels.to_device(device),
+        origins: batch.origins.to_device(device),
+        seed: batch.seed,
+    };
     own.chunks(micro as usize).map(|rows| there(batch(step, rows.iter().copied()))).collect()
+}
+
+/// The same as a step ahead of the device takes it, on the CPU.
+pub fn load(step: u64, size: u64, world: &dyn World, micro: u64) -> Share {
+    let own = rows(size, world.rank(), world.size());
+    let (origins, pixels): (Vec<_>, Vec<_>) = own.map(|row| picture(step * BATCH + row)).unzip();
+    let pixels = Tensor::from_slice(&pixels.concat()).view([origins.len() as i64, 1, 1, 16, 16]);
+    Share { pixels, origins, seed: 5, micro: micro as usize }
 }
 
 /// What a training leaves: the loss of every step and the weights.
@@ -110,12 +124,27 @@ impl Path {
         Path { losses, weights }
     }
 
+    /// The same with steps ahead, and how many parts of one were captured in the end.
+    pub fn ahead(world: Arc<dyn World>, steps: u64, size: u64, micro: u64) -> (Path, usize) {
+        let mut stepper = stepper(tiny(), world.clone(), Kind::Float, BUCKET);
+        let mut ahead = Ahead::new(size, &stepper, &world).expect("a pace");
+        let mut outcomes = Vec::new();
+        for step in 0..steps {
+            outcomes.extend(ahead.step(&mut stepper, &load(step, size, world.as_ref(), micro), LR).expect("a step"));
+        }
+        outcomes.extend(ahead.settle(&stepper).expect("the last step"));
+        assert!(outcomes.iter().all(|outcome| outcome.bad_ranks.is_empty() && outcome.grad_norm > 0.0));
+        let weights = without_key_biases(&stepper.flat).to_device(Device::Cpu);
+        (Path { losses: outcomes.iter().map(|outcome| outcome.loss).collect(), weights }, ahead.captured())
+    }
+
     pub fn solo(steps: u64, size: u64) -> Path {
         Path::of(Arc::new(Solo::new(Device::Cpu)), steps, size, u64::MAX >> 1)
     }
 
     /// Losses to 1e-5, weights to a tenth of what AdamW can have moved them.
     pub fn agrees(&self, other: &Path, what: &str) {
+        assert_eq!(self.losses.len(), other.losses.len(), "{what}: a loss for every step");
         for (step, (ours, theirs)) in self.losses.iter().zip(&other.losses).enumerate() {
             let off = (ours - theirs).abs() / theirs;
             assert!(off <= 1e-5, "{what}, step {step}: loss {ours} against {theirs}, off by {off:e}");
@@ -246,11 +275,11 @@ fn bf16_stays_beside_fp32() -> Outcome {
 }
 
 /// All that a step moves, to the bit.
-fn state(stepper: &Stepper) -> Vec<u8> {
+pub fn state(stepper: &Stepper) -> Vec<u8> {
     let flat = &stepper.flat;
     let average = stepper.updater.average.as_ref().expect("an average");
     [&flat.master, &flat.compute, &flat.first, &flat.second, &flat.steps, average]
-        .map(|buffer| bytes(buffer).to_vec())
+        .map(|buffer| bytes(&buffer.to_device(Device::Cpu)).to_vec())
         .concat()
 }
 

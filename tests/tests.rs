@@ -7,6 +7,7 @@ mod support;
 
 mod rng;
 mod bridge;
+mod record;
 mod node;
 mod fused;
 mod cuda;
@@ -52,6 +53,7 @@ mod videomae;
 mod optim;
 mod config;
 mod step;
+mod pace;
 mod gpu_step;
 mod probe;
 mod overlap;
@@ -100,6 +102,7 @@ fn main() {
     let mut trials = Vec::new();
     trials.extend(rng::trials());
     trials.extend(bridge::trials());
+    trials.extend(record::trials());
     trials.extend(node::trials());
     trials.extend(fused::trials());
     trials.extend(cuda::trials());
@@ -144,6 +147,7 @@ fn main() {
     trials.extend(optim::trials());
     trials.extend(config::trials());
     trials.extend(step::trials());
+    trials.extend(pace::trials());
     trials.extend(gpu_step::trials());
     trials.extend(probe::trials());
     trials.extend(overlap::trials());

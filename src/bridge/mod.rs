@@ -6,6 +6,7 @@ mod fused; // fused operations; the order of attention kernels
 pub mod lend; // a tensor over bytes of ours
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 mod node; // an autograd node of closures
+pub mod record; // what libtorch runs, by name and time
 
 pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, set_sdp_order};
 pub use node::{Forward, backward, node};
@@ -21,6 +22,8 @@ unsafe extern "C" {
     fn occlude_open_cuda() -> bool;
     fn occlude_keep_memory();
     fn occlude_mask_signals(numbers: *const c_int, n: usize, keep: bool) -> bool;
+    fn occlude_memory_in_use() -> usize;
+    fn occlude_copy(to: *const C_tensor, from: *const C_tensor) -> bool;
     fn occlude_on_gradient(
         leaf: *const C_tensor,
         call: extern "C" fn(*mut c_void, usize),
@@ -65,6 +68,12 @@ pub fn mask_signals(numbers: &[c_int], keep: bool) -> Result<()> {
     }
 }
 
+/// Bytes of CPU tensors that live, of those made since [`keep_memory`]; with what the C library adds to each.
+pub fn memory_in_use() -> usize {
+    // SAFETY: no arguments.
+    unsafe { occlude_memory_in_use() }
+}
+
 /// Hooks on the gradients of leaves; they fall silent when this is dropped together with its leaves.
 pub struct Hooks {
     // Boxed so that the address handed to C++ stays; never touched from this side after the hooks are set.
@@ -105,6 +114,13 @@ impl Hooks {
 pub fn set_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: both handles live through the call; libtorch counts its own reference to the gradient.
     checked(unsafe { occlude_set_gradient(leaf.as_ptr(), gradient.as_ptr()) }, "set gradient")
+}
+
+/// Copies into `to`, of the same shape, as `Tensor::copy_` does but without waiting: between a GPU and pinned memory the
+/// copy is queued on the current stream, and neither tensor's values are to be relied on before that has come so far.
+pub fn copy(to: &Tensor, from: &Tensor) -> Result<()> {
+    // SAFETY: both handles live through the call; libtorch keeps pinned memory that is freed until the copy is done.
+    checked(unsafe { occlude_copy(to.as_ptr(), from.as_ptr()) }, "copy")
 }
 
 /// The bytes of a contiguous CPU tensor, read where they lie.

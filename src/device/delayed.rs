@@ -67,6 +67,12 @@ impl World for Delayed {
     fn abort(&self, code: Code) -> ! {
         self.inner.abort(code)
     }
+    fn look(&self, on: bool) {
+        self.inner.look(on);
+    }
+    fn launched(&self, deadline: Duration) -> Result<()> {
+        self.inner.launched(deadline)
+    }
 }
 
 /// A collective of the inner channel on its way through the slow worker.

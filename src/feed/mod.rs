@@ -82,14 +82,19 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Pixels of some of the rows, [rows, C, T, Y, X] on a device. On a CPU nothing is copied. To a GPU they go through
-    /// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+    /// Pixels of some of the rows, [rows, C, T, Y, X] on a device.
     pub fn to_device(&self, rows: Range<usize>, device: Device) -> Result<Tensor> {
-        let pixels = self.pixels.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
-        match device.is_cuda() {
-            true => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, self.pixels.kind(), true, false)?),
-            false => Ok(pixels),
-        }
+        to_device(&self.pixels, rows, device)
+    }
+}
+
+/// Some rows of pixels on a device. Where they are there already nothing is copied. From a CPU to a GPU they go through
+/// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+pub fn to_device(pixels: &Tensor, rows: Range<usize>, device: Device) -> Result<Tensor> {
+    let pixels = pixels.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
+    match pixels.device() == device {
+        true => Ok(pixels),
+        false => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, pixels.kind(), true, false)?),
     }
 }
 

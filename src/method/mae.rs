@@ -104,8 +104,11 @@ impl Method for Mae {
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
         vec![("pixel", (samples * (self.grid().tokens() - self.grid().kept(self.ratio))) as f64)]
     }
+    fn capturable(&self) -> Result<(), &'static str> {
+        mask::on_device(self.grid().tokens())
+    }
     fn mask(&self, batch: &Batch) -> Mask {
-        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())
+        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins)
     }
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
         self.model.features(w, &batch.pixels)

@@ -19,10 +19,17 @@ use tch::Tensor;
 pub struct Batch {
     /// uint8 as decoded, or fp32 already normalised: [B, C, T, Y, X].
     pub pixels: Tensor,
-    /// Where each sample's randomness comes from.
-    pub origins: Vec<Origin>,
+    /// Where each sample's randomness comes from, int64 [3, B] beside the pixels (see [`Origin::table`]).
+    pub origins: Tensor,
     /// The run's seed.
     pub seed: u64,
+}
+
+impl Batch {
+    /// The samples' origins are copied to where their pixels are.
+    pub fn new(pixels: Tensor, origins: &[Origin], seed: u64) -> Batch {
+        Batch { origins: Origin::table(origins, pixels.device()), pixels, seed }
+    }
 }
 
 /// One named part of a loss: a sum, to be divided by its count over the whole step. The objective is the sum of all
@@ -48,6 +55,11 @@ pub trait Method {
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
+    /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the
+    /// device, waits for nothing, and does the same whatever the values are.
+    fn capturable(&self) -> Result<(), &'static str> {
+        Ok(())
+    }
     /// Which tokens the method hides of this batch.
     fn mask(&self, batch: &Batch) -> Mask;
     /// The pixels as the model receives them: fp32, normalised [B, C, T, Y, X].

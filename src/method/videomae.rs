@@ -87,8 +87,11 @@ impl Method for VideoMae {
         let hidden = grid.frames * (grid.rows * grid.cols - grid.kept_places(self.ratio));
         vec![("pixel", (samples * hidden) as f64)]
     }
+    fn capturable(&self) -> Result<(), &'static str> {
+        mask::on_device(self.grid().rows * self.grid().cols)
+    }
     fn mask(&self, batch: &Batch) -> Mask {
-        mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())
+        mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins)
     }
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
         self.model.features(w, &batch.pixels)

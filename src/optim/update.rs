@@ -4,10 +4,10 @@ use super::flat::Flat;
 use super::schedule::{Schedule, Span};
 use crate::fault::{Fault, Result};
 use crate::op::adamw::{self, AdamW, Buffers, Table, adamw};
-use crate::op::lerp::lerp;
+use crate::op::lerp::{self, Share, lerp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Tensor, no_grad};
+use tch::{Kind, Tensor, no_grad};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -155,12 +155,39 @@ impl Updater {
         Ok(())
     }
 
+    /// The numbers of a step that [`Updater::queue`] reads: learning rate, weight decay, and the greatest norm.
+    pub fn rates(&self, lr: f64) -> [f64; 3] {
+        [lr, self.config.weight_decay, self.config.clip.unwrap_or(f64::INFINITY)]
+    }
+
+    /// The same update where the device decides, and nothing waits: `used` f64 [n] is 0 for the unused, `rates` f64 [3]
+    /// are those of [`Updater::rates`], `norm` f64 [1] is the gradient's, and where `good` bool [1] says no, nothing
+    /// moves. All of them on the buffers' device.
+    pub fn queue(&mut self, flat: &Flat, used: &Tensor, rates: &Tensor, norm: &Tensor, good: &Tensor) -> Result<()> {
+        self.table.used.copy_(&used.gt(0.0));
+        let scale = (rates.narrow(0, 2, 1) / (norm + 1e-6)).clamp_max(1.0);
+        let apply = good.to_kind(Kind::Double);
+        let control = Tensor::cat(&[&rates.narrow(0, 0, 2), &scale, &apply], 0).to_kind(Kind::Float);
+        self.by_kernel(flat, &control)?;
+        match (&self.average, self.config.ema) {
+            (Some(average), Some(decay)) => {
+                let share = (apply * (1.0 - decay)).to_kind(Kind::Float);
+                lerp::kernel(average, &flat.master, Share::Value(&share))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// By our kernel.
     fn all_at_once(&mut self, flat: &Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
-        let Config { betas, eps, weight_decay, .. } = self.config;
-        let device = flat.master.device();
         let used: Vec<f32> = used.iter().map(|used| f32::from(u8::from(*used))).collect();
         self.table.used.copy_(&Tensor::from_slice(&used));
+        let control = adamw::control(lr, self.config.weight_decay, clip_scale, true, flat.master.device());
+        self.by_kernel(flat, &control)
+    }
+
+    fn by_kernel(&self, flat: &Flat, control: &Tensor) -> Result<()> {
+        let Config { betas, eps, .. } = self.config;
         let buffers = Buffers {
             master: &flat.master,
             first: &flat.first,
@@ -168,8 +195,7 @@ impl Updater {
             gradient: &flat.summed,
             compute: (flat.narrowed.kind() != flat.master.kind()).then_some(&flat.narrowed),
         };
-        let control = adamw::control(lr, weight_decay, clip_scale, true, device);
-        adamw::kernel(buffers, &self.table, &control, (betas[0], betas[1]), eps)
+        adamw::kernel(buffers, &self.table, control, (betas[0], betas[1]), eps)
     }
 
     /// By the library, group by group.

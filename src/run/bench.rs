@@ -42,8 +42,8 @@ impl Bench {
     /// One whole step; its seconds.
     pub fn step(&mut self) -> Result<f64> {
         let rows = self.pixels.size()[0] as u64;
-        let origins = (0..rows).map(|id| Origin { id, epoch: self.done % 1000, repeat: 0 }).collect();
-        let batch = Batch { pixels: self.pixels.shallow_clone(), origins, seed: self.seed };
+        let origins: Vec<Origin> = (0..rows).map(|id| Origin { id, epoch: self.done % 1000, repeat: 0 }).collect();
+        let batch = Batch::new(self.pixels.shallow_clone(), &origins, self.seed);
         let began = Instant::now();
         self.stepper.step(&[batch], 1e-4, |_, _| Ok(()))?;
         self.done += 1;

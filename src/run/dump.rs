@@ -31,7 +31,9 @@ pub fn write(
             Ok(())
         })?;
     }
-    if !micro.is_empty() {
+    if micro.is_empty() {
+        tensors.push(("sample_id".into(), Tensor::from_slice::<i64>(&[])));
+    } else {
         let masks: Vec<_> = micro.iter().map(|batch| method.mask(batch)).collect();
         let join = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
         tensors
@@ -39,9 +41,8 @@ pub fn write(
         tensors.push(("keep".into(), join(masks.iter().map(|mask| mask.keep.shallow_clone()).collect())));
         tensors.push(("drop".into(), join(masks.iter().map(|mask| mask.drop.shallow_clone()).collect())));
         tensors.push(("restore".into(), join(masks.iter().map(|mask| mask.restore()).collect())));
+        tensors.push(("sample_id".into(), join(micro.iter().map(|batch| batch.origins.get(0)).collect())));
     }
-    let ids: Vec<i64> = micro.iter().flat_map(|batch| &batch.origins).map(|origin| origin.id as i64).collect();
-    tensors.push(("sample_id".into(), Tensor::from_slice(&ids)));
     let numbers = [
         ("loss", outcome.loss),
         ("loss_local", outcome.local_loss),

@@ -4,6 +4,7 @@ use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::fill::{Places, fill};
 use crate::part::encoder::block::Biases;
+use crate::part::encoder::position::Positions;
 use crate::part::encoder::stack::{Shape, Stack};
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Slot, Table, Weights};
@@ -27,7 +28,7 @@ pub struct Decoder {
     pub stack: Stack,
     pred: Linear,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
-    pub positions: Tensor,
+    pub positions: Positions,
 }
 
 impl Decoder {
@@ -40,7 +41,7 @@ impl Decoder {
             token: make.token.map(|init| table.add(format!("{name}.mask_token"), &[1, 1, width], init)),
             stack: Stack::new(table, name, shape, make.biases),
             pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
-            positions: make.positions,
+            positions: make.positions.into(),
         }
     }
 
@@ -49,7 +50,7 @@ impl Decoder {
     /// encoder has one.
     pub fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, features)?;
-        let positions = self.positions.to_device(seen.device());
+        let positions = self.positions.on(seen.device());
         let token = self.token.map(|token| w[token].view(-1));
         let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
         let (keep, hidden) = match &token {

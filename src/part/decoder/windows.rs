@@ -10,6 +10,7 @@ use crate::op::attention::{Windows, cosine};
 use crate::op::bias_gelu::Form;
 use crate::op::fill::{Places, fill};
 use crate::op::patch::gather;
+use crate::part::encoder::position::Positions;
 use crate::part::encoder::vit::Shape;
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
@@ -35,7 +36,7 @@ pub struct Decoder {
     blocks: Vec<Block>,
     norm: Norm,
     pred: Linear,
-    positions: Tensor,
+    positions: Positions,
     grid: [i64; 2],
     window: [i64; 2],
     shift: [i64; 2],
@@ -87,7 +88,7 @@ impl Decoder {
                 .collect(),
             norm: Norm::new(table, &format!("{name}.norm"), width),
             pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
-            positions: make.positions,
+            positions: make.positions.into(),
             grid: sides,
             window,
             shift,
@@ -100,7 +101,7 @@ impl Decoder {
     pub fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
         let kept = mask.keep.size()[1];
         let seen = self.embed.forward(w, &features.narrow(1, features.size()[1] - kept, kept))?; // [B, K, D]
-        let positions = self.positions.to_device(seen.device());
+        let positions = self.positions.on(seen.device());
         let hidden = Some((&w[self.token].view(-1), &mask.drop));
         let mixed = fill(&seen, None, Places { positions: &positions, keep: &mask.keep, hidden })?;
         // Windows are of the grid: its order comes back, once for all blocks.

@@ -2,6 +2,7 @@
 
 use super::Features;
 use super::block::Biases;
+use super::position::Positions;
 use super::stack::Stack;
 use crate::fault::Result;
 use crate::grid::Grid;
@@ -33,7 +34,7 @@ pub struct Vit {
     token: Option<Slot>,
     pub stack: Stack,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
-    pub positions: Tensor,
+    pub positions: Positions,
 }
 
 impl Vit {
@@ -50,7 +51,7 @@ impl Vit {
             class: make.class.then(|| token("cls")),
             token: make.in_place.then(|| token("mask")),
             stack: Stack::new(table, name, shape, make.biases),
-            positions: make.positions,
+            positions: make.positions.into(),
         }
     }
 
@@ -58,7 +59,7 @@ impl Vit {
     /// or with mask tokens at the dropped places [B, 1+N, D], in the order class, kept, dropped.
     pub fn forward(&self, w: &Weights, rows: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, rows)?; // [B, K, D]
-        let positions = self.positions.to_device(seen.device());
+        let positions = self.positions.on(seen.device());
         let [class, token] = [self.class, self.token].map(|slot| slot.map(|slot| w[slot].view(-1)));
         let hidden = token.as_ref().map(|token| (token, &mask.drop));
         let all = fill(&seen, class.as_ref(), Places { positions: &positions, keep: &mask.keep, hidden })?;
