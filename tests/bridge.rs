@@ -44,6 +44,7 @@ pub fn case(name: &str) -> i32 {
         "nccl" => crate::nccl::case(),
         "server" => crate::server::case(),
         cuda if cuda.starts_with("cuda-") => crate::cuda::case(cuda),
+        record if record.starts_with("record-") => crate::record::case(record),
         steady if steady.starts_with("steady-") => crate::steady::case(steady),
         cloud if cloud.starts_with("cloud-") => crate::cloud::case(cloud),
         other => crate::device::case(other),

@@ -7,6 +7,7 @@ mod support;
 
 mod rng;
 mod bridge;
+mod record;
 mod node;
 mod fused;
 mod cuda;
@@ -96,6 +97,7 @@ fn main() {
     let mut trials = Vec::new();
     trials.extend(rng::trials());
     trials.extend(bridge::trials());
+    trials.extend(record::trials());
     trials.extend(node::trials());
     trials.extend(fused::trials());
     trials.extend(cuda::trials());

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -91,9 +92,11 @@ struct Keeper : c10::Allocator {
   static inline std::unordered_map<size_t, std::vector<void*>> idle;  // by size
   static inline std::unordered_map<void*, size_t> sizes;              // of blocks in use
   static inline size_t in_use = 0, most_in_use = 0, kept = 0;         // bytes
+  static inline std::atomic<size_t> alive = 0;                        // bytes of all blocks in use, small ones too
 
   static void release(void* block) {
     if (block == nullptr) return;
+    alive -= malloc_usable_size(block);
     {
       const std::lock_guard<std::mutex> guard(lock);
       const auto found = sizes.find(block);
@@ -130,6 +133,7 @@ struct Keeper : c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     void* block = bytes < least ? c10::alloc_cpu(bytes) : keep((bytes + least - 1) / least * least);
+    alive += malloc_usable_size(block);
     return {block, block, &release, at::DeviceType::CPU};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -171,6 +175,8 @@ void occlude_keep_memory() {
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 512 << 20);
 }
+
+size_t occlude_memory_in_use() { return Keeper::alive; }
 
 // On success the tensor's memory owns `owner`, and hands it to `give_back` when it is freed.
 bool occlude_lend(at::Tensor** out, void* bytes, const int64_t* shape, size_t dimensions, void (*give_back)(void*),

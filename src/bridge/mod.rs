@@ -6,6 +6,7 @@ mod fused; // fused operations; the order of attention kernels
 pub mod lend; // a tensor over bytes of ours
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 mod node; // an autograd node of closures
+pub mod record; // what libtorch runs, by name and time
 
 pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, set_sdp_order};
 pub use node::{Forward, node};
@@ -20,6 +21,7 @@ unsafe extern "C" {
     fn occlude_reason() -> *const c_char;
     fn occlude_open_cuda() -> bool;
     fn occlude_keep_memory();
+    fn occlude_memory_in_use() -> usize;
     fn occlude_on_gradient(
         leaf: *const C_tensor,
         call: extern "C" fn(*mut c_void, usize),
@@ -53,6 +55,12 @@ pub fn open_cuda() -> bool {
 pub fn keep_memory() {
     // SAFETY: installs an allocator that lives as long as the process.
     unsafe { occlude_keep_memory() }
+}
+
+/// Bytes of CPU tensors that live, of those made since [`keep_memory`]; with what the C library adds to each.
+pub fn memory_in_use() -> usize {
+    // SAFETY: no arguments.
+    unsafe { occlude_memory_in_use() }
 }
 
 /// Hooks on the gradients of leaves; they fall silent when this is dropped together with its leaves.
