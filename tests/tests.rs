@@ -48,6 +48,7 @@ mod inspect;
 mod listen;
 mod mae;
 mod videomae;
+mod work;
 mod optim;
 mod config;
 mod step;
@@ -137,6 +138,7 @@ fn main() {
     trials.extend(listen::trials());
     trials.extend(mae::trials());
     trials.extend(videomae::trials());
+    trials.extend(work::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());
     trials.extend(step::trials());

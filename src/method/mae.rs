@@ -12,6 +12,7 @@ use crate::part::loss::masked_mse;
 use crate::part::mask::{self, Mask, Ratio};
 use crate::part::target::pixel::{self, Pixel};
 use crate::part::weights::{Init, Table, Weights};
+use crate::part::work::Work;
 use crate::part::{decoder::vit as decoder, pixels::Pixels};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -103,6 +104,9 @@ impl Method for Mae {
     }
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
         vec![("pixel", (samples * (self.grid().tokens() - self.grid().kept(self.ratio))) as f64)]
+    }
+    fn work(&self) -> Work {
+        self.model.work(self.grid().kept(self.ratio))
     }
     fn mask(&self, batch: &Batch) -> Mask {
         mask::random(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())

@@ -8,6 +8,7 @@ pub use random::random;
 pub use ratio::Ratio;
 pub use tube::tube;
 
+use crate::bridge::record::scope;
 use crate::op::shuffle::{Indices, Origin, Plan, mask};
 use tch::{Device, Kind, Tensor};
 
@@ -28,6 +29,7 @@ impl Mask {
     /// # Panics
     /// Where a GPU refuses the kernel, which is a defect.
     pub fn drawn(plan: &Plan, seed: u64, samples: &[Origin], device: Device) -> Mask {
+        let _scope = scope("mask");
         let drawn = mask(plan, seed, &Origin::table(samples, device));
         let Indices { keep, drop, restore } = drawn.unwrap_or_else(|fault| panic!("a mask: {fault}"));
         Mask { keep, drop, places: Some(restore) }
