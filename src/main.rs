@@ -105,7 +105,7 @@ fn run(verb: Verb) -> Result<()> {
                 Benched::Op => roof::roof(tch::Device::cuda_if_available(), a.out.as_deref()),
                 Benched::Data => budget::data(&a.config()?, &device::join()?, a.seconds.unwrap_or(10.0)),
                 Benched::Step if a.by_turns => bench::by_turns(&a.config()?, &device::join()?),
-                Benched::Step => bench::bench(&a.config()?, &device::join()?, a.steps.unwrap_or(20)),
+                Benched::Step => bench::bench(&a.config()?, &device::join()?, &a.order()),
             }
         }
         Verb::Doctor(a) => a.kernels.map_or_else(doctor::doctor, |folder| doctor::kernels(&folder)),

@@ -69,6 +69,7 @@ mod refuse;
 mod small_disk;
 mod evaluate;
 mod verbs;
+mod bench;
 mod exchange;
 mod exchange_videomae;
 mod pth;
@@ -159,6 +160,7 @@ fn main() {
     trials.extend(small_disk::trials());
     trials.extend(evaluate::trials());
     trials.extend(verbs::trials());
+    trials.extend(bench::trials());
     trials.extend(exchange::trials());
     trials.extend(exchange_videomae::trials());
     trials.extend(pth::trials());
