@@ -46,7 +46,10 @@ impl Clock {
         }
         let (bytes, device) = (128 << 20, self.device);
         let from = Tensor::f_zeros([bytes], (Kind::Uint8, Device::Cpu))?.f_pin_memory(device)?;
-        let seconds = self.times(&mut || Ok(drop(from.f_to_device_(device, Kind::Uint8, true, true)?)))?;
+        let seconds = self.times(&mut || {
+            let _ = from.f_to_device_(device, Kind::Uint8, true, true)?;
+            Ok(())
+        })?;
         Ok(Some(bytes as f64 / median(seconds)))
     }
 
