@@ -14,6 +14,7 @@ use occlude::grid::{Grid, Input};
 use occlude::method::{Batch, Features, Method, Reconstruction, Term, mae};
 use occlude::part::mask::Mask;
 use occlude::part::weights::{Table, Weights};
+use occlude::part::work::Work;
 use occlude::run::ledger::{Ledger, Taken};
 use occlude::run::pace::{Ahead, Pace, Share};
 use occlude::run::step::{self, Stepper};
@@ -207,6 +208,9 @@ impl Method for Curious {
     }
     fn recompute(&mut self) {
         self.0.recompute();
+    }
+    fn work(&self) -> Work {
+        self.0.work()
     }
     fn name(&self) -> &'static str {
         self.0.name()

@@ -14,6 +14,7 @@ use occlude::optim::flat::Flat;
 use occlude::optim::update::{Config, Updater};
 use occlude::part::mask::Mask;
 use occlude::part::weights::{Init, Slot, Table, Weights};
+use occlude::part::work::Work;
 use occlude::rng::{Draw, Purpose};
 use occlude::run::pace::{Ahead, Share};
 use occlude::run::step::Stepper;
@@ -377,6 +378,9 @@ impl Method for Toy {
             sum += (&w[self.slots[0]] * 0.0).square().sum(Kind::Float).sqrt();
         }
         Ok(vec![Term { name: "toy", sum }])
+    }
+    fn work(&self) -> Work {
+        unreachable!("nobody times a toy")
     }
     fn mask(&self, _: &Batch) -> Mask {
         unreachable!("a toy hides nothing")

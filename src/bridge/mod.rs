@@ -7,6 +7,7 @@ pub mod lend; // a tensor over bytes of ours
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 mod node; // an autograd node of closures
 pub mod record; // what libtorch runs, by name and time
+pub mod profile; // the same, and what a GPU runs, for the tools that people look with
 
 pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, set_sdp_order};
 pub use node::{Forward, backward, node};

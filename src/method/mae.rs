@@ -12,6 +12,7 @@ use crate::part::loss::masked_mse;
 use crate::part::mask::{self, Mask, Ratio};
 use crate::part::target::pixel::{self, Pixel};
 use crate::part::weights::{Init, Table, Weights};
+use crate::part::work::Work;
 use crate::part::{decoder::vit as decoder, pixels::Pixels};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -106,6 +107,9 @@ impl Method for Mae {
     }
     fn capturable(&self) -> Result<(), &'static str> {
         mask::on_device(self.grid().tokens())
+    }
+    fn work(&self) -> Work {
+        self.model.work(self.grid().kept(self.ratio))
     }
     fn mask(&self, batch: &Batch) -> Mask {
         mask::random(self.grid(), self.ratio, batch.seed, &batch.origins)

@@ -12,6 +12,7 @@ use crate::grid::Grid;
 use crate::op::shuffle::Origin;
 use crate::part::mask::Mask;
 use crate::part::weights::{Table, Weights};
+use crate::part::work::Work;
 use tch::Tensor;
 
 /// Samples on their way through a model, on one rank.
@@ -53,6 +54,8 @@ pub trait Method {
     /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
     /// counts are added up over micro-batches and ranks first and each sum is divided once.
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
+    /// What a training step does with one sample.
+    fn work(&self) -> Work;
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
     /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the

@@ -13,6 +13,7 @@ use crate::part::loss::masked_mse;
 use crate::part::mask::{self, Mask, Ratio};
 use crate::part::target::pixel::{self, Pixel};
 use crate::part::weights::{Init, Table, Weights};
+use crate::part::work::Work;
 use crate::part::{decoder::vit as decoder, pixels::Pixels};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,10 @@ impl Method for VideoMae {
     }
     fn capturable(&self) -> Result<(), &'static str> {
         mask::on_device(self.grid().rows * self.grid().cols)
+    }
+    fn work(&self) -> Work {
+        let grid = self.grid();
+        self.model.work(grid.frames * grid.kept_places(self.ratio))
     }
     fn mask(&self, batch: &Batch) -> Mask {
         mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins)

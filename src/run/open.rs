@@ -3,6 +3,7 @@
 use super::checkpoint::{self, Loaded, Which};
 use super::lease::{Lease, TIME_TO_LIVE};
 use super::log::Log;
+use super::roof::peak::Peak;
 use super::spool::{self, Spool};
 use super::state;
 use super::step::Stepper;
@@ -117,8 +118,11 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
         tell(run, first, steps, &schedule);
     }
     let spool = if world.rank() == 0 { Spool::open(&store, first)? } else { None };
+    let peak = Peak::here(world.as_ref(), config.train.dtype.kind())?;
+    tracing::debug!("model FLOP utilisation is told of {:.2} TFLOP/s a rank: {}", peak.flops / 1e12, peak.source);
+    let ceiling = peak.samples_per_s(stepper.method.work().training_flops(), world.size());
     let log = match world.rank() {
-        0 => Some(begin_log(config, &folder, first, steps)?),
+        0 => Some(begin_log(config, &folder, first, steps)?.with_ceiling(ceiling)),
         _ => None,
     };
     Ok(Opened {

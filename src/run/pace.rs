@@ -77,7 +77,10 @@ impl Pace {
     pub fn step(&mut self, stepper: &mut Stepper, share: &Share, lr: f64) -> Result<Option<Outcome>> {
         match self {
             Pace::Watched => {
-                let batches = share.batches(stepper.flat.master.device())?;
+                let batches = {
+                    let _copy = scope("copy");
+                    share.batches(stepper.flat.master.device())?
+                };
                 stepper.step(&batches, lr, |_, _| Ok(())).map(Some)
             }
             Pace::Ahead(ahead) => ahead.step(stepper, share, lr),
@@ -142,6 +145,7 @@ impl Ahead {
         let origins = Origin::table(&share.origins, Device::Cpu);
         let mut load = [share.pixels.shallow_clone(), origins, Tensor::from_slice(&stepper.updater.rates(lr))];
         if let Some(gpu) = &mut self.gpu {
+            let _copy = scope("copy");
             load = gpu.landing.bring(load)?;
         }
         let [pixels, origins, rates] = load;
