@@ -162,7 +162,7 @@ fn spans(path: &Path) -> Result<Vec<Span>, libtest_mimic::Failed> {
     let span = |event: &Value| {
         let kind = event["cat"].as_str()?;
         let number = |key: &str| event[key].as_f64();
-        (event["ph"] == "X" && ["cpu_op", "user_annotation"].contains(&kind)).then(|| ())?;
+        (event["ph"] == "X" && ["cpu_op", "user_annotation"].contains(&kind)).then_some(())?;
         Some(Span {
             name: event["name"].as_str()?.to_owned(),
             place: (event["pid"].to_string(), event["tid"].to_string()),

@@ -13,8 +13,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tch::{Cuda, Device, Kind, Tensor, no_grad};
 
+type Case = (&'static str, fn() -> Outcome);
+
 pub fn trials() -> Vec<Trial> {
-    let on_a_device: [(&str, fn() -> Outcome); 3] = [
+    let on_a_device: [Case; 3] = [
         ("the_tiny_configs_train_on_a_device_as_on_the_cpu", the_tiny_configs_train_on_a_device_as_on_the_cpu),
         ("a_training_gone_on_with_on_a_device_is_the_same_to_the_bit", || gone_on_with(Device::Cuda(0))),
         ("a_small_step_runs", || small(Device::Cuda(0))),
