@@ -32,6 +32,31 @@ DEVICE void load_queries(u32 (&a)[rows_at_once][steps][4], Global<const T> q, co
   }
 }
 
+// Brings the queries of the left factor to length one.
+DEVICE void normalise_queries(u32 (&a)[rows_at_once][steps][4]) {
+#pragma unroll
+  for (int r = 0; r < rows_at_once; ++r) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float squares = 0;
+#pragma unroll
+      for (int half = 0; half < 2 * steps; ++half) {
+        const auto x = two(a[r][half / 2][half % 2 * 2 + h]);
+        squares += wide(x.at[0]) * wide(x.at[0]) + wide(x.at[1]) * wide(x.at[1]);
+      }
+      squares += shuffle_xor(squares, 1);
+      squares += shuffle_xor(squares, 2);
+      const float factor = to_one(squares);
+#pragma unroll
+      for (int half = 0; half < 2 * steps; ++half) {
+        u32& pair = a[r][half / 2][half % 2 * 2 + h];
+        const auto x = two(pair);
+        pair = narrow_pair<T>(wide(x.at[0]) * factor, wide(x.at[1]) * factor);
+      }
+    }
+  }
+}
+
 // Sums of a warp's queries over the keys so far, relative to the largest score so far.
 struct Sums {
   float values[rows_at_once][tiles][4] = {}, weights[rows_at_once][2], top[rows_at_once][2];
@@ -70,9 +95,10 @@ DEVICE void weigh(float (&s)[rows_at_once][span][2][4], Sums& sums, float c, boo
   }
 }
 
-// Takes keys j0 .. j0 + 16 · span, as far as `end`, into the sums of the queries from `row` on.
+// Takes keys j0 .. j0 + 16 · span, as far as `end`, into the sums of the queries from `row` on. c takes products to the
+// base-2 exponents of weights.
 DEVICE void attend(Sums& sums, const u32 (&a)[rows_at_once][steps][4], Shared<T> k, Shared<T> v, const Sight& sight,
-                   int row, int j0, int end, float c) {
+                   const Bias& bias, int row, int j0, int end, float c) {
   float s[rows_at_once][span][2][4];
 #pragma unroll
   for (int w = 0; w < span; ++w) {
@@ -86,12 +112,16 @@ DEVICE void attend(Sums& sums, const u32 (&a)[rows_at_once][steps][4], Shared<T>
       for (int e = 0; e < 8; ++e) {
         float x = tile[r][e / 4][e % 4];
         const int query = row + 16 * r + lane() / 4 + e % 4 / 2 * 8, key = j + e / 4 * 8 + lane() % 4 * 2 + e % 2;
-        if (!whole && (j >= end || !sight.sees(query, key))) x = nothing();
+        if (!whole && (j >= end || !sight.sees(query, key))) {
+          x = nothing();
+        } else if (COSINE) {
+          x = x * c + bias.of(query, key);
+        }
         s[r][w][e / 4][e % 4] = x;
       }
     }
   }
-  weigh(s, sums, c, j0 == 0);
+  weigh(s, sums, COSINE ? 1.0f : c, j0 == 0);
 #pragma unroll
   for (int w = 0; w < span; ++w) {
     if (j0 + 16 * w >= end) continue;
@@ -104,13 +134,14 @@ DEVICE void attend(Sums& sums, const u32 (&a)[rows_at_once][steps][4], Shared<T>
 
 // q [B, from + windows · queries, q_stride] at column 0, keys and then values in the last 2 · D columns of kv
 // [B, windows · keys, kv_stride], heads of HEAD inside each; index [windows, keys] and region [tokens] of windows, or
-// absent → out [B, windows · queries, D] and lse [B, heads, windows · queries], the base-2 logarithm of each query's sum of
-// exponentials. A block for each group of heads of each window of each sample.
+// absent; scales [heads] and bias [heads, keys, keys] of cosines, or absent → out [B, windows · queries, D] and lse
+// [B, heads, windows · queries], the base-2 logarithm of each query's sum of exponentials. A block for each group of heads
+// of each window of each sample.
 KERNEL(256, held) void attention(Global<const T> q, Global<const T> kv, Global<const int> index,
-                                 Global<const int> region, Global<T> out, Global<float> lse, int heads, int group,
-                                 int windows, int queries, int from, int keys, int q_stride, int kv_stride, int causal,
-                                 float scale) {
-  const Part part(index, heads, group, windows, queries, from, keys);
+                                 Global<const int> region, Global<const float> scales, Global<const float> bias,
+                                 Global<T> out, Global<float> lse, int heads, int group, int windows, int queries,
+                                 int from, int keys, int q_stride, int kv_stride, int causal, float scale) {
+  const Part part(index, heads, group, windows, queries, from, keys, block() / Part::groups(heads, group));
   const int padded = up(keys, 16), width = heads * HEAD;
   const u32 bytes = group * padded * pitch * 2;
   const auto k = shared<T>(0, bytes / 2), v = shared<T>(bytes, bytes / 2);
@@ -122,6 +153,11 @@ KERNEL(256, held) void attention(Global<const T> q, Global<const T> kv, Global<c
   stage(v, kv, part.heads, keys, padded, [&](int j) { return part.key(j) * kv_stride + key_column + width; });
   copy_commit();
   if (WINDOWED) stage_regions(sight.region, region, part, marked);
+  if (COSINE) {
+    copy_wait<0>();
+    barrier();
+    normalise(k, part.heads * padded, [](int, float) {});
+  }
 
   const int each = up(queries, 16 * rows_at_once) / (16 * rows_at_once), jobs = part.heads * each;
   for (int job = warp();; job += threads() / 32) {
@@ -133,11 +169,14 @@ KERNEL(256, held) void attention(Global<const T> q, Global<const T> kv, Global<c
       barrier();
     }
     if (job >= jobs) return;
+    if (COSINE) normalise_queries(a);
+    const float c = (COSINE ? scales[part.head + head] : scale) * 1.44269504f, exponent = COSINE ? 1.0f : c;
+    const Bias own_bias = {COSINE ? bias.from((part.head + head) * keys * keys) : bias, keys};
     const int end = causal ? min(keys, row + 16 * rows_at_once + from) : keys;
     const auto own_k = k.from(head * padded * pitch), own_v = v.from(head * padded * pitch);
     Sums sums;
     for (int j = 0; j < end; j += 16 * span) {
-      attend(sums, a, own_k, own_v, sight, row, j, end, scale * 1.44269504f);
+      attend(sums, a, own_k, own_v, sight, own_bias, row, j, end, c);
     }
 #pragma unroll
     for (int r = 0; r < rows_at_once; ++r) {
@@ -154,7 +193,7 @@ KERNEL(256, held) void attention(Global<const T> q, Global<const T> kv, Global<c
         at[h] = kept[h] ? part.answer(i) * width + (part.head + head) * HEAD : 0;
         factor[h] = 1.0f / weights;
         if (kept[h] && lane() % 4 == 0) {
-          lse.set(part.number(head, heads) + i, sums.top[r][h] * scale * 1.44269504f + log2f(weights));
+          lse.set(part.number(head, heads) + i, sums.top[r][h] * exponent + log2f(weights));
         }
       }
       put(out, at, kept, sums.values[r], factor);

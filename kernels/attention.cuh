@@ -2,7 +2,8 @@
 // in shared memory, and products of matrices. Queries, keys and values are read where the projection wrote them. A
 // sequence may be a window, whose tokens an index names: nothing is rolled, gathered or partitioned in memory.
 //
-// Macros: ELEMENT, bf16 or f16; HEAD, a head's width; WINDOWED, 1 where sequences are windows.
+// Macros: ELEMENT, bf16 or f16; HEAD, a head's width; WINDOWED, 1 where sequences are windows; COSINE, 1 where a score is
+// the cosine of query and key times the head's scale, plus the bias of their places, and else their product times d^−½.
 #pragma once
 #include "device.cuh"
 
@@ -24,14 +25,17 @@ struct Part {
   int sample;
   int window, windows, head, heads, queries, from, keys;
 
-  DEVICE Part(Global<const int> index, int all_heads, int group, int windows, int queries, int from, int keys)
+  // Sequences are counted through the windows of a sample, then the samples.
+  DEVICE Part(Global<const int> index, int all_heads, int group, int windows, int queries, int from, int keys,
+              u32 sequence)
       : index(index), windows(windows), queries(queries), from(from), keys(keys) {
-    const u32 groups = (all_heads + group - 1) / group;
-    head = block() % groups * group;
+    head = block() % groups(all_heads, group) * group;
     heads = min(group, all_heads - head);
-    window = block() / groups % windows;
-    sample = block() / groups / windows;
+    window = sequence % windows;
+    sample = sequence / windows;
   }
+  // Groups of heads, which blocks next to each other take.
+  static DEVICE u32 groups(int all_heads, int group) { return (all_heads + group - 1) / group; }
   DEVICE int token(int row) const { return WINDOWED ? index[window * keys + row] : row; }
   // Rows of the tensors of queries, of keys and values, of answers.
   DEVICE i64 query(int i) const { return i64(sample) * (windows * queries + from) + from + token(i); }
@@ -58,6 +62,13 @@ struct Sight {
   DEVICE bool whole(int query, int key) const { return !WINDOWED && key + 15 <= last(query); }
 };
 
+// What is added to the scores of one head [keys, keys], times log₂ e; asked for pairs that see each other alone.
+struct Bias {
+  Global<const float> values;
+  int keys;
+  DEVICE float of(int query, int key) const { return values[query * keys + key] * 1.44269504f; }
+};
+
 // Begins to copy `rows` rows of the block's heads to room [heads, padded, pitch]; zeros fill it up. Neighbouring threads
 // copy neighbouring heads' parts of one row. `place` says where a row begins.
 template <class Place>
@@ -78,6 +89,34 @@ DEVICE void stage(Shared<T> room, Global<const T> from, int heads, int rows, int
 // The token's region of each row of a window, none for rows beyond it. [padded]
 DEVICE void stage_regions(Shared<int> room, Global<const int> region, const Part& part, int padded) {
   for (int i = thread(); i < padded; i += threads()) room.set(i, i < part.keys ? region[part.token(i)] : -1);
+}
+
+// ---- queries and keys of length one -------------------------------------------------------------------------------
+
+// What takes a row to length one; what is shorter than 1e-6 counts as that.
+DEVICE float to_one(float squares) { return 1.0f / fmaxf(sqrtf(squares), 1e-6f); }
+
+// Brings each of `count` rows to length one and tells what was taken for it: keep(row, factor).
+template <class Keep>
+DEVICE void normalise(Shared<T> rows, int count, Keep keep) {
+  for (int n = thread(); n < count; n += threads()) {
+    float squares = 0;
+#pragma unroll
+    for (int column = 0; column < HEAD; column += 8) {
+      const auto x = rows.load<8>(n * pitch + column);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) squares += wide(x.at[e]) * wide(x.at[e]);
+    }
+    const float factor = to_one(squares);
+#pragma unroll
+    for (int column = 0; column < HEAD; column += 8) {
+      auto x = rows.load<8>(n * pitch + column);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x.at[e] = narrow<T>(wide(x.at[e]) * factor);
+      rows.store<8>(n * pitch + column, x);
+    }
+    keep(n, factor);
+  }
 }
 
 // ---- factors of products, from rows [.., pitch] ------------------------------------------------------------------

@@ -7,7 +7,7 @@ use occlude::data::pack;
 use occlude::fault::{Fault, Result};
 use occlude::run::evaluate::{self, Probe, Protocol, Question, Recipe, captions};
 use occlude::run::evaluate::{nearest::Vote, paper::Paper, samples::Augmentation};
-use occlude::run::{exchange, open::Resume};
+use occlude::run::{bench, exchange, open::Resume};
 use std::path::PathBuf;
 
 /// Pre-trains masked autoencoders.
@@ -37,7 +37,7 @@ pub enum Verb {
     Export(ExportArguments),
     /// Rebuild report.html of one run, or compare several
     Report(ReportArguments),
-    /// Time a config's step on made-up input, or its data: which stage limits
+    /// Tell where the time of a config's step goes, beside what this machine could do; or of its data
     Bench(BenchArguments),
     /// Say what this machine has and what it lacks
     Doctor(DoctorArguments),
@@ -401,7 +401,8 @@ pub enum Benched {
 
 #[derive(clap::Args)]
 pub struct BenchArguments {
-    /// The step on made-up input, the config's data with nobody computing behind it, or every operation by itself
+    /// The step by its stages (on noise where the config's data do not open), the data with nobody computing behind
+    /// them, or every operation by itself
     #[arg(value_enum, default_value = "step")]
     pub what: Benched,
     /// The config, of a step or of data
@@ -416,12 +417,18 @@ pub struct BenchArguments {
     /// Of data: how long to measure [default: 10]
     #[arg(long)]
     pub seconds: Option<f64>,
-    /// Of the step: one for every line on standard input instead
-    #[arg(long)]
+    /// Of the step: instead, for every line on standard input as many as it says (one where it is empty), on noise
+    #[arg(long, conflicts_with_all = ["steps", "out", "trace", "nvtx"])]
     pub by_turns: bool,
-    /// Of operations: a file for the same table as JSON
-    #[arg(long)]
+    /// Of the step or of operations: a file for the same table as JSON
+    #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Of the step: a file for a Chrome trace of some steps, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE.json", conflicts_with = "nvtx")]
+    pub trace: Option<PathBuf>,
+    /// Of the step: NVTX ranges, for `nsys profile`
+    #[arg(long)]
+    pub nvtx: bool,
 }
 
 impl BenchArguments {
@@ -433,7 +440,9 @@ impl BenchArguments {
             ("--steps", self.steps.is_some(), &[Benched::Step]),
             ("--by-turns", self.by_turns, &[Benched::Step]),
             ("--seconds", self.seconds.is_some(), &[Benched::Data]),
-            ("--out", self.out.is_some(), &[Benched::Op]),
+            ("--trace", self.trace.is_some(), &[Benched::Step]),
+            ("--nvtx", self.nvtx, &[Benched::Step]),
+            ("--out", self.out.is_some(), &[Benched::Step, Benched::Op]),
         ];
         if let Some((option, _, of)) = given.iter().find(|(_, given, of)| *given && !of.contains(&self.what)) {
             let of: Vec<String> = of.iter().map(|what| format!("bench {what:?}").to_lowercase()).collect();
@@ -441,6 +450,12 @@ impl BenchArguments {
             return Err(Fault::usage(format!("{option} belongs to {}, not to bench {got}", of.join(" and "))));
         }
         Ok(())
+    }
+
+    /// What `bench step` is told beside the config.
+    pub fn order(&self) -> bench::Order {
+        let steps = self.steps.unwrap_or(20);
+        bench::Order { steps, out: self.out.clone(), trace: self.trace.clone(), nvtx: self.nvtx }
     }
 
     /// The config of a step or of data.

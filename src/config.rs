@@ -124,9 +124,16 @@ pub struct Train {
     /// The dtype of weights and activations in the model; master weights, moments and losses are fp32.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Keeps nothing of a transformer block for backward but what flows into it, and runs the block again there: some 2 of
+    /// 16 activations a block stay in memory, for a third more to compute. The numbers stay the same.
+    #[serde(default)]
+    pub recompute: bool,
     /// Refused steps (loss or gradient not finite on some rank) in a row before training gives up.
     #[serde(default = "Train::bad_steps")]
     pub bad_steps: u64,
+    /// On a GPU, a step is captured as a CUDA graph and launched whole, where the method allows it.
+    #[serde(default = "Train::graph")]
+    pub graph: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -177,6 +184,15 @@ pub struct World {
     /// Gradients are reduced in buckets of at least this size while backward goes on.
     #[serde(default = "World::bucket_mb")]
     pub bucket_mb: f64,
+    /// The dtype that gradients travel in. `bf16` halves what travels, for 2 bytes a weight more of memory: each rank's
+    /// gradient is rounded to it before it is summed, in fp32 over MPI and as NCCL does on GPUs, and so is the sum.
+    #[serde(default)]
+    pub wire: Dtype,
+    /// Shares the optimizer's state out among ranks (ZeRO, stage 1): of master weights, moments and moving average each of W
+    /// ranks keeps and updates its share alone. A weight then takes 6 + 18/W bytes of a rank's memory instead of 18 in
+    /// bf16, and 8 + 16/W instead of 16 in fp32. Checkpoints are the same with and without it, and so may change hands.
+    #[serde(default)]
+    pub shard_optimizer: bool,
     /// How long a rank may be silent before the job is ended.
     #[serde(default = "World::frozen_s")]
     pub frozen_s: f64,
@@ -202,6 +218,9 @@ impl Data {
 impl Train {
     fn bad_steps() -> u64 {
         3
+    }
+    fn graph() -> bool {
+        true
     }
 }
 impl Checkpoint {
@@ -375,15 +394,16 @@ impl Config {
     }
 
     /// What must not change when a run is resumed: everything but how often and how fast. The length counts, for the
-    /// learning rate falls over the whole of it.
+    /// learning rate falls over the whole of it; and the dtype on the wire, for it rounds.
     pub fn identity(&self) -> Value {
         let mut value = self.resolved();
         let root = value.as_object_mut().expect("an object");
-        for section in ["about", "checkpoint", "log", "world"] {
+        for section in ["about", "checkpoint", "log"] {
             root.remove(section);
         }
         for (section, keys) in [
-            ("train", &["bad_steps", "micro_batch"][..]),
+            ("world", &["bucket_mb", "shard_optimizer", "frozen_s", "deadline_s"][..]),
+            ("train", &["bad_steps", "graph", "micro_batch", "recompute"][..]),
             ("data", &["threads", "prefetch_mb", "max_bad_share", "cache", "patience_s"][..]),
         ] {
             for key in keys {

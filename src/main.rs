@@ -42,8 +42,8 @@ fn run(verb: Verb) -> Result<()> {
     match verb {
         Verb::Train(a) => {
             let config = a.config.read();
-            let world = device::join()?;
             let requests = Requests::listen()?;
+            let world = device::join()?;
             let resume = a.init.map_or(a.resume, Resume::Weights);
             let order = train::Order { run: a.run, resume, dump_steps: a.dump_steps };
             let work = || train::train(&config?, &order, &world, &requests);
@@ -107,12 +107,15 @@ fn run(verb: Verb) -> Result<()> {
         }
         Verb::Bench(a) => {
             a.check()?;
-            match a.what {
-                Benched::Op => roof::roof(tch::Device::cuda_if_available(), a.out.as_deref()),
-                Benched::Data => budget::data(&a.config()?, &device::join()?, a.seconds.unwrap_or(10.0)),
-                Benched::Step if a.by_turns => bench::by_turns(&a.config()?, &device::join()?),
-                Benched::Step => bench::bench(&a.config()?, &device::join()?, a.steps.unwrap_or(20)),
+            if a.what == Benched::Op {
+                return roof::roof(tch::Device::cuda_if_available(), a.out.as_deref());
             }
+            let (config, world) = (a.config()?, device::join()?);
+            device::together(world.as_ref(), || match a.what {
+                Benched::Data => budget::data(&config, &world, a.seconds.unwrap_or(10.0)),
+                _ if a.by_turns => bench::by_turns(&config, &world),
+                _ => bench::bench(&config, &world, &a.order()),
+            })
         }
         Verb::Doctor(a) => a.kernels.map_or_else(doctor::doctor, |folder| doctor::kernels(&folder)),
         Verb::Schema => {

@@ -17,7 +17,7 @@ crate::trials![
 ];
 
 /// Files under `folder` with this extension.
-fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
+pub fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
     fn walk(folder: &Path, out: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
             if entry.path().is_dir() { walk(&entry.path(), out) } else { out.push(entry.path()) }
@@ -31,11 +31,11 @@ fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
     out
 }
 
-fn text(path: &Path) -> String {
+pub fn text(path: &Path) -> String {
     std::fs::read_to_string(path).expect("a text file")
 }
 
-fn short(path: &Path) -> String {
+pub fn short(path: &Path) -> String {
     path.strip_prefix(root()).expect("inside the repository").display().to_string()
 }
 

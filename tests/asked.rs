@@ -10,6 +10,7 @@ crate::trials![
     sigterm_and_sigusr1_to_a_plain_process_save_and_end_with_75,
     sigusr1_to_one_rank_stops_all_after_the_same_step,
     sigusr2_saves_and_goes_on,
+    no_thread_that_computes_is_interrupted,
     a_run_begun_from_another_goes_on_from_its_own,
 ];
 
@@ -75,6 +76,28 @@ fn sigusr2_saves_and_goes_on() -> Outcome {
     let spread = asked.iter().max().zip(asked.iter().min()).map(|(most, least)| most - least);
     assert!(*last == STEPS && asked[0] >= 20 && spread.is_some_and(|spread| spread <= 1), "{saved:?}");
     run.same_as(undisturbed(2))
+}
+
+/// A signal amid a library's matrix product has been seen to damage the heap: one thread hears them all.
+fn no_thread_that_computes_is_interrupted() -> Outcome {
+    let run = Run::with(&["train.steps=50000"]);
+    let mut job = run.start(2, &[]);
+    job.reach(10);
+    let signals = [Signal::TERM, Signal::INT, Signal::USR1, Signal::USR2];
+    let all = signals.iter().fold(0u64, |mask, signal| mask | 1 << (signal.as_raw() - 1));
+    for thread in std::fs::read_dir(format!("/proc/{}/task", job.rank(0)))? {
+        let status = std::fs::read_to_string(thread?.path().join("status"))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a status has it");
+            line.trim().to_owned()
+        };
+        let (name, masked) = (field("Name:"), u64::from_str_radix(&field("SigBlk:"), 16)?);
+        let wanted = if name == "signals" { 0 } else { all };
+        assert_eq!(masked & all, wanted, "thread {name}");
+    }
+    signal(job.pid(), Signal::TERM);
+    assert_eq!(job.end(30).code, 75);
+    Ok(())
 }
 
 /// `--resume URL` begins there, and leaves it as it is; the same command after a stop goes on from the run's own

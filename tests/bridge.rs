@@ -41,9 +41,14 @@ pub fn case(name: &str) -> i32 {
             0
         }
         "million" => crate::shard::million(),
-        "nccl" => crate::nccl::case(),
+        "contrast" => crate::kernel_targets::peak(),
         "server" => crate::server::case(),
         cuda if cuda.starts_with("cuda-") => crate::cuda::case(cuda),
+        again if again.starts_with("recompute-") => crate::recompute::case(again),
+        nccl if nccl.starts_with("nccl") => crate::nccl::case(nccl),
+        "pace-memory" => crate::pace::case(),
+        gpu if gpu.starts_with("gpu-") => crate::gpu_step::case(gpu),
+        record if record.starts_with("record-") => crate::record::case(record),
         steady if steady.starts_with("steady-") => crate::steady::case(steady),
         cloud if cloud.starts_with("cloud-") => crate::cloud::case(cloud),
         other => crate::device::case(other),

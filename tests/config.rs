@@ -55,6 +55,7 @@ fn an_unknown_key_is_refused_with_the_nearest_name() -> Outcome {
         ("checkpoint.evry_steps=5", "at checkpoint.evry_steps: unknown key `evry_steps`", "`every_steps`"),
         ("world.buckets_mb=5", "at world.buckets_mb: unknown key `buckets_mb`", "`bucket_mb`"),
         ("optim.warmup={\"epoch\": 2}", "at optim.warmup: unknown value `epoch`", "`epochs`"),
+        ("world.wire=bf61", "at world.wire: unknown value `bf61`", "`bf16`"),
         ("train.dtype=bf61", "at train.dtype: unknown value `bf61`", "`bf16`"),
     ] {
         refused(&[line], &[place, &format!("did you mean {nearest}?")]);
@@ -232,7 +233,11 @@ fn defaults_are_written_out_and_read_back() -> Outcome {
         ("/world/bucket_mb", json!(25.0)),
         ("/checkpoint/keep_last", json!(2)),
         ("/train/bad_steps", json!(3)),
+        ("/train/graph", json!(true)),
         ("/train/dtype", json!("fp32")),
+        ("/train/recompute", json!(false)),
+        ("/world/wire", json!("fp32")),
+        ("/world/shard_optimizer", json!(false)),
         ("/optim/eps", json!(1e-8)),
         ("/method/mae/mask_tokens", json!("decoder")),
         ("/method/mae/encoder/mlp_ratio", json!(4)),
@@ -249,11 +254,14 @@ fn the_identity_is_what_must_not_change() -> Outcome {
         "log.every_s=3",
         "checkpoint.every_steps=3",
         "world.bucket_mb=3",
+        "world.shard_optimizer=true",
+        "train.recompute=true",
         "train.micro_batch=3",
         "data.threads=3",
         "data.prefetch_mb=3",
         "data.max_bad_share=0.5",
         "train.bad_steps=9",
+        "train.graph=false",
         "about.title=another",
     ] {
         assert_eq!(with(&[free])?.identity(), base, "{free} may change when a run is resumed");
@@ -267,6 +275,7 @@ fn the_identity_is_what_must_not_change() -> Outcome {
         "data.open_shards=3",
         "view.flip=0.5",
         "train.dtype=bf16",
+        "world.wire=bf16",
     ] {
         let other = with(&[fixed])?.identity();
         let found = differences(&base, &other);

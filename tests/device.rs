@@ -156,6 +156,10 @@ fn moves(channel: &mut dyn Channel, world: &dyn World, elements: i64, device: De
             assert!(tensor.equal(&of(root)), "broadcast of {elements} {kind:?} from {root} of {size}");
         }
     }
+    let [first, second] = [Kind::Float, Kind::Int64].map(|kind| values(rank, elements, kind));
+    channel.broadcast_all(&[&first, &second], size - 1).done(SOON).expect("broadcast_all");
+    let [wanted, also] = [Kind::Float, Kind::Int64].map(|kind| values(size - 1, elements, kind));
+    assert!(first.equal(&wanted) && second.equal(&also), "broadcast_all of {elements} on {size}");
 }
 
 /// A view that is not contiguous, and a leaf that wants a gradient, are reduced in place too.

@@ -82,7 +82,7 @@ impl Theirs {
             "patch": self.numbers["patch"],
         }))?;
         let grid: Grid = input.grid()?;
-        let mask = mask::random(&grid, RATIO, 0, &origins(), Device::Cpu);
+        let mask = mask::random(&grid, RATIO, 0, &Origin::table(&origins(), Device::Cpu));
         let noise = mask.restore().to_kind(Kind::Float) / grid.tokens();
         write(&self.at("request"), &[("input".into(), self.pixels()), ("noise".into(), noise)])
     }
@@ -106,7 +106,7 @@ impl Theirs {
     fn ours(&self) -> Result<Tensors, Failed> {
         let loaded = checkpoint::open(&text(self.at("ours")))?;
         let (_, method, flat) = state::model(&loaded, Device::Cpu)?;
-        let batch = Batch { pixels: self.pixels().unsqueeze(2), text: None, origins: origins(), seed: 0 };
+        let batch = Batch::new(self.pixels().unsqueeze(2), &origins(), 0);
         Ok(no_grad(|| -> occlude::fault::Result<Tensors> {
             let features = method.features(&flat.leaves, &batch)?;
             let sum = method.loss(&flat.leaves, &batch)?.remove(0).sum.reshape([1]);

@@ -41,15 +41,15 @@ struct Theirs {
 }
 
 fn batch() -> Batch {
-    let origins = (0..BATCH).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
-    Batch { pixels: normal(4, &[BATCH as i64, 3, 6, 30, 30]), text: None, origins, seed: 0 }
+    let origins: Vec<Origin> = (0..BATCH).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
+    Batch::new(normal(4, &[BATCH as i64, 3, 6, 30, 30]), &origins, 0)
 }
 
 impl Theirs {
     fn make() -> Result<Theirs, Failed> {
         let mut theirs = Theirs { place: tempfile::tempdir()?, answer: Tensors::new() };
         let grid = Grid { frames: 3, rows: 5, cols: 5, channels: 3, patch_frames: 2, patch: 6 };
-        let drop = mask::tube(&grid, RATIO, 0, &batch().origins, Device::Cpu).drop;
+        let drop = mask::tube(&grid, RATIO, 0, &batch().origins).drop;
         write(&theirs.at("request"), &[("input".into(), batch().pixels), ("drop".into(), drop)])?;
         theirs.answer = theirs.ask(&["make", &text(theirs.place.path())], Some(&numbers().to_string()))?;
         Ok(theirs)

@@ -6,7 +6,6 @@ use occlude::device::World;
 use occlude::device::solo::{Solo, threads};
 use occlude::grid::Input;
 use occlude::method::{Batch, Method, flip};
-use occlude::op::info_nce;
 use occlude::op::shuffle::Origin;
 use occlude::optim::{flat::Flat, update, update::Updater};
 use occlude::part::encoder::position;
@@ -22,7 +21,6 @@ crate::trials![
     clips_towers_agree_with_open_clip,
     nothing_hidden_agrees_with_open_clip,
     one_to_four_ranks_see_one_batch,
-    strips_give_the_whole_matrix,
     the_scale_is_held_between_one_and_a_hundred,
     ranks_without_equal_shares_are_told_apart,
 ];
@@ -151,12 +149,9 @@ fn batch(pixels: &Tensor) -> Batch {
     let mut draw = Draw::new(4, 5, 0, Purpose::Order, 0);
     let mut ids: Vec<i64> = (0..rows * LENGTH).map(|_| draw.below(VOCABULARY as u64 - 1) as i64).collect();
     (0..rows).for_each(|row| ids[(row * LENGTH) as usize + draw.below(LENGTH as u64) as usize] = VOCABULARY - 1);
-    Batch {
-        pixels: pixels.shallow_clone(),
-        text: Some(Tensor::from_slice(&ids).view([rows, LENGTH])),
-        origins: (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect(),
-        seed: 9,
-    }
+    let origins: Vec<Origin> = (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
+    let text = Tensor::from_slice(&ids).view([rows, LENGTH]);
+    Batch::new(pixels.shallow_clone(), &origins, 9).with_text(Some(text))
 }
 
 /// The loss and the gradient of twelve samples, on this rank of `world`.
@@ -169,14 +164,9 @@ fn seen_from(world: Arc<dyn World>) -> (f64, Tensor) {
     let optim: update::Config = serde_json::from_value(json!({"lr": 1e-3})).expect("numbers");
     let updater = Updater::new(&flat, &optim);
     let all = batch(&normal(6, &[case.batch, 3, 1, 20, 24]));
-    let rows = case.batch / world.size() as i64;
-    let first = world.rank() as i64 * rows;
-    let own = Batch {
-        pixels: all.pixels.narrow(0, first, rows),
-        text: all.text.map(|text| text.narrow(0, first, rows)),
-        origins: all.origins[first as usize..(first + rows) as usize].to_vec(),
-        seed: all.seed,
-    };
+    let rows = case.batch as usize / world.size();
+    let first = world.rank() * rows;
+    let own = all.part(first..first + rows).expect("rows");
     // Small buckets, so that gradients are reduced while the gather's way back is still to come.
     let mut stepper = Stepper::new(Box::new(method), flat, updater, world, 1 << 10, SOON).expect("a stepper");
     let mut gradient = Tensor::new();
@@ -195,32 +185,6 @@ fn one_to_four_ranks_see_one_batch() -> Outcome {
             assert!(off <= 1e-5, "{ranks} ranks, rank {rank}: loss {other} against {loss}");
             let off = distance(&theirs, &gradient) / gradient.norm().double_value(&[]);
             assert!(off <= 1e-5, "{ranks} ranks, rank {rank}: the gradient is off by {off:e} of itself");
-        }
-    }
-    Ok(())
-}
-
-fn strips_give_the_whole_matrix() -> Outcome {
-    let unit = |seed, rows| {
-        let x = normal(seed, &[rows, 13]);
-        (&x / x.norm_scalaropt_dim(2.0, [1i64].as_slice(), true)).set_requires_grad(true)
-    };
-    for (rows, columns, offset, strip) in [(7, 19, 4, 3), (6, 6, 0, 6), (5, 8, 3, 1)] {
-        let inputs =
-            || [unit(1, rows), unit(2, columns), Tensor::from_slice(&[14.0f32]).view([1, 1]).set_requires_grad(true)];
-        let (whole, parts) = (inputs(), inputs());
-        let loss = info_nce::formula(&whole[0], &whole[1], &whole[2].view([]), offset) * 0.3;
-        let strips = info_nce::by_strips(&parts[0], &parts[1], &parts[2].view([]), offset, strip)? * 0.3;
-        let off = (loss.double_value(&[]) - strips.double_value(&[])).abs() / loss.double_value(&[]);
-        assert!(off <= 1e-6, "{rows} × {columns} by {strip}: off by {off:e}");
-        loss.backward();
-        strips.backward();
-        for (ours, theirs) in parts.iter().zip(&whole) {
-            let (ours, theirs) = (ours.grad(), theirs.grad());
-            assert!(
-                distance(&ours, &theirs) <= 1e-5 * theirs.norm().double_value(&[]),
-                "a gradient by strips of {strip}"
-            );
         }
     }
     Ok(())

@@ -93,7 +93,7 @@ fn a_random_mask_is_the_token_order_cut_in_two() -> Outcome {
     assert_eq!(indices.keep.size(), [3, 16]);
     assert!(indices.restore.equal(&order.argsort(1, false)));
     let plan = Plan::random(&grid(1, 5, 13), [1; 3], 16)?;
-    let (drawn, cut) = (Mask::drawn(&plan, 7, &samples, Device::Cpu), Mask::from_order(&order, 16));
+    let (drawn, cut) = (Mask::drawn(&plan, 7, &Origin::table(&samples, Device::Cpu)), Mask::from_order(&order, 16));
     assert!(drawn.keep.equal(&cut.keep) && drawn.drop.equal(&cut.drop) && drawn.restore().equal(&cut.restore()));
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The kernels of targets and losses: gradients' histograms, the contrastive loss; and the spectrum.
 
-use crate::bar::{compare_kernel, grounds, inputs, judge};
+use crate::bar::{compare, compare_kernel, grounds, inputs, judge};
 use crate::support::{Outcome, normal, oracle, write};
 use occlude::op::{hog, info_nce, spectrum};
 use tch::{Kind, Tensor};
@@ -10,6 +10,7 @@ crate::trials![
     histograms_are_those_of_scikit_image_where_it_defines_the_same,
     flat_pictures_have_no_histogram,
     the_contrastive_loss_agrees,
+    the_contrastive_loss_of_a_large_batch_never_holds_all_logits,
     the_contrastive_loss_of_all_ranks_is_the_sum_of_theirs,
     the_contrastive_loss_is_the_library_s_cross_entropy,
     a_contrastive_loss_without_a_key_for_each_query_is_refused,
@@ -90,6 +91,43 @@ fn the_contrastive_loss_agrees() -> Outcome {
         }
     }
     Ok(())
+}
+
+/// The strips of a CPU, and that no tensor is as large as all logits: of 150 MB the process comes to hold less than half.
+fn the_contrastive_loss_of_a_large_batch_never_holds_all_logits() -> Outcome {
+    for (rows, columns, offset) in [(70, 40_000, 39_000), (3, 3, 0)] {
+        compare(
+            &format!("{rows} queries, {columns} keys"),
+            &features(rows, columns, 12, Kind::Float),
+            &move |x| info_nce::info_nce(&x[0], &x[1], &x[2], offset).expect("a loss"),
+            &move |x| info_nce::formula(&x[0], &x[1], &x[2], offset),
+        );
+    }
+    let (code, told, why) = crate::bridge::run("contrast")?;
+    assert_eq!(code, Some(0), "{why}");
+    let megabytes: f64 = told.trim().parse()?;
+    assert!((1.0..75.0).contains(&megabytes), "{megabytes} MB more");
+    Ok(())
+}
+
+/// Prints by how many megabytes the most that the process ever held grows with the loss of 6,144 pairs, value and
+/// gradients, whose logits are 151 MB.
+pub fn peak() -> i32 {
+    let most = || {
+        let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+        let line = status.lines().find(|line| line.starts_with("VmHWM")).expect("the most held");
+        line.split_whitespace().nth(1).expect("a number").parse::<f64>().expect("a number") / 1024.0
+    };
+    let loss = |pairs: i64| {
+        let given: Vec<Tensor> =
+            features(pairs, pairs, 32, Kind::Float).into_iter().map(|x| x.set_requires_grad(true)).collect();
+        info_nce::info_nce(&given[0], &given[1], &given[2], 0).expect("a loss").backward();
+    };
+    loss(300);
+    let before = most();
+    loss(6144);
+    println!("{}", most() - before);
+    0
 }
 
 fn the_contrastive_loss_of_all_ranks_is_the_sum_of_theirs() -> Outcome {

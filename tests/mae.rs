@@ -127,8 +127,8 @@ impl Case {
         oracle("vit_mae.py", &[request.to_str().unwrap(), reply.to_str().unwrap(), &self.theirs()])?;
         let reply = read(&reply)?;
 
-        method.model.encoder.positions = reply["positions"].shallow_clone();
-        method.model.decoder.positions = reply["decoder_positions"].shallow_clone();
+        method.model.encoder.positions = reply["positions"].shallow_clone().into();
+        method.model.decoder.positions = reply["decoder_positions"].shallow_clone().into();
         let optim: update::Config =
             serde_json::from_value(serde_json::json!({"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.95]}))?;
         let updater = Updater::new(&flat, &optim);
@@ -184,12 +184,8 @@ impl Case {
 
     fn batch(&self, step: u64) -> Batch {
         let size = [self.batch, self.channels, 1, self.size.0, self.size.1];
-        Batch {
-            pixels: Tensor::randn(size, (Kind::Float, Device::Cpu)),
-            text: None,
-            origins: (0..self.batch as u64).map(|id| Origin { id, epoch: step, repeat: 0 }).collect(),
-            seed: 9,
-        }
+        let origins: Vec<Origin> = (0..self.batch as u64).map(|id| Origin { id, epoch: step, repeat: 0 }).collect();
+        Batch::new(Tensor::randn(size, (Kind::Float, Device::Cpu)), &origins, 9)
     }
 
     fn theirs(&self) -> String {

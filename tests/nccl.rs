@@ -2,28 +2,43 @@
 
 use crate::bridge::run;
 use crate::device::carries;
-use crate::support::{Outcome, skipped, trial};
+use crate::step::{BATCH, Path, SOON};
+use crate::support::{Outcome, root, skipped, trial};
 use libtest_mimic::Trial;
 use occlude::bridge;
 use occlude::device::World;
+use occlude::device::mpi::Mpi;
 use occlude::device::nccl::{Nccl, library::Library};
 use occlude::device::solo::Solo;
 use occlude::fault::Code;
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::sync::Arc;
 use tch::{Cuda, Device};
 
+type OnDevice = fn() -> Outcome;
+
 pub fn trials() -> Vec<Trial> {
-    let name = "nccl::a_rank_on_a_gpu_conforms";
-    vec![
+    let mut trials = vec![
         trial("nccl::it_is_the_copy_that_libtorch_has", it_is_the_copy_that_libtorch_has),
         trial("nccl::more_ranks_than_gpus_are_refused", more_ranks_than_gpus_are_refused),
-        if Cuda::is_available() { trial(name, a_rank_on_a_gpu_conforms) } else { skipped(name, "no CUDA device here") },
-    ]
+    ];
+    let on_a_device: [(&str, OnDevice); 2] = [
+        ("nccl::a_rank_on_a_gpu_conforms", a_rank_on_a_gpu_conforms),
+        ("nccl::two_ranks_on_one_gpu_conform_and_train_as_one", two_ranks_on_one_gpu_conform_and_train_as_one),
+    ];
+    trials.extend(on_a_device.map(|(name, case)| match Cuda::is_available() {
+        true => trial(name, case),
+        false => skipped(name, "no CUDA device here"),
+    }));
+    trials
 }
 
-/// The case that wants a process of its own. Returns the exit code.
-pub fn case() -> i32 {
+/// The cases that want a process of their own. Returns the exit code.
+pub fn case(name: &str) -> i32 {
+    if name == "nccl-two" {
+        return two();
+    }
     bridge::open_cuda();
     let version = Library::get().and_then(Library::version).expect("the wheel brings NCCL");
     let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc");
@@ -49,6 +64,35 @@ fn more_ranks_than_gpus_are_refused() -> Outcome {
         assert!(fault.message.contains("1 ranks on a host with 0 GPUs"), "{fault}");
     }
     Ok(())
+}
+
+/// One of two ranks on device 0, as two hosts with a GPU each to NCCL, which refuses two ranks of a host on one GPU. For
+/// function alone: their kernels take turns on the device.
+fn two() -> i32 {
+    bridge::open_cuda();
+    let host: Arc<dyn World> = Arc::new(Mpi::join().expect("a launcher"));
+    // SAFETY: before NCCL is opened and before a thread of ours reads the environment.
+    unsafe { std::env::set_var("NCCL_HOSTID", format!("rank-{}", host.rank())) };
+    let world: Arc<dyn World> = Arc::new(Nccl::on(host.clone(), 0).expect("a GPU"));
+    let mut channel = world.channel("conformance").expect("a channel");
+    carries(channel.as_mut(), world.as_ref(), world.device());
+    let (path, captured) = Path::ahead(world.clone(), 12, BATCH, 3);
+    path.agrees(&Path::solo(12, BATCH), "two ranks on one GPU, captured");
+    assert_eq!(captured, 2, "a part that adds up, and one that reduces");
+    host.leave(SOON).expect("both ranks leave");
+    // Graphs hold the communicators: this process ends with them.
+    std::process::exit(0)
+}
+
+fn two_ranks_on_one_gpu_conform_and_train_as_one() -> Outcome {
+    let output = Command::new(root().join("launch/mpirun"))
+        .args(["-n", "2"])
+        .arg(std::env::current_exe()?)
+        .envs([("OCCLUDE_CASE", "nccl-two"), ("OMP_NUM_THREADS", "1")])
+        .envs([("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_IB_DISABLE", "1"), ("NCCL_NVLS_ENABLE", "0")])
+        .output()?;
+    let told = [&output.stdout, &output.stderr].map(|said| String::from_utf8_lossy(said).into_owned());
+    if output.status.success() { Ok(()) } else { Err(format!("{}\n{}{}", output.status, told[0], told[1]).into()) }
 }
 
 fn a_rank_on_a_gpu_conforms() -> Outcome {

@@ -14,7 +14,9 @@ use occlude::optim::flat::Flat;
 use occlude::optim::update::{Config, Updater};
 use occlude::part::mask::Mask;
 use occlude::part::weights::{Init, Slot, Table, Weights};
+use occlude::part::work::Work;
 use occlude::rng::{Draw, Purpose};
+use occlude::run::pace::{Ahead, Share};
 use occlude::run::step::Stepper;
 use serde_json::json;
 use std::sync::Arc;
@@ -52,13 +54,14 @@ pub fn tiny() -> mae::Mae {
     mae::Mae::new(&serde_json::from_value(config).expect("numbers"), &input()).expect("a method")
 }
 
-fn optim() -> Config {
+pub fn optim() -> Config {
     serde_json::from_value(json!({"lr": LR, "weight_decay": 0.05, "ema": 0.99})).expect("numbers")
 }
 
 /// About eight buckets for the tiny model.
 pub const BUCKET: usize = 16_000;
 
+/// Plain, and in fp32 on the wire.
 pub fn stepper(method: impl Method + 'static, world: Arc<dyn World>, kind: Kind, bucket: usize) -> Stepper {
     tch::set_num_threads(1);
     let flat = Flat::new(method.table(), 7, kind, world.device()).expect("buffers");
@@ -79,20 +82,34 @@ fn picture(position: u64) -> (Origin, Vec<u8>) {
 fn batch(step: u64, rows: impl Iterator<Item = u64>) -> Batch {
     let (origins, pixels): (Vec<_>, Vec<_>) = rows.map(|row| picture(step * BATCH + row)).unzip();
     let pixels = Tensor::from_slice(&pixels.concat()).view([origins.len() as i64, 1, 1, 16, 16]);
-    Batch { pixels, text: None, origins, seed: 5 }
+    Batch::new(pixels, &origins, 5)
 }
 
 /// This rank's share of a global batch of `size`, in micro-batches of at most `micro` rows.
 pub fn share(step: u64, size: u64, world: &dyn World, micro: u64) -> Vec<Batch> {
     let own: Vec<u64> = rows(size, world.rank(), world.size()).collect();
-    let there = |batch: Batch| Batch { pixels: batch.pixels.to_device(world.device()), ..batch };
+    let device = world.device();
+    let there = |batch: Batch| Batch {
+        pixels: batch.pixels.to_device(device),
+        origins: batch.origins.to_device(device),
+        text: None,
+        seed: batch.seed,
+    };
     own.chunks(micro as usize).map(|rows| there(batch(step, rows.iter().copied()))).collect()
+}
+
+/// The same as a step ahead of the device takes it, on the CPU.
+pub fn load(step: u64, size: u64, world: &dyn World, micro: u64) -> Share {
+    let own = rows(size, world.rank(), world.size());
+    let (origins, pixels): (Vec<_>, Vec<_>) = own.map(|row| picture(step * BATCH + row)).unzip();
+    let pixels = Tensor::from_slice(&pixels.concat()).view([origins.len() as i64, 1, 1, 16, 16]);
+    Share { pixels, origins, text: None, seed: 5, micro: micro as usize }
 }
 
 /// What a training leaves: the loss of every step and the weights.
 pub struct Path {
     pub losses: Vec<f64>,
-    weights: Tensor,
+    pub weights: Tensor,
 }
 
 impl Path {
@@ -109,12 +126,27 @@ impl Path {
         Path { losses, weights }
     }
 
+    /// The same with steps ahead, and how many parts of one were captured in the end.
+    pub fn ahead(world: Arc<dyn World>, steps: u64, size: u64, micro: u64) -> (Path, usize) {
+        let mut stepper = stepper(tiny(), world.clone(), Kind::Float, BUCKET);
+        let mut ahead = Ahead::new(size, &stepper, &world).expect("a pace");
+        let mut outcomes = Vec::new();
+        for step in 0..steps {
+            outcomes.extend(ahead.step(&mut stepper, &load(step, size, world.as_ref(), micro), LR).expect("a step"));
+        }
+        outcomes.extend(ahead.settle(&stepper).expect("the last step"));
+        assert!(outcomes.iter().all(|outcome| outcome.bad_ranks.is_empty() && outcome.grad_norm > 0.0));
+        let weights = without_key_biases(&stepper.flat).to_device(Device::Cpu);
+        (Path { losses: outcomes.iter().map(|outcome| outcome.loss).collect(), weights }, ahead.captured())
+    }
+
     pub fn solo(steps: u64, size: u64) -> Path {
         Path::of(Arc::new(Solo::new(Device::Cpu)), steps, size, u64::MAX >> 1)
     }
 
     /// Losses to 1e-5, weights to a tenth of what AdamW can have moved them.
     pub fn agrees(&self, other: &Path, what: &str) {
+        assert_eq!(self.losses.len(), other.losses.len(), "{what}: a loss for every step");
         for (step, (ours, theirs)) in self.losses.iter().zip(&other.losses).enumerate() {
             let off = (ours - theirs).abs() / theirs;
             assert!(off <= 1e-5, "{what}, step {step}: loss {ours} against {theirs}, off by {off:e}");
@@ -221,9 +253,10 @@ fn a_rank_without_samples_keeps_up() -> Outcome {
     Ok(())
 }
 
-/// A bf16 number is off by up to 2⁻⁹ of itself. The loss is a mean of thousands of squares, each the sum of dozens of such
-/// products, with errors of either sign, so at the same weights it is off by less than 2⁻⁹ (0.2 %); ten times that leaves
-/// room for two paths that drift apart over 200 steps, and none for a lost update or a missing fp32 master.
+/// A bf16 number is off by up to 2⁻⁸ of itself, on average by a good deal less. The loss is a mean of thousands of squares,
+/// each the sum of dozens of such products, with errors of either sign, so at the same weights it is off by less than 2⁻⁹
+/// (0.2 %); ten times that leaves room for two paths that drift apart over 200 steps, and none for a lost update or a
+/// missing fp32 master.
 fn bf16_stays_beside_fp32() -> Outcome {
     let mut both =
         [Kind::Float, Kind::BFloat16].map(|kind| stepper(tiny(), Arc::new(Solo::new(Device::Cpu)), kind, BUCKET));
@@ -244,11 +277,11 @@ fn bf16_stays_beside_fp32() -> Outcome {
 }
 
 /// All that a step moves, to the bit.
-fn state(stepper: &Stepper) -> Vec<u8> {
+pub fn state(stepper: &Stepper) -> Vec<u8> {
     let flat = &stepper.flat;
     let average = stepper.updater.average.as_ref().expect("an average");
     [&flat.master, &flat.compute, &flat.first, &flat.second, &flat.steps, average]
-        .map(|buffer| bytes(buffer).to_vec())
+        .map(|buffer| bytes(&buffer.to_device(Device::Cpu)).to_vec())
         .concat()
 }
 
@@ -306,14 +339,14 @@ fn a_pixel_that_is_no_number_is_refused_by_all_ranks() -> Outcome {
 
 /// A method of three matrices for what no real one does. The batch's seed says what happens, in bits: 1 uses `second`,
 /// 2 makes the gradient of `first` no number while the loss stays one. Nothing uses `third`.
-struct Toy {
+pub struct Toy {
     grid: Grid,
     table: Table,
     slots: [Slot; 3],
 }
 
 impl Toy {
-    fn new() -> Toy {
+    pub fn new() -> Toy {
         let mut table = Table::default();
         let slots = ["first", "second", "third"].map(|name| table.add(name, &[3, 5], Init::Normal(1.0)));
         Toy { grid: input().grid().expect("a grid"), table, slots }
@@ -326,6 +359,9 @@ impl Method for Toy {
     }
     fn table(&self) -> &Table {
         &self.table
+    }
+    fn recompute(&mut self) {
+        unreachable!("a toy has no blocks")
     }
     fn name(&self) -> &'static str {
         "toy"
@@ -344,6 +380,9 @@ impl Method for Toy {
         }
         Ok(vec![Term { name: "toy", sum }])
     }
+    fn work(&self, _batch: u64) -> Work {
+        unreachable!("nobody times a toy")
+    }
     fn mask(&self, _: &Batch) -> Mask {
         unreachable!("a toy hides nothing")
     }
@@ -358,7 +397,7 @@ impl Method for Toy {
     }
 }
 
-fn toy_batch(seed: u64) -> Batch {
+pub fn toy_batch(seed: u64) -> Batch {
     Batch { seed, ..batch(0, 0..1) }
 }
 

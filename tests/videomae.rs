@@ -192,8 +192,8 @@ fn stepper(method: Box<dyn Method>, flat: Flat) -> Result<Stepper, occlude::faul
 }
 
 fn blank(batch: i64, epoch: u64) -> Batch {
-    let origins = (0..batch as u64).map(|id| Origin { id, epoch, repeat: 0 }).collect();
-    Batch { pixels: Tensor::new(), text: None, origins, seed: 9 }
+    let origins: Vec<Origin> = (0..batch as u64).map(|id| Origin { id, epoch, repeat: 0 }).collect();
+    Batch { pixels: Tensor::new(), origins: Origin::table(&origins, Device::Cpu), text: None, seed: 9 }
 }
 
 fn positions_are_the_official_table() -> Outcome {
@@ -215,7 +215,7 @@ fn rows(tokens: &Tensor, row: i64) -> BTreeSet<i64> {
 
 fn a_tube_hides_the_same_places_in_every_slot() -> Outcome {
     let grid = Grid { frames: 5, rows: 3, cols: 7, channels: 1, patch_frames: 2, patch: 4 };
-    let tubes = mask::tube(&grid, 0.75, 3, &blank(40, 1).origins, Device::Cpu);
+    let tubes = mask::tube(&grid, 0.75, 3, &blank(40, 1).origins);
     let (mut patterns, mut hidden) = (BTreeSet::new(), [0; 21]);
     for sample in 0..40 {
         let (keep, drop) = (rows(&tubes.keep, sample), rows(&tubes.drop, sample));
@@ -234,13 +234,13 @@ fn a_tube_hides_the_same_places_in_every_slot() -> Outcome {
     assert!(restored.equal(&Tensor::arange(105, (Kind::Int64, Device::Cpu)).expand([40, 105], false)));
     // A picture is a clip of one slot: the tube is then the random mask of a picture.
     let still = Grid { frames: 1, ..grid };
-    let (tube, random) = (mask::tube(&still, 0.75, 3, &blank(4, 1).origins, Device::Cpu), mask_of_a_picture(&still));
+    let (tube, random) = (mask::tube(&still, 0.75, 3, &blank(4, 1).origins), mask_of_a_picture(&still));
     assert!(tube.keep.narrow(1, 0, 5).equal(&random.narrow(1, 0, 5)));
     Ok(())
 }
 
 fn mask_of_a_picture(grid: &Grid) -> Tensor {
-    mask::random(grid, 0.75, 3, &blank(4, 1).origins, Device::Cpu).keep
+    mask::random(grid, 0.75, 3, &blank(4, 1).origins).keep
 }
 
 /// `int(ratio * places)` hidden: at 0.9 of 14 × 14 that keeps 20 a slot, where truncating what is kept would keep 19.

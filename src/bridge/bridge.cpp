@@ -12,12 +12,14 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <dlfcn.h>
 #include <malloc.h>
+#include <signal.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -91,9 +93,11 @@ struct Keeper : c10::Allocator {
   static inline std::unordered_map<size_t, std::vector<void*>> idle;  // by size
   static inline std::unordered_map<void*, size_t> sizes;              // of blocks in use
   static inline size_t in_use = 0, most_in_use = 0, kept = 0;         // bytes
+  static inline std::atomic<size_t> alive = 0;                        // bytes of all blocks in use, small ones too
 
   static void release(void* block) {
     if (block == nullptr) return;
+    alive -= malloc_usable_size(block);
     {
       const std::lock_guard<std::mutex> guard(lock);
       const auto found = sizes.find(block);
@@ -130,6 +134,7 @@ struct Keeper : c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     void* block = bytes < least ? c10::alloc_cpu(bytes) : keep((bytes + least - 1) / least * least);
+    alive += malloc_usable_size(block);
     return {block, block, &release, at::DeviceType::CPU};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -151,6 +156,14 @@ extern "C" {
 
 const char* occlude_reason() { return occlude::reason.c_str(); }
 
+// Keeps signals from the calling thread and from the threads that it will start, or lets them through to it.
+bool occlude_mask_signals(const int* numbers, size_t n, bool keep) {
+  sigset_t set;
+  sigemptyset(&set);
+  for (size_t i = 0; i < n; ++i) sigaddset(&set, numbers[i]);
+  return pthread_sigmask(keep ? SIG_BLOCK : SIG_UNBLOCK, &set, nullptr) == 0;
+}
+
 // The linker drops libtorch_cuda, since nothing refers to it; opened here it registers its kernels.
 bool occlude_open_cuda() { return dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr; }
 
@@ -170,6 +183,16 @@ void occlude_keep_memory() {
   // Smaller blocks stay with the C library, which is told not to give them back either.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 512 << 20);
+}
+
+size_t occlude_memory_in_use() { return Keeper::alive; }
+
+// Queues the copy where the device lets it, instead of waiting for it.
+bool occlude_copy(const at::Tensor* to, const at::Tensor* from) {
+  return guarded([&] {
+    const at::NoGradGuard no_grad;
+    to->copy_(*from, /*non_blocking=*/true);
+  });
 }
 
 // On success the tensor's memory owns `owner`, and hands it to `give_back` when it is freed.

@@ -102,6 +102,14 @@ bool stream_synchronize(const Stream* stream) {
   return on_device([&] { meant(stream).synchronize(); });
 }
 
+bool stream_capturing(const Stream* stream, bool* capturing) {
+  return on_device([&] {
+    cudaStreamCaptureStatus status;
+    C10_CUDA_CHECK(cudaStreamIsCapturing(meant(stream).stream(), &status));
+    *capturing = status != cudaStreamCaptureStatusNone;
+  });
+}
+
 bool record_stream(const at::Tensor* tensor, const Stream* stream) {
   return on_device([&] { tensor->record_stream(meant(stream).unwrap()); });
 }
@@ -214,10 +222,10 @@ const char* reason() { return occlude::reason.c_str(); }
 
 #define FUNCTIONS(X) \
   X(reason) X(device_current) X(device_make_current) X(stream_current) X(stream_make_current)                    \
-  X(stream_from_pool) X(stream_external) X(stream_synchronize) X(record_stream) X(synchronize) X(event_create)   \
-  X(event_record) X(event_block) X(event_query) X(event_synchronize) X(event_elapsed) X(event_destroy)           \
-  X(pool_create) X(graph_create) X(graph_begin) X(graph_end) X(graph_replay) X(graph_reset) X(graph_destroy)     \
-  X(empty_cache) X(memory_stats) X(memory_reset_peak) X(device_properties)
+  X(stream_from_pool) X(stream_external) X(stream_synchronize) X(stream_capturing) X(record_stream)              \
+  X(synchronize) X(event_create) X(event_record) X(event_block) X(event_query) X(event_synchronize)              \
+  X(event_elapsed) X(event_destroy) X(pool_create) X(graph_create) X(graph_begin) X(graph_end) X(graph_replay)   \
+  X(graph_reset) X(graph_destroy) X(empty_cache) X(memory_stats) X(memory_reset_peak) X(device_properties)
 
 #define MEMBER(name) decltype(&half::name) name;
 #define VALUE(name) half::name,

@@ -6,12 +6,14 @@ mod fused; // fused operations; the order of attention kernels
 pub mod lend; // a tensor over bytes of ours
 pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
 mod node; // an autograd node of closures
+pub mod record; // what libtorch runs, by name and time
+pub mod profile; // the same, and what a GPU runs, for the tools that people look with
 
 pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, set_sdp_order};
-pub use node::{Forward, node};
+pub use node::{Forward, backward, node};
 
 use crate::fault::{Fault, Result};
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
@@ -20,6 +22,9 @@ unsafe extern "C" {
     fn occlude_reason() -> *const c_char;
     fn occlude_open_cuda() -> bool;
     fn occlude_keep_memory();
+    fn occlude_mask_signals(numbers: *const c_int, n: usize, keep: bool) -> bool;
+    fn occlude_memory_in_use() -> usize;
+    fn occlude_copy(to: *const C_tensor, from: *const C_tensor) -> bool;
     fn occlude_on_gradient(
         leaf: *const C_tensor,
         call: extern "C" fn(*mut c_void, usize),
@@ -53,6 +58,21 @@ pub fn open_cuda() -> bool {
 pub fn keep_memory() {
     // SAFETY: installs an allocator that lives as long as the process.
     unsafe { occlude_keep_memory() }
+}
+
+/// Keeps signals from this thread and from those that it will start, or lets them through to it again.
+pub fn mask_signals(numbers: &[c_int], keep: bool) -> Result<()> {
+    // SAFETY: the numbers live through the call.
+    match unsafe { occlude_mask_signals(numbers.as_ptr(), numbers.len(), keep) } {
+        true => Ok(()),
+        false => Err(Fault::failed("the system refuses to mask signals")),
+    }
+}
+
+/// Bytes of CPU tensors that live, of those made since [`keep_memory`]; with what the C library adds to each.
+pub fn memory_in_use() -> usize {
+    // SAFETY: no arguments.
+    unsafe { occlude_memory_in_use() }
 }
 
 /// Hooks on the gradients of leaves; they fall silent when this is dropped together with its leaves.
@@ -95,6 +115,13 @@ impl Hooks {
 pub fn set_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: both handles live through the call; libtorch counts its own reference to the gradient.
     checked(unsafe { occlude_set_gradient(leaf.as_ptr(), gradient.as_ptr()) }, "set gradient")
+}
+
+/// Copies into `to`, of the same shape, as `Tensor::copy_` does but without waiting: between a GPU and pinned memory the
+/// copy is queued on the current stream, and neither tensor's values are to be relied on before that has come so far.
+pub fn copy(to: &Tensor, from: &Tensor) -> Result<()> {
+    // SAFETY: both handles live through the call; libtorch keeps pinned memory that is freed until the copy is done.
+    checked(unsafe { occlude_copy(to.as_ptr(), from.as_ptr()) }, "copy")
 }
 
 /// The bytes of a contiguous CPU tensor, read where they lie.

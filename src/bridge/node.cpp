@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -119,6 +120,15 @@ bool occlude_is_recorded(const at::Tensor* const* inputs, size_t n) {
     if (inputs[i]->requires_grad()) return true;
   }
   return false;
+}
+
+// Backward from `outputs` with their gradients [n] into every leaf behind them.
+bool occlude_backward(const at::Tensor* const* outputs, const at::Tensor* const* gradients, size_t n) {
+  return occlude::guarded([&] {
+    variable_list from, with;
+    for (size_t i = 0; i < n; ++i) from.push_back(*outputs[i]), with.push_back(*gradients[i]);
+    torch::autograd::backward(from, with, /*retain_graph=*/false, /*create_graph=*/false);
+  });
 }
 
 // Makes `results` [n_outputs], new handles of the outputs that depend on the inputs through the closure. The context is

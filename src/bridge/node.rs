@@ -26,6 +26,7 @@ type Call = extern "C" fn(
 unsafe extern "C" {
     fn occlude_refuse(text: *const c_char, length: usize);
     fn occlude_is_recorded(inputs: *const *const C_tensor, n: usize) -> bool;
+    fn occlude_backward(outputs: *const *const C_tensor, gradients: *const *const C_tensor, n: usize) -> bool;
     fn occlude_node(
         inputs: *const *const C_tensor,
         n_inputs: usize,
@@ -97,6 +98,18 @@ pub fn node(
     checked(good, "an autograd node")?;
     // SAFETY: new handles, each owned by the one tensor that is made of it here.
     Ok(results.into_iter().map(|result| unsafe { Tensor::from_ptr(result) }).collect())
+}
+
+/// Goes backward from `outputs`, each with its gradient, into every leaf behind them: adds to its `.grad`, and its hook
+/// fires. May be called in a node's backward, on a graph that was recorded there.
+///
+/// # Panics
+/// Where there are more of one than of the other.
+pub fn backward(outputs: &[Tensor], gradients: &[Tensor]) -> Result<()> {
+    assert_eq!(outputs.len(), gradients.len(), "a gradient for each output");
+    let [from, with] = [outputs, gradients].map(handles);
+    // SAFETY: two arrays of `n` live handles.
+    checked(unsafe { occlude_backward(from.as_ptr(), with.as_ptr(), from.len()) }, "a backward pass")
 }
 
 fn handles(tensors: &[Tensor]) -> Vec<*const C_tensor> {

@@ -8,19 +8,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
-/// One all_reduce as it happened.
+/// One reduction as it happened: an all_reduce or a reduce_scatter.
 #[derive(Clone, Debug)]
 pub struct Event {
     pub channel: String,
-    /// Counts the all_reduces of the channel from 0.
+    /// Counts the reductions of the channel from 0.
     pub number: usize,
     pub elements: usize,
     pub started: Instant,
+    /// When all ranks' numbers were summed, and the delay began.
+    pub summed: Instant,
     pub finished: Instant,
 }
 
-/// Another world whose every all_reduce takes `delay` longer, one after the other as on a slow network, and is
-/// written down.
+/// Another world whose every reduction takes `delay` longer, one after the other as on a slow network, and is written
+/// down.
 pub struct Delayed {
     inner: Arc<dyn World>,
     delay: Duration,
@@ -31,7 +33,7 @@ impl Delayed {
     pub fn new(inner: Arc<dyn World>, delay: Duration) -> Self {
         Delayed { inner, delay, events: Arc::default() }
     }
-    /// The all_reduces that have finished so far, in the order in which they did.
+    /// The reductions that have finished so far, in the order in which they did.
     pub fn events(&self) -> Vec<Event> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -65,12 +67,18 @@ impl World for Delayed {
     fn abort(&self, code: Code) -> ! {
         self.inner.abort(code)
     }
+    fn look(&self, on: bool) {
+        self.inner.look(on);
+    }
+    fn launched(&self, deadline: Duration) -> Result<()> {
+        self.inner.launched(deadline)
+    }
 }
 
 /// A collective of the inner channel on its way through the slow worker.
 struct Parcel {
     inner: Pending,
-    /// Its number, element count and start, where it is an all_reduce.
+    /// Its number, element count and start, where it is a reduction.
     noted: Option<(usize, usize, Instant)>,
     reply: Sender<Result<Tensor>>,
 }
@@ -95,8 +103,10 @@ impl Slow {
             for Parcel { inner, noted, reply } in arrivals {
                 let result = inner.wait(Duration::MAX);
                 if let Some((number, elements, started)) = noted {
+                    let summed = Instant::now();
                     std::thread::sleep(delay);
-                    let event = Event { channel: channel.clone(), number, elements, started, finished: Instant::now() };
+                    let (channel, finished) = (channel.clone(), Instant::now());
+                    let event = Event { channel, number, elements, started, summed, finished };
                     events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
                 }
                 // The caller may have stopped waiting; that is its right.
@@ -106,6 +116,11 @@ impl Slow {
         let thread = std::thread::Builder::new().name(format!("slow {name}")).spawn(worker);
         thread.map_err(|error| Fault::failed(format!("channel {name}: no thread for it: {error}.")))?;
         Ok(Slow { inner, name: name.to_string(), parcels, reductions: 0 })
+    }
+    /// What is noted of a reduction that starts now.
+    fn note(&mut self, tensor: &Tensor) -> Option<(usize, usize, Instant)> {
+        self.reductions += 1;
+        Some((self.reductions - 1, tensor.numel(), Instant::now()))
     }
     fn pass(&mut self, inner: Pending, noted: Option<(usize, usize, Instant)>) -> Pending {
         let (reply, result) = bounded(1);
@@ -117,18 +132,18 @@ impl Slow {
 
 impl Channel for Slow {
     fn all_reduce(&mut self, tensor: &Tensor, how: Reduce) -> Pending {
-        let noted = (self.reductions, tensor.numel(), Instant::now());
-        self.reductions += 1;
+        let noted = self.note(tensor);
         let inner = self.inner.all_reduce(tensor, how);
-        self.pass(inner, Some(noted))
+        self.pass(inner, noted)
     }
     fn all_gather(&mut self, tensor: &Tensor) -> Pending {
         let inner = self.inner.all_gather(tensor);
         self.pass(inner, None)
     }
     fn reduce_scatter(&mut self, tensor: &Tensor) -> Pending {
+        let noted = self.note(tensor);
         let inner = self.inner.reduce_scatter(tensor);
-        self.pass(inner, None)
+        self.pass(inner, noted)
     }
     fn broadcast(&mut self, tensor: &Tensor, root: usize) -> Pending {
         let inner = self.inner.broadcast(tensor, root);

@@ -1,5 +1,6 @@
 //! What a process owes its surroundings: it dies with its launcher, hears requests, and keeps to its processors.
 
+use crate::bridge;
 use crate::fault::{Code, Fault, Result};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -43,13 +44,20 @@ pub struct Requests {
 const ECHO: Duration = Duration::from_millis(300);
 
 impl Requests {
-    /// Starts listening, for the rest of the process's life.
+    /// Starts listening, for the rest of the process's life: on a thread of its own, and neither this thread nor those
+    /// that it starts from now on are interrupted. Matrix products of libraries do not bear that: a signal amid one was
+    /// seen to leave a damaged heap behind.
     pub fn listen() -> Result<Self> {
+        const ALL: [i32; 4] = [SIGTERM, SIGINT, SIGUSR1, SIGUSR2];
         let fault = |error: std::io::Error| Fault::failed(format!("cannot listen for signals: {error}."));
-        let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGUSR2]).map_err(fault)?;
+        let mut signals = Signals::new(ALL).map_err(fault)?;
+        bridge::mask_signals(&ALL, true)?;
         let requests = Requests { stop: Arc::default(), save: Arc::default() };
         let (stop, save) = (requests.stop.clone(), requests.save.clone());
         let listen = move || {
+            if let Err(fault) = bridge::mask_signals(&ALL, false) {
+                tracing::error!("{fault}; requests by signal will not be heard");
+            }
             let mut first: Option<Instant> = None;
             for signal in signals.forever() {
                 if signal == SIGUSR2 {

@@ -45,6 +45,13 @@ pub trait World: Send + Sync {
     }
     /// Ends every rank of the job at once with this code, after the caller has told why.
     fn abort(&self, code: Code) -> !;
+    /// Whether anybody looks after the collectives that are under way: not while some are captured in a CUDA graph.
+    fn look(&self, _on: bool) {}
+    /// A CUDA graph that holds this world's collectives has been launched on the current stream. It ends before
+    /// `deadline`, or the job does.
+    fn launched(&self, _deadline: Duration) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// One stream of collectives. Each call is matched on every rank in the same order. Kinds: f32, f64, bf16, i64, u8
@@ -59,6 +66,11 @@ pub trait Channel: Send {
     fn reduce_scatter(&mut self, tensor: &Tensor) -> Pending;
     /// Copies `root`'s tensor into everyone's, in place.
     fn broadcast(&mut self, tensor: &Tensor, root: usize) -> Pending;
+    /// The same for several tensors, which may travel together. The result is the last of them, or an empty tensor.
+    fn broadcast_all(&mut self, tensors: &[&Tensor], root: usize) -> Pending {
+        let started: Vec<Pending> = tensors.iter().map(|tensor| self.broadcast(tensor, root)).collect();
+        Pending::new(move |deadline| started.into_iter().try_fold(Tensor::new(), |_, one| one.wait(deadline)))
+    }
     /// Returns once every rank has come here.
     fn barrier(&mut self) -> Pending;
     /// Gives up on this rank: every started and later collective of this channel ends with a fault.

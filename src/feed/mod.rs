@@ -87,23 +87,19 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Pixels of some of the rows, [rows, C, T, Y, X] on a device. On a CPU nothing is copied. To a GPU they go through
-    /// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+    /// Pixels of some of the rows, [rows, C, T, Y, X] on a device.
     pub fn to_device(&self, rows: Range<usize>, device: Device) -> Result<Tensor> {
-        part(&self.pixels, rows, device)
-    }
-
-    /// Captions of some of the rows, as `to_device`.
-    pub fn text_to_device(&self, rows: Range<usize>, device: Device) -> Result<Option<Tensor>> {
-        self.text.as_ref().map(|text| part(text, rows, device)).transpose()
+        to_device(&self.pixels, rows, device)
     }
 }
 
-fn part(all: &Tensor, rows: Range<usize>, device: Device) -> Result<Tensor> {
+/// Some rows of a tensor, such as pixels, on a device. Where they are there already nothing is copied. From a CPU to a GPU they go through
+/// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+pub fn to_device(all: &Tensor, rows: Range<usize>, device: Device) -> Result<Tensor> {
     let part = all.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
-    match device.is_cuda() {
-        true => Ok(part.f_pin_memory(device)?.f_to_device_(device, all.kind(), true, false)?),
-        false => Ok(part),
+    match part.device() == device {
+        true => Ok(part),
+        false => Ok(part.f_pin_memory(device)?.f_to_device_(device, all.kind(), true, false)?),
     }
 }
 

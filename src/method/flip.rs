@@ -7,12 +7,13 @@ use super::{Batch, Features, Method, Needs, Term};
 use crate::device::World;
 use crate::fault::{Fault, Result};
 use crate::grid::{Grid, Input};
-use crate::part::encoder::{text, vit::Shape};
+use crate::part::encoder::{stack::Shape, text};
 use crate::part::loss::{contrastive, gather::Gather};
 use crate::part::mask::{self, Mask, Ratio};
 use crate::part::pair::{Pair, Towers};
 use crate::part::pixels::Pixels;
 use crate::part::weights::{Table, Weights};
+use crate::part::work::Work;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
@@ -82,14 +83,25 @@ impl Method for Flip {
         let captions = self.pair.captions(w, batch.captions()?)?; // [B, E]
         Ok(vec![Term { name: "contrast", sum: contrastive(&images, &captions, &self.pair.scale(w), &self.ranks)? }])
     }
+    fn capturable(&self) -> Result<(), &'static str> {
+        self.ranks.capturable()?;
+        if self.ratio == 0.0 { Ok(()) } else { mask::on_device(self.grid().tokens()) }
+    }
+    fn recompute(&mut self) {
+        self.pair.recompute();
+    }
+    fn work(&self, batch: u64) -> Work {
+        let kept = if self.ratio == 0.0 { self.grid().tokens() } else { self.grid().kept(self.ratio) };
+        self.pair.work(kept, batch as i64)
+    }
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
         vec![("contrast", samples as f64)]
     }
     fn mask(&self, batch: &Batch) -> Mask {
-        let (grid, device) = (self.grid(), batch.pixels.device());
+        let grid = self.grid();
         match self.ratio {
-            0.0 => Mask::none(batch.pixels.size()[0], grid.tokens(), device),
-            ratio => mask::random(grid, ratio, batch.seed, &batch.origins, device),
+            0.0 => Mask::none(batch.pixels.size()[0], grid.tokens(), batch.pixels.device()),
+            ratio => mask::random(grid, ratio, batch.seed, &batch.origins),
         }
     }
     fn join(&mut self, world: &Arc<dyn World>, deadline: Duration) -> Result<()> {

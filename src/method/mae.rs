@@ -12,6 +12,7 @@ use crate::part::loss::masked_mse;
 use crate::part::mask::{self, Mask, Ratio};
 use crate::part::target::pixel::{self, Pixel};
 use crate::part::weights::{Init, Table, Weights};
+use crate::part::work::Work;
 use crate::part::{decoder::vit as decoder, pixels::Pixels};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -104,8 +105,14 @@ impl Method for Mae {
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
         vec![("pixel", (samples * (self.grid().tokens() - self.grid().kept(self.ratio))) as f64)]
     }
+    fn capturable(&self) -> Result<(), &'static str> {
+        mask::on_device(self.grid().tokens())
+    }
+    fn work(&self, _batch: u64) -> Work {
+        self.model.work(self.grid().kept(self.ratio))
+    }
     fn mask(&self, batch: &Batch) -> Mask {
-        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())
+        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins)
     }
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
         self.model.features(w, &batch.pixels)
@@ -115,6 +122,9 @@ impl Method for Mae {
     }
     fn normalised(&self, batch: &Batch) -> Result<Tensor> {
         self.model.pixels.normalised(&batch.pixels)
+    }
+    fn recompute(&mut self) {
+        self.model.recompute();
     }
     fn name(&self) -> &'static str {
         "mae"

@@ -14,6 +14,8 @@ use crate::grid::Grid;
 use crate::op::shuffle::Origin;
 use crate::part::mask::Mask;
 use crate::part::weights::{Table, Weights};
+use crate::part::work::Work;
+use std::ops::Range;
 use std::{sync::Arc, time::Duration};
 use tch::Tensor;
 
@@ -22,15 +24,36 @@ use tch::Tensor;
 pub struct Batch {
     /// uint8 as decoded, or fp32 already normalised: [B, C, T, Y, X].
     pub pixels: Tensor,
-    /// Token ids of the samples' captions, int64 [B, L], where the config reads captions.
+    /// Where each sample's randomness comes from, int64 [3, B] beside the pixels (see [`Origin::table`]).
+    pub origins: Tensor,
+    /// Token ids of the samples' captions, int64 [B, L] beside the pixels, where the config reads captions.
     pub text: Option<Tensor>,
-    /// Where each sample's randomness comes from.
-    pub origins: Vec<Origin>,
     /// The run's seed.
     pub seed: u64,
 }
 
 impl Batch {
+    /// Without captions. The samples' origins are copied to where their pixels are.
+    pub fn new(pixels: Tensor, origins: &[Origin], seed: u64) -> Batch {
+        Batch { origins: Origin::table(origins, pixels.device()), pixels, text: None, seed }
+    }
+
+    /// With these captions, if any.
+    pub fn with_text(self, text: Option<Tensor>) -> Batch {
+        Batch { text, ..self }
+    }
+
+    /// Some of the samples, as views.
+    pub fn part(&self, rows: Range<usize>) -> Result<Batch> {
+        let (first, size) = (rows.start as i64, rows.len() as i64);
+        Ok(Batch {
+            pixels: self.pixels.f_narrow(0, first, size)?,
+            origins: self.origins.f_narrow(1, first, size)?,
+            text: self.text.as_ref().map(|text| text.f_narrow(0, first, size)).transpose()?,
+            seed: self.seed,
+        })
+    }
+
     /// The captions, of a method that reads them.
     pub fn captions(&self) -> Result<&Tensor> {
         self.text.as_ref().ok_or_else(|| Fault::failed("a batch without captions came to a method that reads them"))
@@ -63,14 +86,24 @@ pub trait Method {
     fn grid(&self) -> &Grid;
     /// What the model is made of.
     fn table(&self) -> &Table;
+    /// From now on a block's activations are not kept for backward but computed again there: less memory, more time, the
+    /// same numbers.
+    fn recompute(&mut self);
     /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
     /// counts are added up over micro-batches and ranks first and each sum is divided once.
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
+    /// What a training step over `batch` samples, those of all ranks together, does with one of them.
+    fn work(&self, batch: u64) -> Work;
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
     /// Opens what a method needs to talk with other ranks inside of its loss; collective, once, before the first step. One
     /// collective may take so long.
     fn join(&mut self, _world: &Arc<dyn World>, _deadline: Duration) -> Result<()> {
+        Ok(())
+    }
+    /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the
+    /// device, waits for nothing, and does the same whatever the values are. Asked once the method has joined.
+    fn capturable(&self) -> Result<(), &'static str> {
         Ok(())
     }
     /// Which tokens the method hides of this batch.

@@ -13,6 +13,7 @@ use crate::part::loss::masked_mse;
 use crate::part::mask::{self, Mask, Ratio};
 use crate::part::target::pixel::{self, Pixel};
 use crate::part::weights::{Init, Table, Weights};
+use crate::part::work::Work;
 use crate::part::{decoder::vit as decoder, pixels::Pixels};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -87,8 +88,15 @@ impl Method for VideoMae {
         let hidden = grid.frames * (grid.rows * grid.cols - grid.kept_places(self.ratio));
         vec![("pixel", (samples * hidden) as f64)]
     }
+    fn capturable(&self) -> Result<(), &'static str> {
+        mask::on_device(self.grid().rows * self.grid().cols)
+    }
+    fn work(&self, _batch: u64) -> Work {
+        let grid = self.grid();
+        self.model.work(grid.frames * grid.kept_places(self.ratio))
+    }
     fn mask(&self, batch: &Batch) -> Mask {
-        mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins, batch.pixels.device())
+        mask::tube(self.grid(), self.ratio, batch.seed, &batch.origins)
     }
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
         self.model.features(w, &batch.pixels)
@@ -98,6 +106,9 @@ impl Method for VideoMae {
     }
     fn normalised(&self, batch: &Batch) -> Result<Tensor> {
         self.model.pixels.normalised(&batch.pixels)
+    }
+    fn recompute(&mut self) {
+        self.model.recompute();
     }
     fn name(&self) -> &'static str {
         "videomae"

@@ -3,10 +3,12 @@
 
 mod short; // our kernels: which sequences they take, and their launches
 pub mod class_row; // the first query's probabilities
+pub mod cosine; // windows of a grid, by the cosine, with a scale and a bias
 pub mod cross; // queries of one sequence, keys and values of another
 pub mod windows; // windows of a grid
 
 pub use class_row::class_row;
+pub use cosine::cosine;
 pub use cross::cross;
 pub use short::{BACKWARD, FORWARD, takes};
 pub use windows::Windows;

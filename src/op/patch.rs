@@ -4,7 +4,7 @@ use super::launch::{Argument, Launch, Source, Variant, blocks, type_name};
 use super::sizes;
 use crate::fault::Result;
 use crate::grid::Grid;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Per-channel constants of a data set; pixels are read as 0..1.
 #[derive(Clone, Debug)]
@@ -16,9 +16,15 @@ pub struct Scale {
 impl Scale {
     /// Normalised pixels [B, C, T, Y, X] back to 0..1, clamped.
     pub fn to_unit(&self, x: &Tensor) -> Tensor {
-        let constants = |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float).view([1, -1, 1, 1, 1]);
-        (x * constants(&self.std).to_device(x.device()) + constants(&self.mean).to_device(x.device())).clamp(0.0, 1.0)
+        let constants = |values: &[f64]| by_channel(values, x.device()).view([1, -1, 1, 1, 1]);
+        (x * constants(&self.std) + constants(&self.mean)).clamp(0.0, 1.0)
     }
+}
+
+/// fp32 [C], made on the device number by number: nothing is copied there, which a captured step could not do.
+pub fn by_channel(values: &[f64], device: Device) -> Tensor {
+    let number = |value: &f64| Tensor::full([1], *value, (Kind::Float, device));
+    Tensor::cat(&values.iter().map(number).collect::<Vec<_>>(), 0)
 }
 
 /// x uint8 or fp32 [B, C, T, Y, X] → [B, N, P] of the same dtype; values in the order (frame, row, column, channel),
@@ -107,8 +113,7 @@ fn normalised(rows: &Tensor, scale: &Scale) -> Tensor {
         return if rows.kind() == Kind::Double { rows.shallow_clone() } else { rows.to_kind(Kind::Float) };
     }
     let repeats = rows.size()[2] / scale.mean.len() as i64;
-    let constants =
-        |values: Vec<f64>| Tensor::from_slice(&values).to_kind(Kind::Float).to_device(rows.device()).repeat([repeats]);
+    let constants = |values: Vec<f64>| by_channel(&values, rows.device()).repeat([repeats]);
     let factor = constants(scale.std.iter().map(|std| 1.0 / (255.0 * std)).collect());
     let offset = constants(scale.mean.iter().zip(&scale.std).map(|(mean, std)| -mean / std).collect());
     offset.addcmul(&rows.to_kind(Kind::Float), &factor)

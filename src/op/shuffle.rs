@@ -80,7 +80,7 @@ pub struct Plan {
 }
 
 /// Units that a block of threads can sort in the shared memory that any GPU grants.
-const MOST_UNITS: i64 = 4096;
+pub const MOST_UNITS: i64 = 4096;
 
 impl Plan {
     /// `kept` units of `of` tokens (frames, rows, columns), each as likely as any other. A unit of one token is MAE's

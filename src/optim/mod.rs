@@ -3,5 +3,6 @@
 pub mod bucket;
 pub mod flat;
 pub mod lars;
+pub mod layout;
 pub mod schedule;
 pub mod update;

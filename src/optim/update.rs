@@ -4,10 +4,10 @@ use super::flat::Flat;
 use super::schedule::{Schedule, Span};
 use crate::fault::{Fault, Result};
 use crate::op::adamw::{self, AdamW, Buffers, Table, adamw};
-use crate::op::lerp::lerp;
+use crate::op::lerp::{self, Share, lerp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Tensor, no_grad};
+use tch::{Kind, Tensor, no_grad};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -99,12 +99,12 @@ impl Config {
     }
 }
 
-/// Views of every tensor in each of the flat buffers, made once.
+/// Views of what this rank keeps of every tensor in each of the flat buffers, made once.
 pub struct Updater {
     config: Config,
     tensors: Vec<Views>,
     table: Table,
-    /// The moving average, fp32 [L].
+    /// The moving average of the master weights, fp32 [K].
     pub average: Option<Tensor>,
 }
 
@@ -121,17 +121,17 @@ impl Updater {
     pub fn new(flat: &Flat, config: &Config) -> Updater {
         let views = |index: usize| Views {
             decays: flat.specs[index].decays,
-            weight: flat.part(&flat.master, index).view(-1),
-            gradient: flat.part(&flat.gradient, index).view(-1),
-            first: flat.part(&flat.first, index).view(-1),
-            second: flat.part(&flat.second, index).view(-1),
+            weight: flat.piece(&flat.master, index),
+            gradient: flat.piece(&flat.summed, index),
+            first: flat.piece(&flat.first, index),
+            second: flat.piece(&flat.second, index),
             steps: flat.steps.narrow(0, index as i64, 1).view([]),
         };
         let decays: Vec<bool> = flat.specs.iter().map(|spec| spec.decays).collect();
         Updater {
             config: config.clone(),
             tensors: (0..flat.specs.len()).map(views).collect(),
-            table: Table::new(&flat.places, &decays, flat.master.numel(), &flat.steps),
+            table: Table::new(&flat.kept, &decays, flat.master.numel(), &flat.steps),
             average: config.ema.map(|_| flat.master.copy()),
         }
     }
@@ -141,7 +141,8 @@ impl Updater {
         self.config.clip.map_or(1.0, |limit| (limit / (norm + 1e-6)).min(1.0))
     }
 
-    /// One update of the tensors that are `used`; the others stay where they are, moments and counts included.
+    /// One update of what this rank keeps of the tensors that are `used`; the others stay where they are, moments and
+    /// counts included. Where the optimizer is sharded, [`Buckets::spread`](super::bucket::Buckets::spread) comes next.
     pub fn update(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         if flat.master.device().is_cuda() {
             self.all_at_once(flat, used, lr, clip_scale)?;
@@ -154,37 +155,61 @@ impl Updater {
         Ok(())
     }
 
+    /// The numbers of a step that [`Updater::queue`] reads: learning rate, weight decay, and the greatest norm.
+    pub fn rates(&self, lr: f64) -> [f64; 3] {
+        [lr, self.config.weight_decay, self.config.clip.unwrap_or(f64::INFINITY)]
+    }
+
+    /// The same update where the device decides, and nothing waits: `used` f64 [n] is 0 for the unused, `rates` f64 [3]
+    /// are those of [`Updater::rates`], `norm` f64 [1] is the gradient's, and where `good` bool [1] says no, nothing
+    /// moves. All of them on the buffers' device.
+    pub fn queue(&mut self, flat: &Flat, used: &Tensor, rates: &Tensor, norm: &Tensor, good: &Tensor) -> Result<()> {
+        self.table.used.copy_(&used.gt(0.0));
+        let scale = (rates.narrow(0, 2, 1) / (norm + 1e-6)).clamp_max(1.0);
+        let apply = good.to_kind(Kind::Double);
+        let control = Tensor::cat(&[&rates.narrow(0, 0, 2), &scale, &apply], 0).to_kind(Kind::Float);
+        self.by_kernel(flat, &control)?;
+        match (&self.average, self.config.ema) {
+            (Some(average), Some(decay)) => {
+                let share = (apply * (1.0 - decay)).to_kind(Kind::Float);
+                lerp::kernel(average, &flat.master, Share::Value(&share))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// By our kernel.
     fn all_at_once(&mut self, flat: &Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
-        let Config { betas, eps, weight_decay, .. } = self.config;
-        let device = flat.master.device();
         let used: Vec<f32> = used.iter().map(|used| f32::from(u8::from(*used))).collect();
         self.table.used.copy_(&Tensor::from_slice(&used));
+        let control = adamw::control(lr, self.config.weight_decay, clip_scale, true, flat.master.device());
+        self.by_kernel(flat, &control)
+    }
+
+    fn by_kernel(&self, flat: &Flat, control: &Tensor) -> Result<()> {
+        let Config { betas, eps, .. } = self.config;
         let buffers = Buffers {
             master: &flat.master,
             first: &flat.first,
             second: &flat.second,
-            gradient: &flat.gradient,
-            compute: (flat.compute.kind() != flat.master.kind()).then_some(&flat.compute),
+            gradient: &flat.summed,
+            compute: (flat.narrowed.kind() != flat.master.kind()).then_some(&flat.narrowed),
         };
-        let control = adamw::control(lr, weight_decay, clip_scale, true, device);
-        adamw::kernel(buffers, &self.table, &control, (betas[0], betas[1]), eps)
+        adamw::kernel(buffers, &self.table, control, (betas[0], betas[1]), eps)
     }
 
     /// By the library, group by group.
     fn by_tensor(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         let Config { betas, eps, weight_decay, .. } = self.config;
         if clip_scale < 1.0 {
-            let _ = flat.gradient.g_mul_scalar_(clip_scale);
+            let _ = flat.summed.g_mul_scalar_(clip_scale);
         }
+        let moved = self.tensors.iter_mut().zip(used).filter(|(_, used)| **used).map(|(t, _)| t);
+        let (here, elsewhere): (Vec<_>, Vec<_>) = moved.partition(|t| t.weight.numel() > 0);
+        // Every rank counts the updates of all tensors.
+        elsewhere.into_iter().for_each(|t| drop(t.steps.g_add_scalar_(1.0)));
         for decays in [true, false] {
-            let group: Vec<&Views> = self
-                .tensors
-                .iter()
-                .zip(used)
-                .filter(|(t, used)| **used && t.decays == decays)
-                .map(|(t, _)| t)
-                .collect();
+            let group: Vec<&Views> = here.iter().filter(|t| t.decays == decays).map(|t| &**t).collect();
             let pick = |of: fn(&Views) -> &Tensor| group.iter().map(|t| of(t).shallow_clone()).collect::<Vec<_>>();
             let weight_decay = if decays { weight_decay } else { 0.0 };
             adamw(

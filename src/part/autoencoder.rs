@@ -9,6 +9,7 @@ use crate::part::mask::Mask;
 use crate::part::pixels::{Pixels, Reconstruction};
 use crate::part::target::pixel::Pixel;
 use crate::part::weights::{Table, Weights};
+use crate::part::work::{self, Op, Work};
 use tch::{Kind, Tensor};
 
 pub struct Autoencoder {
@@ -18,6 +19,11 @@ pub struct Autoencoder {
     pub encoder: Vit,
     pub decoder: Decoder,
     pub target: Pixel,
+    /// The encoder's shape and the decoder's.
+    shapes: [Shape; 2],
+    /// Whether a class token stands in front, and whether the encoder sees mask tokens.
+    class: bool,
+    in_place: bool,
 }
 
 impl Autoencoder {
@@ -28,9 +34,15 @@ impl Autoencoder {
         target: Pixel,
     ) -> Autoencoder {
         let mut table = Table::default();
+        let (shapes, class, in_place) = ([*inside, *outside], encoder.class, encoder.in_place);
         let encoder = Vit::new(&mut table, "encoder", &pixels.grid, inside, encoder);
         let decoder = Decoder::new(&mut table, "decoder", &pixels.grid, inside.width, outside, decoder);
-        Autoencoder { pixels, table, encoder, decoder, target }
+        Autoencoder { pixels, table, encoder, decoder, target, shapes, class, in_place }
+    }
+
+    /// From now on blocks are run again in backward instead of being kept.
+    pub fn recompute(&mut self) {
+        (self.encoder.stack.recompute, self.decoder.stack.recompute) = (true, true);
     }
 
     /// x [B, C, T, Y, X] → guesses at the dropped places, in the target's form [B, M, P].
@@ -55,5 +67,21 @@ impl Autoencoder {
         let seen = self.pixels.rows(x, &mask.keep, Kind::Float)?;
         let guess = self.target.shown(&self.pixels, &self.guess(w, x, mask)?, &seen);
         self.pixels.reconstruction(x, &guess, mask)
+    }
+
+    /// What a training step does with one sample of which `kept` tokens are visible.
+    pub fn work(&self, kept: i64) -> Work {
+        let (tokens, values) = (self.pixels.grid.tokens(), self.pixels.grid.values());
+        let (hidden, class, [inside, outside]) = (tokens - kept, i64::from(self.class), self.shapes);
+        let (all, seen) = (tokens + class, if self.in_place { tokens } else { kept } + class);
+        let mut encoder: Vec<Op> = work::embed(kept, values, inside.width).into();
+        encoder.push(work::fill(kept, seen, inside.width));
+        encoder.extend(inside.work(seen, seen));
+        let mut decoder = vec![work::linear(seen, inside.width, outside.width), work::fill(seen, all, outside.width)];
+        decoder.extend(outside.work(all, hidden));
+        decoder.push(work::linear(hidden, outside.width, values));
+        Work {
+            parts: vec![("encoder", encoder), ("decoder", decoder), ("loss", vec![work::pixel_loss(hidden, values)])],
+        }
     }
 }

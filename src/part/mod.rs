@@ -2,6 +2,7 @@
 //! parts above it and no method.
 
 pub mod view; // one decoded sample → the views a method asks for
+pub mod work; // what a step has to do: operations and bytes, from shapes
 pub mod weights; // a table of named tensors, and their values
 pub mod mask; // grid and origin → which tokens are hidden
 pub mod pixels; // samples → rows of patches, and rows → pictures

@@ -4,11 +4,13 @@
 use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::bias_gelu::Form;
+use crate::part::encoder::stack::Shape;
 use crate::part::encoder::text::{self, Reading, Text};
-use crate::part::encoder::vit::{Make, Shape, Vit};
+use crate::part::encoder::vit::{Make, Vit};
 use crate::part::encoder::{Features, block::Biases, position};
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Slot, Table, Weights};
+use crate::part::work::{self, Op, Work};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -37,6 +39,11 @@ pub struct Pair {
     /// `logit_scale` [1, 1], the logarithm of the inverse temperature, at first ln(1 / 0.07). FLIP's code has weight decay
     /// pull on it, which spares vectors: hence two dimensions.
     scale: Slot,
+    grid: Grid,
+    shape: Shape,
+    captions: text::Config,
+    /// E.
+    width: i64,
 }
 
 impl Pair {
@@ -55,7 +62,29 @@ impl Pair {
         let projections =
             projections.map(|(name, from)| Linear::bare(&mut table, &format!("{name}_projection"), from, width));
         let scale = table.add("logit_scale", &[1, 1], Init::Constant((1.0f64 / 0.07).ln()));
-        Pair { table, image: image.with_unit(form), text, towers, projections, scale }
+        let (grid, shape, captions) = (*grid, *shape, *captions);
+        Pair { table, image: image.with_unit(form), text, towers, projections, scale, grid, shape, captions, width }
+    }
+
+    /// From now on blocks are run again in backward instead of being kept.
+    pub fn recompute(&mut self) {
+        (self.image.stack.recompute, self.text.stack.recompute) = (true, true);
+    }
+
+    /// What a training step over `batch` pairs does with one, of whose image `kept` tokens are visible.
+    pub fn work(&self, kept: i64, batch: i64) -> Work {
+        let (length, [inside, within]) = (self.captions.length, [self.shape.width, self.captions.shape.width]);
+        let projection =
+            |from: i64| Op::Product { rows: 1, inputs: from, outputs: self.width, onward: true, sums_bias: false };
+        let seen = kept + 1;
+        let mut image: Vec<Op> = work::embed(kept, self.grid.values(), inside).into();
+        image.push(work::fill(kept, seen, inside));
+        image.extend(self.shape.work(seen, seen));
+        image.push(projection(inside));
+        let mut text = vec![work::fill(length, length, within)];
+        text.extend(self.captions.shape.work(length, length));
+        text.push(projection(within));
+        Work { parts: vec![("image", image), ("text", text), ("loss", work::contrast(batch, self.width))] }
     }
 
     /// rows [B, K, P] of the visible patches → images as unit vectors, fp32 [B, E].

@@ -55,8 +55,7 @@ impl Pixels {
 
     /// Normalised samples → the same as 0..1, not clamped.
     fn to_unit(&self, x: &Tensor) -> Tensor {
-        let of =
-            |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float).to_device(x.device()).view([-1, 1, 1, 1]);
+        let of = |values: &[f64]| patch::by_channel(values, x.device()).view([-1, 1, 1, 1]);
         x * of(&self.scale.std) + of(&self.scale.mean)
     }
 
@@ -79,7 +78,6 @@ impl Pixels {
 
     /// One value for each channel as a row [P].
     fn constants(&self, values: &[f64], like: &Tensor) -> Tensor {
-        let values = Tensor::from_slice(values).to_kind(Kind::Float).to_device(like.device());
-        values.repeat([self.grid.values() / self.grid.channels])
+        patch::by_channel(values, like.device()).repeat([self.grid.values() / self.grid.channels])
     }
 }

@@ -162,7 +162,7 @@ impl Linear {
             Bias::All(bias) => w[bias].shallow_clone(),
             Bias::QueryValue(q, v) => Tensor::cat(&[&w[q], &w[v].zeros_like(), &w[v]], 0),
             // The products add a bias in passing; zeros cost less than another form of them.
-            Bias::None => Tensor::zeros([weight.size()[0]], (weight.kind(), weight.device())),
+            Bias::None => weight.new_zeros([weight.size()[0]], (weight.kind(), weight.device())),
         };
         crate::op::linear::linear(x, weight, &bias)
     }

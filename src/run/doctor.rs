@@ -3,6 +3,7 @@
 //! The checks only look. Of credentials they tell names of variables and files, never contents.
 
 use crate::bridge::cuda;
+use crate::device::nccl::library::Library;
 use crate::fault::{Fault, Result};
 use crate::op;
 use crate::op::launch::{ARCHITECTURES, compile, file_name};
@@ -100,7 +101,7 @@ pub fn checks() -> Vec<Check> {
         bridge_cuda(gpu),
         driver_and_devices(driver.as_deref()),
         wheel("NVRTC", site.as_deref(), "nvidia/cu13/lib", "libnvrtc.so", gpu),
-        wheel("NCCL", site.as_deref(), "nvidia/nccl/lib", "libnccl.so", gpu),
+        nccl(site.as_deref(), gpu),
         mpi_library(),
         mpirun(),
         ffmpeg(),
@@ -191,6 +192,15 @@ fn wheel(what: &'static str, site: Option<&Path>, folder: &str, name: &str, gpu:
         Some(path) => Check::new(what, State::Ok, path.display().to_string(), ""),
         None if gpu => Check::new(what, State::Missing, format!("no {name}* beside libtorch"), "run launch/setup"),
         None => Check::new(what, State::Absent, format!("no {name}*; only a GPU needs it"), ""),
+    }
+}
+
+/// The version that answers is that of the copy which libtorch has loaded.
+fn nccl(site: Option<&Path>, gpu: bool) -> Check {
+    let found = wheel("NCCL", site, "nvidia/nccl/lib", "libnccl.so", gpu);
+    match Library::get().and_then(Library::named) {
+        Ok(version) if found.state == State::Ok => Check { detail: format!("{version}, {}", found.detail), ..found },
+        _ => found,
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! `dump/step-XXXXXXXX-rank-R.safetensors` under the run. Weights (fp32 masters before the step) and gradients (the mean
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
-//! the mask; the captions' ids (`text`) where there are any; the losses and the optimizer's numbers. Micro-batches are joined
-//! along B.
+//! the mask; the captions' ids (`text`) where there are any; the losses and the optimizer's numbers. Micro-batches are
+//! joined along B. Every rank writes its own, all in the same step: where the optimizer is sharded, weights and gradients
+//! are gathered.
 
 use super::{exchange::official, step::Outcome, step::Stepper};
 use crate::fault::{Fault, Result};
@@ -24,13 +25,16 @@ pub fn write(
 ) -> Result<()> {
     let (flat, method) = (&stepper.flat, &stepper.method);
     let mut tensors: Vec<(String, Tensor)> = Vec::new();
-    for (index, spec) in flat.specs.iter().enumerate() {
-        for (prefix, buffer) in [("weight", &flat.master), ("grad", &flat.gradient)] {
-            let (name, tensor) = official(method.name(), &spec.name, &flat.part(buffer, index), method.grid());
+    for (prefix, buffer) in [("weight", &flat.master), ("grad", &flat.summed)] {
+        stepper.buckets.whole(flat, buffer, stepper.deadline, |index, whole| {
+            let (name, tensor) = official(method.name(), &flat.specs[index].name, whole, method.grid());
             tensors.push((format!("{prefix}.{name}"), tensor));
-        }
+            Ok(())
+        })?;
     }
-    if !micro.is_empty() {
+    if micro.is_empty() {
+        tensors.push(("sample_id".into(), Tensor::from_slice::<i64>(&[])));
+    } else {
         let masks: Vec<_> = micro.iter().map(|batch| method.mask(batch)).collect();
         let join = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
         tensors
@@ -42,9 +46,8 @@ pub fn write(
         tensors.push(("keep".into(), join(masks.iter().map(|mask| mask.keep.shallow_clone()).collect())));
         tensors.push(("drop".into(), join(masks.iter().map(|mask| mask.drop.shallow_clone()).collect())));
         tensors.push(("restore".into(), join(masks.iter().map(|mask| mask.restore()).collect())));
+        tensors.push(("sample_id".into(), join(micro.iter().map(|batch| batch.origins.get(0)).collect())));
     }
-    let ids: Vec<i64> = micro.iter().flat_map(|batch| &batch.origins).map(|origin| origin.id as i64).collect();
-    tensors.push(("sample_id".into(), Tensor::from_slice(&ids)));
     let numbers = [
         ("loss", outcome.loss),
         ("loss_local", outcome.local_loss),

@@ -46,7 +46,10 @@ pub struct Line {
     /// Share of the step's time spent waiting for other ranks, 0 to 1.
     #[serde(deserialize_with = "null_is_nan")]
     pub comm_wait: f64,
-    /// Model FLOP utilisation, 0 to 1; null where the device's peak is unknown.
+    /// Model FLOP utilisation, which the log works out: the floating-point operations that the step's samples want (matrix
+    /// products and attention, forward and backward, of tokens that are computed) as a share of the peak of all ranks'
+    /// devices: that of the data sheet where it is known, else of a matrix product measured at the start, which a noisy
+    /// machine may take beyond 1. Null where no peak was given.
     pub mfu: Option<f64>,
     /// Wall-clock seconds that the step took.
     #[serde(deserialize_with = "null_is_nan")]
@@ -75,6 +78,8 @@ pub struct Log {
     steps: u64,
     window: Window,
     progress: Progress,
+    /// Samples a second at full use of the devices.
+    ceiling: Option<f64>,
 }
 
 impl Log {
@@ -110,7 +115,12 @@ impl Log {
         let lines = lines.map_err(|error| Fault::disk(path.display(), error))?;
         let events = events(&dir.join("tensorboard"))?;
         let progress = Progress::stderr(steps, every_s);
-        Ok(Log { dir: dir.into(), path, lines, events, steps, window: Window::default(), progress })
+        Ok(Log { dir: dir.into(), path, lines, events, steps, window: Window::default(), progress, ceiling: None })
+    }
+
+    /// Samples a second at which the devices would be used whole: what `mfu` is told from.
+    pub fn with_ceiling(self, samples_per_s: f64) -> Log {
+        Log { ceiling: Some(samples_per_s), ..self }
     }
 
     /// Sends plain progress lines to `out` instead of standard error.
@@ -121,6 +131,7 @@ impl Log {
 
     /// Records one step.
     pub fn step(&mut self, line: &Line) -> Result<()> {
+        let line = &Line { mfu: line.mfu.or(self.ceiling.map(|most| line.samples_per_s / most)), ..line.clone() };
         let mut text = serde_json::to_string(line).expect("a line is plain data");
         text.push('\n');
         self.lines.write_all(text.as_bytes()).map_err(|error| Fault::disk(self.path.display(), error))?;

@@ -3,6 +3,7 @@
 use super::checkpoint::{self, Loaded, Which};
 use super::lease::{Lease, TIME_TO_LIVE};
 use super::log::Log;
+use super::roof::peak::Peak;
 use super::spool::{self, Spool};
 use super::state;
 use super::step::Stepper;
@@ -15,10 +16,11 @@ use crate::data::mix::Mix;
 use crate::data::order::Order;
 use crate::data::set::DataSet;
 use crate::data::store::Store;
-use crate::device::{self, Beat, Channel, Limits as Patience, Phase, Pulse, World};
+use crate::device::{self, Beat, Limits as Patience, Phase, Pulse, World};
 use crate::fault::{Code, Fault, Result};
 use crate::feed::Source;
 use crate::grid::Grid;
+use crate::optim::bucket::Wire;
 use crate::optim::flat::Flat;
 use crate::optim::schedule::Schedule;
 use crate::optim::update::Updater;
@@ -26,7 +28,6 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
-use tch::Tensor;
 
 /// Where to go on from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,14 +116,17 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
         lease = Some(Lease::acquire(&store, TIME_TO_LIVE).map_err(early)?);
         loaded = find(config, &store, resume)?;
     }
-    let first = begin(&mut stepper, loaded.as_ref(), channel.as_mut(), deadline)?;
+    let first = state::begin(&mut stepper, loaded.as_ref(), channel.as_mut())?;
     let schedule = config.optim.schedule(set.len(), config.train.global_batch, steps * config.train.global_batch);
     if world.rank() == 0 {
         tell(run, first, steps, &schedule);
     }
     let spool = if world.rank() == 0 { Spool::open(&store, first)? } else { None };
+    let peak = Peak::here(world.as_ref(), config.train.dtype.kind())?;
+    tracing::debug!("model FLOP utilisation is told of {:.2} TFLOP/s a rank: {}", peak.flops / 1e12, peak.source);
+    let ceiling = peak.samples_per_s(stepper.method.work(config.train.global_batch).training_flops(), world.size());
     let log = match world.rank() {
-        0 => Some(begin_log(config, &folder, first, steps)?),
+        0 => Some(begin_log(config, &folder, first, steps)?.with_ceiling(ceiling)),
         _ => None,
     };
     Ok(Opened {
@@ -230,12 +234,20 @@ fn agree(config: &Config, set: &Mix, captions: Option<&Tokenizer>, world: &dyn W
     device::agree(world, &texts)
 }
 
-fn stepper(config: &Config, world: &Arc<dyn World>, deadline: Duration) -> Result<Stepper> {
-    let method = config.method.build(&config.input)?;
-    let flat = Flat::new(method.table(), config.train.seed, config.train.dtype.kind(), world.device())?;
+/// The model and its optimizer as the config wants them on this rank.
+pub(super) fn stepper(config: &Config, world: &Arc<dyn World>, deadline: Duration) -> Result<Stepper> {
+    let mut method = config.method.build(&config.input)?;
+    if config.train.recompute {
+        method.recompute();
+    }
+    let (table, seed, kind, device) = (method.table(), config.train.seed, config.train.dtype.kind(), world.device());
+    let wire = Wire { bytes: (config.world.bucket_mb * 1e6) as usize, kind: config.world.wire.kind() };
+    let flat = match config.world.shard_optimizer && world.size() > 1 {
+        true => Flat::sharded(table, seed, (kind, device), wire.bytes, (world.rank(), world.size()))?,
+        false => Flat::new(table, seed, kind, device)?,
+    };
     let updater = Updater::new(&flat, &config.optim);
-    let bytes = (config.world.bucket_mb * 1e6) as usize;
-    Stepper::new(method, flat, updater, world.clone(), bytes, deadline)
+    Stepper::new(method, flat, updater, world.clone(), wire, deadline)
 }
 
 /// The run can be written, and a checkpoint fits: told now, not after the first hour.
@@ -322,27 +334,6 @@ fn tell(run: &str, first: u64, steps: u64, schedule: &Schedule) {
 /// Whether `inner` is `outer` or lies in it.
 fn within(inner: &Store, outer: &Store) -> bool {
     format!("{}/", inner.url()).starts_with(&format!("{}/", outer.url()))
-}
-
-/// Rank 0 has read the checkpoint; everyone receives its buffers. Returns the first step.
-fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn Channel, deadline: Duration) -> Result<u64> {
-    let first = loaded.map_or(0, |loaded| loaded.manifest.step);
-    if let Some(loaded) = loaded {
-        state::restore(stepper, loaded)?;
-    }
-    let told = Tensor::from_slice(&[first as i64, i64::from(loaded.is_some())]);
-    let told = channel.broadcast(&told, 0).wait(deadline)?;
-    let first = told.int64_value(&[0]) as u64;
-    // Imported weights are a checkpoint of step 0.
-    if told.int64_value(&[1]) != 0 {
-        let flat = &stepper.flat;
-        let average = stepper.updater.average.iter();
-        for buffer in [&flat.master, &flat.first, &flat.second, &flat.steps].into_iter().chain(average) {
-            let _ = channel.broadcast(buffer, 0).wait(deadline)?;
-        }
-        stepper.flat.refresh();
-    }
-    Ok(first)
 }
 
 fn begin_log(config: &Config, folder: &Path, first: u64, steps: u64) -> Result<Log> {

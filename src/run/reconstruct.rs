@@ -47,7 +47,7 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
             samples.push((source.set.id(index)?, view));
         }
     }
-    let weights = stepper.flat.weights(&stepper.flat.master);
+    let weights = stepper.buckets.weights(&stepper.flat, stepper.deadline)?;
     picture_of(stepper.method.as_ref(), &weights, &samples, medium.kind(), config.train.seed)
 }
 
@@ -91,12 +91,9 @@ fn picture_of(
 ) -> Result<RgbImage> {
     let shape = [&[samples.len() as i64][..], &method.grid().pixels()].concat();
     let pixels: Vec<u8> = samples.iter().flat_map(|(_, view)| view).copied().collect();
-    let batch = Batch {
-        pixels: Tensor::f_from_data_size(&pixels, &shape, kind)?.to_device(weights.0[0].device()),
-        text: None,
-        origins: samples.iter().map(|(id, _)| Origin { id: *id, epoch: 0, repeat: 0 }).collect(),
-        seed,
-    };
+    let pixels = Tensor::f_from_data_size(&pixels, &shape, kind)?.to_device(weights.0[0].device());
+    let origins: Vec<Origin> = samples.iter().map(|(id, _)| Origin { id: *id, epoch: 0, repeat: 0 }).collect();
+    let batch = Batch::new(pixels, &origins, seed);
     let Reconstruction { masked, guessed, original } = no_grad(|| method.reconstruct(weights, &batch))?;
     let rows: Vec<Vec<Tile>> = (0..samples.len() as i64)
         .map(|row| [&masked, &guessed, &original].iter().map(|all| tile(&all.get(row))).collect())

@@ -4,14 +4,16 @@ use super::checkpoint::{Loaded, Named, Snapshot, required_bytes};
 use super::step::Stepper;
 use crate::bridge::bytes;
 use crate::config::{Config, differences};
+use crate::device::{Channel, World};
 use crate::fault::{Fault, Result};
 use crate::method::Method;
 use crate::optim::flat::Flat;
 use safetensors::Dtype;
 use serde_json::json;
+use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
-/// The buffers that make a training: name in the checkpoint, and the flat buffer.
+/// The buffers that make a training: name in the checkpoint, and the flat buffer of what this rank keeps.
 fn buffers(stepper: &Stepper) -> Vec<(&'static str, &Tensor)> {
     let flat = &stepper.flat;
     let mut all = vec![("weight", &flat.master), ("first", &flat.first), ("second", &flat.second)];
@@ -26,22 +28,29 @@ pub fn bytes_needed(flat: &Flat, average: bool) -> u64 {
     required_bytes(each.chain([4 * flat.specs.len() as u64]))
 }
 
-/// Everything that a resumed run needs, copied while nothing moves.
-pub fn snapshot(stepper: &Stepper, step: u64, config: &Config, world: usize) -> Snapshot {
-    let flat = &stepper.flat;
+/// Everything that a resumed run needs, copied while nothing moves: on rank 0, from all ranks. The same whatever ranks
+/// there are and whatever each keeps; collective where the optimizer is sharded.
+pub fn snapshot(stepper: &Stepper, step: u64, config: &Config, world: &dyn World) -> Result<Option<Snapshot>> {
+    let (flat, writes) = (&stepper.flat, world.rank() == 0);
+    if !writes && flat.shards.is_none() {
+        return Ok(None);
+    }
     let mut tensors = vec![named("steps".into(), &flat.steps)];
     for (name, buffer) in buffers(stepper) {
-        for (index, spec) in flat.specs.iter().enumerate() {
-            tensors.push(named(format!("{name}.{}", spec.name), &flat.part(buffer, index)));
-        }
+        stepper.buckets.whole(flat, buffer, stepper.deadline, |index, whole| {
+            if writes {
+                tensors.push(named(format!("{name}.{}", flat.specs[index].name), whole));
+            }
+            Ok(())
+        })?;
     }
-    Snapshot {
+    Ok(writes.then(|| Snapshot {
         step,
         samples: step * config.train.global_batch,
-        world,
+        world: world.size(),
         meta: json!({"config": config.resolved(), "program": env!("CARGO_PKG_VERSION")}),
         tensors,
-    }
+    }))
 }
 
 /// The checkpoint of step 0 that other people's weights become: weights alone, and where they came from. `fresh` names
@@ -81,23 +90,67 @@ fn named(name: String, tensor: &Tensor) -> Named {
     Named { name, dtype: Dtype::F32, shape, bytes: bytes(&tensor).to_vec() }
 }
 
-/// Puts a checkpoint's tensors into the buffers of a fresh training. Imported weights begin one: no moment, no step.
-pub fn restore(stepper: &mut Stepper, loaded: &Loaded) -> Result<()> {
-    if is_imported(loaded) {
-        fill(&stepper.flat, &stepper.flat.master, loaded, best(loaded))?;
-        if let Some(average) = &mut stepper.updater.average {
-            average.copy_(&stepper.flat.master);
-        }
-        stepper.flat.refresh();
-        return Ok(());
+/// Brings rank 0's checkpoint, if there is one, into the buffers of a fresh training on all ranks, tensor by tensor; each
+/// keeps what is its own. Imported weights, and those of `--init`, begin one: no moment, no step. Collective; returns the first step.
+pub fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn Channel) -> Result<u64> {
+    let told = [
+        loaded.map_or(0, |loaded| loaded.manifest.step as i64),
+        i64::from(loaded.is_some()),
+        i64::from(loaded.is_some_and(is_imported)),
+    ];
+    let told = channel.broadcast(&Tensor::from_slice(&told), 0).wait(stepper.deadline)?;
+    let [first, there, imported] = [0, 1, 2].map(|at| told.int64_value(&[at]));
+    if there == 0 {
+        return Ok(first as u64);
     }
-    let n = stepper.flat.specs.len() as i64;
-    stepper.flat.steps.copy_(&tensor(loaded, "steps", &[n])?);
-    for (name, buffer) in buffers(stepper) {
-        fill(&stepper.flat, buffer, loaded, name)?;
+    let flat = &stepper.flat;
+    // Only rank 0 reads a name.
+    let name = loaded.filter(|_| imported == 1).map_or("weight", best);
+    receive(stepper, name, loaded, channel, |index, whole| flat.begin(index, whole))?;
+    if imported == 1 {
+        stepper.updater.average.iter_mut().for_each(|average| average.copy_(&stepper.flat.master));
+    } else {
+        let n = stepper.flat.specs.len() as i64;
+        let mut steps = stepper.flat.steps.shallow_clone();
+        steps.copy_(&from_rank_0("steps", &[n], steps.device(), loaded, channel, stepper.deadline)?);
+        for (name, buffer) in buffers(stepper).into_iter().filter(|(name, _)| *name != "weight") {
+            receive(stepper, name, loaded, channel, |index, whole| flat.keep(buffer, index, whole))?;
+        }
     }
     stepper.flat.refresh();
+    Ok(first as u64)
+}
+
+/// Calls `with` for every tensor of a buffer of rank 0's checkpoint, on every rank.
+fn receive(
+    stepper: &Stepper,
+    name: &str,
+    loaded: Option<&Loaded>,
+    channel: &mut dyn Channel,
+    with: impl Fn(usize, &Tensor),
+) -> Result<()> {
+    let (flat, device) = (&stepper.flat, stepper.flat.master.device());
+    for (index, spec) in flat.specs.iter().enumerate() {
+        let name = format!("{name}.{}", spec.name);
+        with(index, &from_rank_0(&name, &spec.shape, device, loaded, channel, stepper.deadline)?);
+    }
     Ok(())
+}
+
+/// One tensor of rank 0's checkpoint, on every rank.
+fn from_rank_0(
+    name: &str,
+    shape: &[i64],
+    device: Device,
+    loaded: Option<&Loaded>,
+    channel: &mut dyn Channel,
+    deadline: Duration,
+) -> Result<Tensor> {
+    let own = match loaded {
+        Some(loaded) => tensor(loaded, name, shape)?.to_device(device),
+        None => Tensor::empty(shape, (Kind::Float, device)),
+    };
+    channel.broadcast(&own, 0).wait(deadline)
 }
 
 /// The weights to evaluate with, into `flat`: the moving average where the run kept one.

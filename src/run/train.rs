@@ -1,8 +1,13 @@
 //! The training loop: open the run, then rows → step → log, and now and then a checkpoint and pictures.
+//!
+//! A step's outcome may come while the next one is under way. It is judged and logged then, after the same step on every
+//! rank; before anything is saved or shown, the last one is waited for.
 
 use super::checkpoint::{Keep, Saver};
+use super::ledger::{Ledger, Taken};
 use super::log::Line;
 use super::open::{Opened, Resume, open};
+use super::pace::{Pace, Share};
 use super::step::Outcome;
 use super::{dump, reconstruct, state};
 use crate::config::Config;
@@ -10,7 +15,6 @@ use crate::data::order;
 use crate::device::{Phase, Reduce, Request, Requests, World};
 use crate::fault::{Code, Fault, Result};
 use crate::feed::{Feed, Rows};
-use crate::method::Batch;
 use crate::op::shuffle::Origin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -39,26 +43,22 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
     let keep = Keep { last: config.checkpoint.keep_last, every: config.checkpoint.keep_every };
     let mut saver = run.lease.take().map(|lease| Saver::new(run.store.clone(), keep, Arc::new(lease))).transpose()?;
     let dump_until = run.first + order.dump_steps;
-    let mut refused = 0;
+    let mut pace = Pace::new(config.train.graph, config.train.global_batch, &run.stepper, world)?;
+    let mut ledger = Ledger::new(config.train.bad_steps, world.rank() == 0);
 
     for step in run.first..run.steps {
         let began = Instant::now();
         run.beat(step, Phase::Data);
         let rows = feed.next().expect("rows for every step")?;
         run.beat(step, Phase::Compute);
-        let waited = rows.waited;
-        let micro = micro_batches(config, &rows, world)?;
         let lr = run.schedule.at(step * config.train.global_batch);
-        let outcome = run.stepper.step(&micro, lr, |stepper, outcome| match step < dump_until {
-            true => {
-                dump::write(&run.folder, step, world.rank(), stepper, &micro, outcome, lr, config.optim.weight_decay)
-            }
-            false => Ok(()),
-        })?;
-        refused = judge(&outcome, refused, step, config, world.as_ref())?;
-        if let Some(log) = &mut run.log {
-            log.step(&line(config, step, run.samples, &outcome, lr, began.elapsed(), waited))?;
-        }
+        ledger.taken(Taken { step, lr, began, waited: rows.waited });
+        let share = share(config, rows, world.as_ref());
+        let outcome = match step < dump_until {
+            true => Some(dumped(&mut run, step, &share, lr, config, world.rank())?),
+            false => pace.step(&mut run.stepper, &share, lr)?,
+        };
+        told(outcome, &mut ledger, &mut run, config)?;
 
         let done = step + 1;
         run.beat(done, Phase::Reduce);
@@ -66,17 +66,25 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         let last = done == run.steps;
         let due = done % config.checkpoint.every_steps == 0;
         run.beat(done, Phase::Save);
-        if let (Some(saver), true) = (&mut saver, due || last || request.stop || request.save) {
-            if let Some(log) = &mut run.log {
-                log.sync()?;
-            }
-            saver.save(state::snapshot(&run.stepper, done, config, world.size()))?;
-            if let Some(spool) = &mut run.spool {
-                spool.send()?;
+        let pictures = if config.method.needs().pictures { config.log.pictures_every_steps } else { 0 };
+        let shown = pictures > 0 && (done % pictures == 0 || last);
+        let saved = due || last || request.stop || request.save;
+        if saved || shown {
+            told(pace.settle(&run.stepper)?, &mut ledger, &mut run, config)?;
+        }
+        if saved {
+            let snapshot = state::snapshot(&run.stepper, done, config, world.as_ref())?;
+            if let (Some(saver), Some(snapshot)) = (&mut saver, snapshot) {
+                if let Some(log) = &mut run.log {
+                    log.sync()?;
+                }
+                saver.save(snapshot)?;
+                if let Some(spool) = &mut run.spool {
+                    spool.send()?;
+                }
             }
         }
-        let pictures = if config.method.needs().pictures { config.log.pictures_every_steps } else { 0 };
-        if let (Some(log), true) = (&mut run.log, pictures > 0 && (done % pictures == 0 || last)) {
+        if let (Some(log), true) = (&mut run.log, shown) {
             run.beat.at(done, Phase::Evaluate);
             log.picture(done, "reconstruction", &reconstruct::sheet(&run.stepper, &run.source, config)?)?;
         }
@@ -116,71 +124,51 @@ fn agree(channel: &mut dyn crate::device::Channel, requests: &Requests, deadline
     Ok(Request { stop: flags.int64_value(&[0]) > 0, save: flags.int64_value(&[1]) > 0 })
 }
 
-/// This rank's rows as batches on its device, cut to the micro-batch.
-fn micro_batches(config: &Config, rows: &Rows, world: &Arc<dyn World>) -> Result<Vec<Batch>> {
-    let own = order::rows(config.train.global_batch, world.rank(), world.size());
-    let most = config.train.micro_batch.unwrap_or(own.end - own.start).max(1) as usize;
-    let mut batches = Vec::new();
-    for first in (0..rows.ids.len()).step_by(most) {
-        let end = (first + most).min(rows.ids.len());
-        let origin = |i: usize| Origin { id: rows.ids[i], epoch: rows.epochs[i], repeat: 0 };
-        batches.push(Batch {
-            pixels: rows.to_device(first..end, world.device())?,
-            text: rows.text_to_device(first..end, world.device())?,
-            origins: (first..end).map(origin).collect(),
-            seed: config.train.seed,
-        });
+/// This rank's rows as a step takes them.
+fn share(config: &Config, rows: Rows, world: &dyn World) -> Share {
+    let own = order::rows(config.train.global_batch, world.rank(), world.size()).count();
+    let origin = |(&id, &epoch): (&u64, &u64)| Origin { id, epoch, repeat: 0 };
+    Share {
+        origins: rows.ids.iter().zip(&rows.epochs).map(origin).collect(),
+        pixels: rows.pixels,
+        text: rows.text,
+        seed: config.train.seed,
+        micro: config.train.micro_batch.map_or(own, |most| most as usize),
     }
-    Ok(batches)
 }
 
-/// How many steps in a row have been refused; too many end the training.
-fn judge(outcome: &Outcome, before: u64, step: u64, config: &Config, world: &dyn World) -> Result<u64> {
-    if outcome.bad_ranks.is_empty() {
-        return Ok(0);
-    }
-    let refused = before + 1;
-    if world.rank() == 0 {
-        tracing::warn!(
-            "step {step} was refused: loss or gradient not finite on rank {:?} (loss {}, gradient norm {}); the weights \
-             stay as they were",
-            outcome.bad_ranks,
-            outcome.loss,
-            outcome.grad_norm
-        );
-    }
-    if refused < config.train.bad_steps.max(1) {
-        return Ok(refused);
-    }
-    Err(Fault::failed(format!(
-        "{refused} steps in a row were refused, the last one step {step}: loss or gradient not finite on rank {:?}. The \
-         weights are those of the last good step. Lower the learning rate, set optim.clip, or train in fp32.",
-        outcome.bad_ranks
-    )))
+/// A step that is written out between its backward and its update.
+fn dumped(run: &mut Opened, step: u64, share: &Share, lr: f64, config: &Config, rank: usize) -> Result<Outcome> {
+    let micro = share.batches(run.stepper.flat.master.device())?;
+    run.stepper.step(&micro, lr, |stepper, outcome| {
+        dump::write(&run.folder, step, rank, stepper, &micro, outcome, lr, config.optim.weight_decay)
+    })
 }
 
-fn line(
-    config: &Config,
-    step: u64,
-    samples: u64,
-    outcome: &Outcome,
-    lr: f64,
-    took: Duration,
-    waited: Duration,
-) -> Line {
+/// Judges an outcome, if one has come, and writes it down.
+fn told(outcome: Option<Outcome>, ledger: &mut Ledger, run: &mut Opened, config: &Config) -> Result<()> {
+    let Some(outcome) = outcome else { return Ok(()) };
+    let (taken, took) = ledger.told(&outcome)?;
+    match &mut run.log {
+        Some(log) => log.step(&line(config, &taken, run.samples, &outcome, took)),
+        None => Ok(()),
+    }
+}
+
+fn line(config: &Config, taken: &Taken, samples: u64, outcome: &Outcome, took: Duration) -> Line {
     let seconds = took.as_secs_f64();
-    let seen = (step + 1) * config.train.global_batch;
+    let seen = (taken.step + 1) * config.train.global_batch;
     Line {
-        step: step + 1,
+        step: taken.step + 1,
         epoch: seen as f64 / samples as f64,
         samples: seen,
         loss: outcome.loss,
         terms: outcome.terms.iter().map(|(name, value)| (name.to_string(), *value)).collect(),
-        lr,
+        lr: taken.lr,
         weight_decay: Some(config.optim.weight_decay),
         grad_norm: outcome.grad_norm,
         samples_per_s: config.train.global_batch as f64 / seconds,
-        data_wait: waited.as_secs_f64() / seconds,
+        data_wait: taken.waited.as_secs_f64() / seconds,
         comm_wait: outcome.comm_wait.as_secs_f64() / seconds,
         mfu: None,
         seconds,

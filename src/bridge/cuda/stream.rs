@@ -82,6 +82,14 @@ impl Stream {
         event.block(self)
     }
 
+    /// Whether what is queued becomes part of a graph instead of being computed.
+    pub fn is_capturing(&self) -> Result<bool> {
+        let mut capturing = false;
+        // SAFETY: a live structure, and a place for the answer.
+        call("asking a stream", |table| unsafe { (table.stream_capturing)(&self.0, &mut capturing) })?;
+        Ok(capturing)
+    }
+
     /// The calling thread waits for everything that is queued.
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: a live structure.

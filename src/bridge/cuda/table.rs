@@ -68,6 +68,7 @@ pub struct Table {
     pub stream_from_pool: unsafe extern "C" fn(i64, bool, *mut RawStream) -> bool,
     pub stream_external: unsafe extern "C" fn(*mut c_void, i64, *mut RawStream) -> bool,
     pub stream_synchronize: unsafe extern "C" fn(*const RawStream) -> bool,
+    pub stream_capturing: unsafe extern "C" fn(*const RawStream, *mut bool) -> bool,
     pub record_stream: unsafe extern "C" fn(*const C_tensor, *const RawStream) -> bool,
     pub synchronize: unsafe extern "C" fn(i64) -> bool,
     pub event_create: unsafe extern "C" fn(bool, *mut *mut RawEvent) -> bool,

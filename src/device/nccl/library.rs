@@ -32,6 +32,8 @@ pub struct Library {
     get_error_string: unsafe extern "C" fn(Code) -> *const c_char,
     pub comm_init_rank: unsafe extern "C" fn(*mut Handle, c_int, Id, c_int) -> Code,
     pub comm_abort: unsafe extern "C" fn(Handle) -> Code,
+    group_start: unsafe extern "C" fn() -> Code,
+    group_end: unsafe extern "C" fn() -> Code,
     comm_get_async_error: unsafe extern "C" fn(Handle, *mut Code) -> Code,
     pub all_reduce: Reduce,
     pub reduce_scatter: Reduce,
@@ -69,6 +71,8 @@ impl Library {
             get_error_string: find!(b"ncclGetErrorString\0"),
             comm_init_rank: find!(b"ncclCommInitRank\0"),
             comm_abort: find!(b"ncclCommAbort\0"),
+            group_start: find!(b"ncclGroupStart\0"),
+            group_end: find!(b"ncclGroupEnd\0"),
             comm_get_async_error: find!(b"ncclCommGetAsyncError\0"),
             all_reduce: find!(b"ncclAllReduce\0"),
             reduce_scatter: find!(b"ncclReduceScatter\0"),
@@ -89,6 +93,22 @@ impl Library {
         // SAFETY: a place for a number.
         self.checked(unsafe { (self.get_version)(&mut version) }, "its version")?;
         Ok(version)
+    }
+
+    /// The same as people write it: "2.28.9".
+    pub fn named(&self) -> Result<String> {
+        let version = self.version()?;
+        Ok(format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100))
+    }
+
+    /// Starts what `calls` asks for together, in one launch where NCCL can.
+    pub fn group(&self, calls: impl FnOnce() -> Result<()>) -> Result<()> {
+        // SAFETY: no arguments; a group is its thread's own.
+        self.checked(unsafe { (self.group_start)() }, "a group")?;
+        let called = calls();
+        // SAFETY: as above; also where a call has failed, since the group is open.
+        let ended = self.checked(unsafe { (self.group_end)() }, "a group");
+        called.and(ended)
     }
 
     pub fn unique_id(&self) -> Result<Id> {

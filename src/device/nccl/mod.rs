@@ -5,18 +5,23 @@
 //! waits for nothing. Lost ranks and errors are the [`watchdog`]'s matter. Unlike on other wires, sums are taken in NCCL's
 //! order (the same on every rank and, with NCCL_ALGO pinned, in every run), bf16 is summed as NCCL does, and ranks that
 //! call different collectives are not told so before the deadline.
+//!
+//! A collective that is queued behind a stream whose work is being captured becomes part of that graph, its stream forked
+//! from the captured one and joined again where it is waited for. What is captured never finishes, so nobody watches it:
+//! launches are watched instead, as wholes.
 
+mod comm;
 pub mod library;
 mod watchdog;
 
 use super::pulse::Ring;
 use super::world::{Channel, Pending, Reduce, World};
-use crate::bridge::cuda::{self, Event, Priority, Stream, record_stream};
+use crate::bridge::cuda::{self, Event, Priority, Stream};
 use crate::fault::{Code, Fault, Result};
+use comm::{Comm, Held};
 use library::{Handle, ID_BYTES, Id, Library};
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use watchdog::{Watchdog, Watched};
@@ -29,7 +34,11 @@ pub struct Nccl {
     inner: Arc<dyn World>,
     device: usize,
     watchdog: Watchdog,
+    /// Of all channels.
+    comms: Comms,
 }
+
+type Comms = Arc<Mutex<Vec<Weak<Comm>>>>;
 
 impl Nccl {
     /// Gives every rank of a host its own GPU, by local rank. A fault where there are more ranks than GPUs, or where NCCL
@@ -42,10 +51,19 @@ impl Nccl {
                  CUDA_VISIBLE_DEVICES to nothing to compute on CPUs"
             )));
         }
-        let version = Library::get()?.version()?;
-        tracing::debug!("rank {} computes on GPU {rank}; NCCL {version}", inner.rank());
-        cuda::use_device(rank)?;
-        Ok(Nccl { watchdog: Watchdog::start(inner.clone())?, inner, device: rank })
+        Nccl::on(inner, rank)
+    }
+
+    /// Gives this rank a GPU by number. Ranks of a host want one each: NCCL refuses two on one, unless each is told that
+    /// its host is another (NCCL_HOSTID), which serves tests and nothing else.
+    pub fn on(inner: Arc<dyn World>, device: usize) -> Result<Nccl> {
+        let version = Library::get()?.named()?;
+        tracing::debug!("rank {} computes on GPU {device}", inner.rank());
+        if inner.rank() == 0 {
+            tracing::info!("{} ranks on GPUs, NCCL {version}", inner.size());
+        }
+        cuda::use_device(device)?;
+        Ok(Nccl { watchdog: Watchdog::start(inner.clone())?, inner, device, comms: Comms::default() })
     }
 }
 
@@ -74,6 +92,7 @@ impl World for Nccl {
             size: self.size(),
             device: self.device,
             watchdog: self.watchdog.clone(),
+            comms: self.comms.clone(),
         }))
     }
     fn ring(&self) -> Result<Option<Box<dyn Ring>>> {
@@ -85,54 +104,20 @@ impl World for Nccl {
     fn abort(&self, code: Code) -> ! {
         self.inner.abort(code)
     }
-}
-
-/// A communicator. It is given up rather than closed at its end, for closing waits for ranks that may be gone.
-pub struct Comm {
-    handle: Mutex<Handle>,
-    gone: AtomicBool,
-}
-
-// SAFETY: NCCL lets any thread use a communicator, one at a time; the lock sees to that.
-unsafe impl Send for Comm {}
-// SAFETY: as above.
-unsafe impl Sync for Comm {}
-
-impl Comm {
-    fn open(id: Id, rank: usize, size: usize) -> Result<Comm> {
-        let (library, mut handle) = (Library::get()?, std::ptr::null_mut());
-        // SAFETY: a place for a handle; every rank calls this with the same id.
-        let code = unsafe { (library.comm_init_rank)(&mut handle, size as c_int, id, rank as c_int) };
-        library.checked(code, "a communicator")?;
-        Ok(Comm { handle: Mutex::new(handle), gone: AtomicBool::new(false) })
+    fn look(&self, on: bool) {
+        self.watchdog.look(on);
     }
-
-    fn with<T>(&self, act: impl FnOnce(Handle) -> T) -> T {
-        act(*self.handle.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    pub fn trouble(&self) -> Option<String> {
-        let library = Library::get().ok()?;
-        // SAFETY: alive until it is given up.
-        self.with(|handle| if self.gone() { None } else { unsafe { library.trouble(handle) } })
-    }
-
-    pub fn gone(&self) -> bool {
-        self.gone.load(Ordering::SeqCst)
-    }
-
-    /// Ends everything under way on this rank; once.
-    pub fn abort(&self) {
-        if let (Ok(library), false) = (Library::get(), self.gone.swap(true, Ordering::SeqCst)) {
-            // SAFETY: alive until now, and not used again.
-            self.with(|handle| unsafe { (library.comm_abort)(handle) });
+    fn launched(&self, deadline: Duration) -> Result<()> {
+        let comms = self.comms.lock().unwrap_or_else(PoisonError::into_inner);
+        let comms: Vec<_> = comms.iter().filter_map(Weak::upgrade).filter(|comm| comm.captured()).collect();
+        if comms.is_empty() {
+            return Ok(());
         }
-    }
-}
-
-impl Drop for Comm {
-    fn drop(&mut self) {
-        self.abort();
+        let mut done = Event::new()?;
+        done.record(&Stream::current(self.device)?)?;
+        let what = "a step with its reductions, launched as a graph".into();
+        self.watchdog.watch(Watched { what, done, comms, since: Instant::now(), deadline });
+        Ok(())
     }
 }
 
@@ -151,6 +136,7 @@ struct Both {
     size: usize,
     device: usize,
     watchdog: Watchdog,
+    comms: Comms,
 }
 
 /// ncclDataType_t.
@@ -178,6 +164,7 @@ impl Both {
             let id = self.host.broadcast(&Tensor::from_slice(&id), 0).wait(OPENING)?;
             let id: [u8; ID_BYTES] = crate::bridge::bytes(&id).try_into().expect("as many bytes as were sent");
             let comm = Arc::new(Comm::open(Id(id), self.rank, self.size)?);
+            self.comms.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&comm));
             self.line = Some(Line { comm, stream: Stream::new(self.device, Priority::High)? });
         }
         Ok(self.line.as_ref().expect("made above"))
@@ -188,31 +175,60 @@ impl Both {
     fn queue(
         &mut self,
         what: &'static str,
-        (from, to): (&Tensor, &Tensor),
-        call: impl FnOnce(&Library, *const c_void, *mut c_void, c_int, Handle, *mut c_void) -> c_int,
+        pair: (&Tensor, &Tensor),
+        call: impl Fn(&Library, *const c_void, *mut c_void, c_int, Handle, *mut c_void) -> c_int,
     ) -> Result<Pending> {
-        let (kind, device, name) = (code(from.kind())?, self.device, format!("channel {}: {what}", self.name));
-        let watchdog = self.watchdog.clone();
-        let Line { comm, stream } = self.line()?;
+        self.queue_all(what, &[pair], |library, _, from, to, kind, comm, stream| {
+            call(library, from, to, kind, comm, stream)
+        })
+    }
+
+    /// The same for several pairs in one group, which NCCL starts together; `call` is given the pair's number. The result
+    /// is what the last one writes to.
+    fn queue_all(
+        &mut self,
+        what: &'static str,
+        pairs: &[(&Tensor, &Tensor)],
+        call: impl Fn(&Library, usize, *const c_void, *mut c_void, c_int, Handle, *mut c_void) -> c_int,
+    ) -> Result<Pending> {
+        let kinds = pairs.iter().map(|(from, _)| code(from.kind())).collect::<Result<Vec<_>>>()?;
+        let (device, name, watchdog) = (self.device, format!("channel {}: {what}", self.name), self.watchdog.clone());
+        let &Line { ref comm, stream } = self.line()?;
         if comm.gone() {
             return Err(Fault::failed("the channel was given up"));
         }
+        let current = Stream::current(device)?;
+        let capturing = current.is_capturing()?;
+        if capturing {
+            comm.capture();
+        }
         let mut before = Event::new()?;
-        before.record(&Stream::current(device)?)?;
+        before.record(&current)?;
         stream.wait(&before)?;
-        record_stream(from, stream)?;
-        record_stream(to, stream)?;
+        let tensors = pairs.iter().flat_map(|(from, to)| [from.shallow_clone(), to.shallow_clone()]).collect();
+        let mut held = Held { tensors, stream, joined: false };
         let library = Library::get()?;
-        let (source, target) = (from.data_ptr().cast_const(), to.data_ptr());
-        library.checked(comm.with(|handle| call(library, source, target, kind, handle, stream.raw())), what)?;
+        comm.with(|handle| {
+            library.group(|| {
+                pairs.iter().zip(&kinds).enumerate().try_for_each(|(i, ((from, to), &kind))| {
+                    let (source, target) = (from.data_ptr().cast_const(), to.data_ptr());
+                    library.checked(call(library, i, source, target, kind, handle, stream.raw()), what)
+                })
+            })
+        })?;
         let [mut done, mut seen] = [Event::new()?, Event::new()?];
-        done.record(stream)?;
-        seen.record(stream)?;
-        let (comm, since, result) = (comm.clone(), Instant::now(), to.shallow_clone());
+        done.record(&stream)?;
+        if !capturing {
+            seen.record(&stream)?;
+        }
+        let (comms, since) = (vec![comm.clone()], Instant::now());
         Ok(Pending::new(move |deadline| {
             Stream::current(device)?.wait(&done)?;
-            watchdog.watch(Watched { what: name, done: seen, comm, since, deadline });
-            Ok(result)
+            held.joined = true;
+            if !capturing {
+                watchdog.watch(Watched { what: name, done: seen, comms, since, deadline });
+            }
+            Ok(held.tensors.last().map_or_else(Tensor::new, Tensor::shallow_clone))
         }))
     }
 
@@ -250,14 +266,14 @@ impl Both {
         })
     }
 
-    fn spread(&mut self, tensor: &Tensor, root: usize) -> Result<Pending> {
+    fn spread(&mut self, tensors: &[&Tensor], root: usize) -> Result<Pending> {
         if root >= self.size {
             return Err(Fault::failed(format!("broadcast from rank {root}, but there are {} ranks.", self.size)));
         }
-        let n = tensor.numel();
-        // SAFETY: as in `sum`.
-        self.queue("broadcast", (tensor, tensor), |library, from, to, kind, comm, stream| unsafe {
-            (library.broadcast)(from, to, n, kind, root as c_int, comm, stream)
+        let pairs: Vec<_> = tensors.iter().map(|tensor| (*tensor, *tensor)).collect();
+        // SAFETY: as in `sum`, each pair with its own number of elements.
+        self.queue_all("broadcast", &pairs, |library, i, from, to, kind, comm, stream| unsafe {
+            (library.broadcast)(from, to, tensors[i].numel(), kind, root as c_int, comm, stream)
         })
     }
 }
@@ -308,8 +324,18 @@ impl Channel for Both {
             return self.host.broadcast(tensor, root);
         }
         let flat = tensor.detach().contiguous();
-        let pending = self.spread(&flat, root);
+        let pending = self.spread(&[&flat], root);
         in_place(self.told(pending), tensor, |all| all)
+    }
+    fn broadcast_all(&mut self, tensors: &[&Tensor], root: usize) -> Pending {
+        if tensors.iter().any(|tensor| tensor.device() == Device::Cpu || !tensor.is_contiguous()) {
+            let started: Vec<Pending> = tensors.iter().map(|tensor| self.broadcast(tensor, root)).collect();
+            return Pending::new(move |deadline| {
+                started.into_iter().try_fold(Tensor::new(), |_, one| one.wait(deadline))
+            });
+        }
+        let pending = self.spread(tensors, root);
+        self.told(pending)
     }
     fn barrier(&mut self) -> Pending {
         self.host.barrier()

@@ -89,6 +89,11 @@ impl Windows {
         self.mask.as_ref().map(|mask| mask.repeat([batch, 1, 1]).unsqueeze(1))
     }
 
+    /// i64 [S]: where in its window each token stands.
+    pub(super) fn place(&self) -> Tensor {
+        self.places.remainder(self.size())
+    }
+
     /// bool [S, S]: which token of the grid sees which.
     pub(super) fn sight(&self) -> Tensor {
         let window = self.places.floor_divide_scalar(self.size());

@@ -21,6 +21,7 @@ static LOADED: LazyLock<Mutex<HashMap<String, Function>>> = LazyLock::new(Mutex:
 /// Launches without waiting. A fault where the program cannot be had or the driver refuses; what goes wrong while it
 /// runs, libtorch's next look at the device tells.
 pub(super) fn launch(launch: &Launch, arguments: &[Argument], device: usize) -> Result<()> {
+    enter(device)?;
     let function = function(launch, device)?;
     let mut values: Vec<u64> = arguments.iter().map(pass).collect();
     let mut places: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
@@ -46,6 +47,42 @@ pub(super) fn launch(launch: &Launch, arguments: &[Argument], device: usize) -> 
     checked(result, "launch")
 }
 
+/// Makes the device's context, libtorch's own, this thread's where it has none or another device's: a thread that has been
+/// handed tensors and has asked nothing of CUDA yet has none, and libtorch gives it one only when it must.
+fn enter(device: usize) -> Result<()> {
+    let (mut current, mut handle, mut context) = (0, 0, std::ptr::null_mut());
+    // SAFETY: plain questions to the driver, which libtorch has initialised; the primary context that libtorch holds is
+    // held once more, for good.
+    unsafe {
+        if sys::cuCtxGetDevice(&mut current) == sys::CUresult::CUDA_SUCCESS && current == device as i32 {
+            return Ok(());
+        }
+        checked(sys::cuDeviceGet(&mut handle, device as i32), "the device")?;
+        checked(sys::cuDevicePrimaryCtxRetain(&mut context, handle), "the device's context")?;
+        checked(sys::cuCtxSetCurrent(context), "making the device's context current")
+    }
+}
+
+/// Lets this thread load programs while it captures a graph, as long as this lives: a load is no work of the stream's, and
+/// yet the driver refuses it during a capture that is not relaxed.
+struct Relaxed(sys::CUstreamCaptureMode);
+
+impl Relaxed {
+    fn new() -> Result<Relaxed> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: this thread's mode, exchanged for the one given.
+        checked(unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }, "the mode of captures")?;
+        Ok(Relaxed(mode))
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: as above. What was taken is given back; the driver has no reason to refuse what it gave.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut self.0) };
+    }
+}
+
 fn pass(argument: &Argument) -> u64 {
     match *argument {
         Argument::Tensor(tensor) => tensor.data_ptr() as u64,
@@ -65,8 +102,9 @@ fn function(launch: &Launch, device: usize) -> Result<Function> {
     }
     let bytes = cubin(launch.source, &launch.variant, &architecture(device)?)?;
     let name = CString::new(launch.entry).expect("a name without NUL");
+    let _relaxed = Relaxed::new()?;
     let (mut module, mut function) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the bytes are a cubin, which the driver copies; a tensor on the device shows that its context is current.
+    // SAFETY: the bytes are a cubin, which the driver copies, and the device's context is current.
     unsafe {
         checked(sys::cuModuleLoadData(&mut module, bytes.as_ptr().cast()), "loading the program")?;
         checked(sys::cuModuleGetFunction(&mut function, module, name.as_ptr()), "finding the kernel in its program")?;

@@ -9,8 +9,11 @@
 mod driver;
 mod emulator;
 mod nvrtc;
+pub mod occupancy; // how many blocks of a kernel a multiprocessor holds
+mod planned;
 
 pub use nvrtc::{Compiled, Resources, compile, file_name};
+pub use planned::{Planned, planned};
 
 use crate::fault::{Fault, Result};
 use std::borrow::Cow;
@@ -165,7 +168,7 @@ impl Launch<'_> {
                 return Err(Fault::failed(message));
             }
         }
-        if self.grid.contains(&0) {
+        if self.grid.contains(&0) || planned::note(self) {
             return Ok(());
         }
         match device {

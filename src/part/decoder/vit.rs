@@ -3,10 +3,11 @@
 use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::fill::{Places, fill};
-use crate::part::encoder::block::{Biases, Block, transform};
-use crate::part::encoder::vit::Shape;
+use crate::part::encoder::block::Biases;
+use crate::part::encoder::position::Positions;
+use crate::part::encoder::stack::{Shape, Stack};
 use crate::part::mask::Mask;
-use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
+use crate::part::weights::{Init, Linear, Slot, Table, Weights};
 use tch::Tensor;
 
 /// What sets one paper's decoder apart from another's, beside its shape.
@@ -24,27 +25,23 @@ pub struct Decoder {
     embed: Linear,
     /// Not there where the encoder has seen mask tokens.
     pub token: Option<Slot>,
-    blocks: Vec<Block>,
-    norm: Norm,
+    pub stack: Stack,
     pred: Linear,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
-    pub positions: Tensor,
+    pub positions: Positions,
 }
 
 impl Decoder {
     /// `inputs` is the encoder's width. Tensors: `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm`, `.pred`.
     pub fn new(table: &mut Table, name: &str, grid: &Grid, inputs: i64, shape: &Shape, make: Make) -> Self {
-        let Shape { width, depth, heads, mlp_ratio } = *shape;
+        let width = shape.width;
         let embed = if make.embed_bias { Linear::new } else { Linear::bare };
         Decoder {
             embed: embed(table, &format!("{name}.embed"), inputs, width),
             token: make.token.map(|init| table.add(format!("{name}.mask_token"), &[1, 1, width], init)),
-            blocks: (0..depth)
-                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, make.biases))
-                .collect(),
-            norm: Norm::new(table, &format!("{name}.norm"), width),
+            stack: Stack::new(table, name, shape, make.biases),
             pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
-            positions: make.positions,
+            positions: make.positions.into(),
         }
     }
 
@@ -53,7 +50,7 @@ impl Decoder {
     /// encoder has one.
     pub fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, features)?;
-        let positions = self.positions.to_device(seen.device());
+        let positions = self.positions.on(seen.device());
         let token = self.token.map(|token| w[token].view(-1));
         let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
         let (keep, hidden) = match &token {
@@ -63,6 +60,6 @@ impl Decoder {
         let x = fill(&seen, None, Places { positions: &positions, keep, hidden })?; // class, visible, hidden
         let from = x.size()[1] - mask.drop.size()[1];
         // The last block answers only the hidden tokens, which stand last.
-        self.pred.forward(w, &transform(&self.blocks, &self.norm, w, x, from)?)
+        self.pred.forward(w, &self.stack.forward(w, x, from)?)
     }
 }

@@ -14,6 +14,7 @@ pub enum Biases {
     QueryValue,
 }
 
+#[derive(Clone, Copy)]
 pub struct Block {
     norm1: Norm,
     qkv: Linear,
@@ -56,7 +57,7 @@ impl Block {
     }
 
     /// Only the tokens from `from` on → [B, S − from, D]. They attend to all; what nobody reads is not computed.
-    fn forward(&self, w: &Weights, stream: &Stream, from: i64) -> Result<Stream> {
+    pub fn forward(&self, w: &Weights, stream: &Stream, from: i64) -> Result<Stream> {
         let (x, normal) = stream.normalised(w, &self.norm1)?;
         let qkv = self.qkv.forward(w, &normal)?; // [B, S, 3D]
         let mixed = match self.causal {
@@ -72,27 +73,27 @@ impl Block {
 
 /// What runs from block to block: x [B, S, D] and what is still to be added to it, which the next normalisation does in
 /// its own pass.
-struct Stream {
-    x: Tensor,
-    due: Option<Tensor>,
+pub struct Stream {
+    pub x: Tensor,
+    pub due: Option<Tensor>,
 }
 
 impl Stream {
+    /// Of what [`tensors`](Self::tensors) gave.
+    pub fn of(tensors: &[Tensor]) -> Stream {
+        Stream { x: tensors[0].shallow_clone(), due: tensors.get(1).map(Tensor::shallow_clone) }
+    }
+
+    /// x and, where there is such, what is due.
+    pub fn tensors(&self) -> Vec<Tensor> {
+        std::iter::once(&self.x).chain(&self.due).map(Tensor::shallow_clone).collect()
+    }
+
     /// The whole sum, and that normalised.
-    fn normalised(&self, w: &Weights, norm: &Norm) -> Result<(Tensor, Tensor)> {
+    pub fn normalised(&self, w: &Weights, norm: &Norm) -> Result<(Tensor, Tensor)> {
         match &self.due {
             Some(due) => norm.after(w, &self.x, due),
             None => Ok((self.x.shallow_clone(), norm.forward(w, &self.x)?)),
         }
     }
-}
-
-/// x [B, S, D] through all blocks and the normalisation behind them → [B, S − from, D]. The last block answers only the
-/// tokens from `from` on.
-pub fn transform(blocks: &[Block], norm: &Norm, w: &Weights, x: Tensor, from: i64) -> Result<Tensor> {
-    let mut stream = Stream { x, due: None };
-    for (i, block) in blocks.iter().enumerate() {
-        stream = block.forward(w, &stream, if i + 1 == blocks.len() { from } else { 0 })?;
-    }
-    Ok(stream.normalised(w, norm)?.1)
 }

@@ -2,7 +2,30 @@
 
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
-use tch::Tensor;
+use std::cell::RefCell;
+use tch::{Device, Tensor};
+
+/// A table fp32 [N, D] wherever it is asked for: copied to a device once, and there for good, since a captured graph
+/// reads it where it lay.
+pub struct Positions(RefCell<Vec<Tensor>>);
+
+impl From<Tensor> for Positions {
+    fn from(table: Tensor) -> Positions {
+        Positions(RefCell::new(vec![table]))
+    }
+}
+
+impl Positions {
+    pub fn on(&self, device: Device) -> Tensor {
+        let mut copies = self.0.borrow_mut();
+        let there = copies.iter().find(|copy| copy.device() == device).map(Tensor::shallow_clone);
+        there.unwrap_or_else(|| {
+            let copy = copies[0].to_device(device);
+            copies.push(copy.shallow_clone());
+            copy
+        })
+    }
+}
 
 /// The table of a grid: its own, or where the weights were trained on a grid of `trained` [rows, columns], that one's
 /// table brought to this grid's size by bicubic interpolation (official `interpolate_pos_embed`). fp32 [N, D].

@@ -1,16 +1,14 @@
 //! The transformer over a caption's tokens.
 
-use super::block::{Block, transform};
-use super::vit::Shape;
+use super::block::Biases;
+use super::stack::{Shape, Stack};
 use crate::fault::{Fault, Result};
 use crate::op::bias_gelu::Form;
 use crate::op::patch::gather;
-use crate::op::sizes;
-use crate::part::encoder::block::Biases;
-use crate::part::weights::{Init, Norm, Slot, Table, Weights};
+use crate::part::weights::{Init, Slot, Table, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// A text tower in a config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -47,35 +45,29 @@ pub enum Reading {
 pub struct Text {
     token: Slot,
     positions: Slot,
-    blocks: Vec<Block>,
-    norm: Norm,
+    pub stack: Stack,
     reading: Reading,
 }
 
 impl Text {
     /// `<name>.token` [V, D], `<name>.positions` [L, D], which weight decay spares, `<name>.blocks.<i>`, `<name>.norm`.
     pub fn new(table: &mut Table, name: &str, config: &Config, reading: Reading, form: Form) -> Text {
-        let Shape { width, depth, heads, mlp_ratio } = config.shape;
+        let width = config.shape.width;
         let mut embedding = |which, rows| table.add(format!("{name}.{which}"), &[rows, width], Init::Normal(0.02));
         let (token, positions) = (embedding("token", config.vocabulary), embedding("positions", config.length));
         table.spare(positions);
-        let mut block = |i| {
-            let block = Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, Biases::All);
-            block.with_unit(form).looking_back(reading == Reading::Forward)
-        };
-        let blocks = (0..depth).map(&mut block).collect();
-        Text { token, positions, blocks, norm: Norm::new(table, &format!("{name}.norm"), width), reading }
+        let stack = Stack::new(table, name, &config.shape, Biases::All);
+        let stack = stack.with_unit(form).looking_back(reading == Reading::Forward);
+        Text { token, positions, stack, reading }
     }
 
     /// ids int64 [B, L] → what each caption says [B, D].
     pub fn forward(&self, w: &Weights, ids: &Tensor) -> Result<Tensor> {
-        let [batch, _] = sizes(ids);
         let x = Tensor::embedding(&w[self.token], ids, -1, false, false) + &w[self.positions]; // [B, L, D]
-        let all = transform(&self.blocks, &self.norm, w, x, 0)?;
-        let speaker = match self.reading {
-            Reading::Whole => Tensor::zeros([batch, 1], (Kind::Int64, ids.device())),
-            Reading::Forward => ids.argmax(1, true),
-        };
-        Ok(gather(&all, &speaker).squeeze_dim(1))
+        let all = self.stack.forward(w, x, 0)?;
+        Ok(match self.reading {
+            Reading::Whole => all.select(1, 0),
+            Reading::Forward => gather(&all, &ids.argmax(1, true)).squeeze_dim(1),
+        })
     }
 }

@@ -1,8 +1,10 @@
 //! The vision transformer over the visible tokens, or over all with mask tokens in place.
 
 use super::Features;
-use super::block::{Biases, Block, transform};
-use crate::fault::{Fault, Result};
+use super::block::Biases;
+use super::position::Positions;
+use super::stack::Stack;
+use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::bias_gelu::Form;
 use crate::op::fill::{Places, fill};
@@ -10,55 +12,9 @@ use crate::op::patch::gather;
 use crate::op::sizes;
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-/// The shape of a transformer. Width, depth and heads of the usual ones: Ti 192, 12, 3; S 384, 12, 6; B 768, 12, 12;
-/// L 1024, 24, 16; H 1280, 32, 16.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Shape {
-    /// D.
-    pub width: i64,
-    /// Blocks.
-    pub depth: i64,
-    /// H; D / H is the head width.
-    pub heads: i64,
-    /// Width of a block's hidden layer as a multiple of D.
-    #[serde(default = "Shape::four")]
-    pub mlp_ratio: i64,
-}
-
-impl Shape {
-    fn four() -> i64 {
-        4
-    }
-
-    pub fn check(&self, at: &str) -> Result<()> {
-        let Shape { width, depth, heads, mlp_ratio } = *self;
-        for (name, value, most) in
-            [("width", width, 16384), ("depth", depth, 256), ("heads", heads, 256), ("mlp_ratio", mlp_ratio, 64)]
-        {
-            if !(1..=most).contains(&value) {
-                return Err(Fault::usage(format!("{at}.{name} is {value}; it must lie in 1..={most}")));
-            }
-        }
-        if width % heads != 0 {
-            return Err(Fault::usage(format!(
-                "{at}.width is {width}, which {at}.heads = {heads} does not divide; the nearest that fits is {}",
-                (width / heads).max(1) * heads
-            )));
-        }
-        if width % 4 != 0 {
-            return Err(Fault::usage(format!(
-                "{at}.width is {width}; sine-cosine positions want a multiple of 4, the nearest is {}",
-                (width / 4).max(1) * 4
-            )));
-        }
-        Ok(())
-    }
-}
+pub use super::stack::Shape;
 
 /// What sets one paper's encoder apart from another's, beside its shape.
 pub struct Make {
@@ -97,17 +53,16 @@ pub struct Vit {
     /// There only where the encoder sees mask tokens.
     token: Option<Slot>,
     front: Option<Front>,
-    blocks: Vec<Block>,
-    norm: Norm,
+    pub stack: Stack,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
-    pub positions: Tensor,
+    pub positions: Positions,
 }
 
 impl Vit {
     /// `<name>.embed`, `<name>.cls_token` and `<name>.mask_token` where there are such, `<name>.blocks.<i>`,
     /// `<name>.norm`.
     pub fn new(table: &mut Table, name: &str, grid: &Grid, shape: &Shape, make: Make) -> Self {
-        let Shape { width, depth, heads, mlp_ratio } = *shape;
+        let width = shape.width;
         // The official codes leave this bias at PyTorch's default, uniform within ±1/√(fan in).
         let begins = [make.embed, Init::Uniform(1.0 / (grid.values() as f64).sqrt())];
         let embed = Linear::begun(table, &format!("{name}.embed"), grid.values(), width, begins);
@@ -117,23 +72,20 @@ impl Vit {
             class: make.class.then(|| token("cls")),
             token: make.in_place.then(|| token("mask")),
             front: None,
-            blocks: (0..depth)
-                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, make.biases))
-                .collect(),
-            norm: Norm::new(table, &format!("{name}.norm"), width),
-            positions: make.positions,
+            stack: Stack::new(table, name, shape, make.biases),
+            positions: make.positions.into(),
         }
     }
 
     /// With another unit than the exact one.
     pub fn with_unit(self, form: Form) -> Self {
-        Vit { blocks: self.blocks.into_iter().map(|block| block.with_unit(form)).collect(), ..self }
+        Vit { stack: self.stack.with_unit(form), ..self }
     }
 
     /// With learned positions, `<name>.positions`, instead of fixed ones, and a normalisation between them and the blocks,
     /// `<name>.norm_pre` (Radford et al., 2021, section 2.4). There must be a class token and no mask tokens.
     pub fn with_front(self, table: &mut Table, name: &str) -> Self {
-        let [tokens, width] = sizes(&self.positions);
+        let [tokens, width] = sizes(&self.positions.on(Device::Cpu));
         let begins = Init::Normal((width as f64).powf(-0.5));
         let positions = table.add(format!("{name}.positions"), &[1 + tokens, width], begins);
         table.spare(positions);
@@ -147,12 +99,12 @@ impl Vit {
         let seen = self.embed.forward(w, rows)?; // [B, K, D]
         let [class, token] = [self.class, self.token].map(|slot| slot.map(|slot| w[slot].view(-1)));
         if let (Some(front), Some(class)) = (&self.front, &class) {
-            return transform(&self.blocks, &self.norm, w, front.forward(w, &seen, class, &mask.keep)?, 0);
+            return self.stack.forward(w, front.forward(w, &seen, class, &mask.keep)?, 0);
         }
-        let positions = self.positions.to_device(seen.device());
+        let positions = self.positions.on(seen.device());
         let hidden = token.as_ref().map(|token| (token, &mask.drop));
         let all = fill(&seen, class.as_ref(), Places { positions: &positions, keep: &mask.keep, hidden })?;
-        transform(&self.blocks, &self.norm, w, all, 0)
+        self.stack.forward(w, all, 0)
     }
 
     /// Whole samples, rows [B, N, P] in row-major order, nothing hidden.

@@ -32,6 +32,15 @@ impl Gather {
         Ok(Gather { line, rank: world.rank() as i64 })
     }
 
+    /// Whether a step that goes through here may be captured as a CUDA graph, or why not. With other ranks, backward
+    /// would fork the captured stream from the autograd engine's thread and wait there; that has not been shown to work.
+    pub fn capturable(&self) -> Result<(), &'static str> {
+        match self.line {
+            None => Ok(()),
+            Some(_) => Err("the loss gathers features from all ranks, which has not been shown to work within a graph"),
+        }
+    }
+
     /// The place of this rank's first row among all, where each has `rows`.
     pub fn first(&self, rows: i64) -> i64 {
         self.rank * rows

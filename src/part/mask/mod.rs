@@ -8,8 +8,17 @@ pub use random::random;
 pub use ratio::Ratio;
 pub use tube::tube;
 
-use crate::op::shuffle::{Indices, Origin, Plan, mask};
+use crate::bridge::record::scope;
+use crate::op::shuffle::{Indices, MOST_UNITS, Plan, mask};
 use tch::{Device, Kind, Tensor};
+
+/// Whether a GPU draws masks of so many units a sample by itself, or why not.
+pub fn on_device(units: i64) -> Result<(), &'static str> {
+    match units {
+        0..=MOST_UNITS => Ok(()),
+        _ => Err("masks of more than 4096 units a sample are drawn on the host"),
+    }
+}
 
 /// Which tokens are kept and which dropped, by row-major token number.
 #[derive(Debug)]
@@ -23,12 +32,15 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// Drawn for each sample by a plan, on the device where it is wanted.
+    /// Drawn by a plan for each sample of `origins` (int64 [3, B], see [`Origin::table`]), on the device where that lies.
     ///
     /// # Panics
     /// Where a GPU refuses the kernel, which is a defect.
-    pub fn drawn(plan: &Plan, seed: u64, samples: &[Origin], device: Device) -> Mask {
-        let drawn = mask(plan, seed, &Origin::table(samples, device));
+    ///
+    /// [`Origin::table`]: crate::op::shuffle::Origin::table
+    pub fn drawn(plan: &Plan, seed: u64, origins: &Tensor) -> Mask {
+        let _mask = scope("mask");
+        let drawn = mask(plan, seed, origins);
         let Indices { keep, drop, restore } = drawn.unwrap_or_else(|fault| panic!("a mask: {fault}"));
         Mask { keep, drop, places: Some(restore) }
     }

@@ -2,11 +2,11 @@
 
 use super::Mask;
 use crate::grid::Grid;
-use crate::op::shuffle::{Origin, Plan};
-use tch::Device;
+use crate::op::shuffle::Plan;
+use tch::Tensor;
 
-/// Hides the share `ratio` of the tokens of each sample.
-pub fn random(grid: &Grid, ratio: f64, seed: u64, samples: &[Origin], device: Device) -> Mask {
+/// Hides the share `ratio` of the tokens of each sample of `origins`, int64 [3, B].
+pub fn random(grid: &Grid, ratio: f64, seed: u64, origins: &Tensor) -> Mask {
     let plan = Plan::random(grid, [1, 1, 1], grid.kept(ratio)).expect("no more tokens kept than there are");
-    Mask::drawn(&plan, seed, samples, device)
+    Mask::drawn(&plan, seed, origins)
 }

@@ -3,11 +3,11 @@
 
 use super::Mask;
 use crate::grid::Grid;
-use crate::op::shuffle::{Origin, Plan};
-use tch::Device;
+use crate::op::shuffle::Plan;
+use tch::Tensor;
 
-/// Hides the share `ratio` of the places of a slot, drawn for each sample, in all of its slots.
-pub fn tube(grid: &Grid, ratio: f64, seed: u64, samples: &[Origin], device: Device) -> Mask {
+/// Hides the share `ratio` of the places of a slot, drawn for each sample of `origins` (int64 [3, B]), in all of its slots.
+pub fn tube(grid: &Grid, ratio: f64, seed: u64, origins: &Tensor) -> Mask {
     let plan = Plan::random(grid, [grid.frames, 1, 1], grid.kept_places(ratio));
-    Mask::drawn(&plan.expect("no more places kept than there are"), seed, samples, device)
+    Mask::drawn(&plan.expect("no more places kept than there are"), seed, origins)
 }

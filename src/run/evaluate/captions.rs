@@ -182,12 +182,9 @@ fn lines(path: &Path) -> Result<Vec<String>> {
 
 impl Model {
     fn images(&self, rows: &Rows) -> Result<Tensor> {
-        let batch = Batch {
-            pixels: rows.to_device(0..rows.ids.len(), self.flat.master.device())?,
-            text: None,
-            origins: rows.ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
-            seed: self.config.train.seed,
-        };
+        let pixels = rows.to_device(0..rows.ids.len(), self.flat.master.device())?;
+        let origins: Vec<Origin> = rows.ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect();
+        let batch = Batch::new(pixels, &origins, self.config.train.seed);
         no_grad(|| self.method.match_images(&self.flat.leaves, &batch)).map(|x| x.to_device(Device::Cpu))
     }
 

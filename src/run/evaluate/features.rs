@@ -72,12 +72,8 @@ impl Encoder {
     }
 
     fn run(&self, pixels: Tensor, ids: &[u64]) -> Result<Features> {
-        let batch = Batch {
-            pixels,
-            text: None,
-            origins: ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect(),
-            seed: self.config.train.seed,
-        };
+        let origins: Vec<Origin> = ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect();
+        let batch = Batch::new(pixels, &origins, self.config.train.seed);
         no_grad(|| self.method.features(&self.flat.leaves, &batch))
     }
 }

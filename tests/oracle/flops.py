@@ -1,0 +1,39 @@
+"""Floating-point operations of one training step of transformers' masked autoencoders, as PyTorch's own counter has them.
+
+usage: flops.py REQUEST_JSON    [{"model": "vit_mae" or "videomae", ...numbers of its config, "hidden": tokens}, ..]
+One line for each: {"forward": .., "backward": ..} of one sample. Images go through the meta device, where nothing is
+computed; VideoMAE picks tokens by a mask of truth values, which wants real ones.
+"""
+import json
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
+
+
+def vit_mae(numbers):
+    with torch.device("meta"):
+        model = ViTMAEForPreTraining(ViTMAEConfig(**numbers, attn_implementation="eager")).train()
+        pixels = torch.empty(1, numbers["num_channels"], numbers["image_size"], numbers["image_size"])
+    return lambda: model(pixels).loss
+
+
+def videomae(numbers, hidden):
+    model = VideoMAEForPreTraining(VideoMAEConfig(
+        **numbers, use_mean_pooling=False, attn_implementation="eager")).train()
+    size = numbers["image_size"]
+    clips = torch.randn(1, numbers["num_frames"], numbers["num_channels"], size, size)
+    mask = torch.zeros(1, model.videomae.embeddings.num_patches, dtype=torch.bool)
+    mask[:, :hidden] = True
+    return lambda: model(clips, bool_masked_pos=mask).loss
+
+
+for asked in json.loads(sys.argv[1]):
+    model, hidden = asked.pop("model"), asked.pop("hidden")
+    forward = vit_mae(asked) if model == "vit_mae" else videomae(asked, hidden)
+    with FlopCounterMode(display=False) as counter:
+        loss = forward()
+        ahead = counter.get_total_flops()
+        loss.backward()
+    print(json.dumps({"forward": ahead, "backward": counter.get_total_flops() - ahead}))
