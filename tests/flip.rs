@@ -1,6 +1,6 @@
 //! FLIP against open_clip: loss and gradients; and against itself on several ranks.
 
-use crate::step::SOON;
+use crate::step::{LR, SOON};
 use crate::support::{Outcome, distance, normal, oracle, read, write};
 use occlude::device::World;
 use occlude::device::solo::{Solo, threads};
@@ -10,6 +10,7 @@ use occlude::op::shuffle::Origin;
 use occlude::optim::{flat::Flat, update, update::Updater};
 use occlude::part::encoder::position;
 use occlude::rng::{Draw, Purpose};
+use occlude::run::pace::{Ahead, Share};
 use occlude::run::step::Stepper;
 use serde_json::json;
 use std::sync::Arc;
@@ -21,11 +22,14 @@ crate::trials![
     clips_towers_agree_with_open_clip,
     nothing_hidden_agrees_with_open_clip,
     one_to_four_ranks_see_one_batch,
+    captions_go_along_with_steps_ahead,
+    captions_that_change_their_length_are_refused,
+    one_rank_alone_is_captured,
     the_scale_is_held_between_one_and_a_hundred,
     ranks_without_equal_shares_are_told_apart,
 ];
 
-struct Case {
+pub struct Case {
     size: (i64, i64),
     patch: i64,
     /// Width, depth and heads of the image tower and of the text tower.
@@ -60,8 +64,14 @@ fn nothing_hidden_agrees_with_open_clip() -> Outcome {
     Case { size: (20, 20), patch: 4, image, text, embed: 8, ratio: 0.0, towers: "plain", batch: 4 }.check()
 }
 
+/// Two blocks each, for pictures of 16 by 16.
+pub fn tiny(towers: &'static str) -> Case {
+    let (image, text) = ([16, 2, 2], [16, 2, 2]);
+    Case { size: (16, 16), patch: 4, image, text, embed: 8, ratio: 0.5, towers, batch: 4 }
+}
+
 impl Case {
-    fn method(&self) -> flip::Flip {
+    pub fn method(&self) -> flip::Flip {
         let (height, width) = self.size;
         let input = Input {
             channels: 3,
@@ -144,7 +154,7 @@ fn moved(method: &flip::Flip) -> Result<Flat, occlude::fault::Fault> {
 }
 
 /// Pixels [B, C, 1, Y, X] with a caption each, of which one token is the greatest.
-fn batch(pixels: &Tensor) -> Batch {
+pub fn batch(pixels: &Tensor) -> Batch {
     let rows = pixels.size()[0];
     let mut draw = Draw::new(4, 5, 0, Purpose::Order, 0);
     let mut ids: Vec<i64> = (0..rows * LENGTH).map(|_| draw.below(VOCABULARY as u64 - 1) as i64).collect();
@@ -187,6 +197,73 @@ fn one_to_four_ranks_see_one_batch() -> Outcome {
             assert!(off <= 1e-5, "{ranks} ranks, rank {rank}: the gradient is off by {off:e} of itself");
         }
     }
+    Ok(())
+}
+
+/// Pairs of a global batch.
+pub const PAIRS: u64 = 12;
+
+/// This rank's share of them; every step has others.
+pub fn share(step: u64, world: &dyn World) -> Share {
+    let all = batch(&normal(6 + step, &[PAIRS as i64, 3, 1, 16, 16]));
+    let rows = PAIRS as usize / world.size();
+    let own = world.rank() * rows..(world.rank() + 1) * rows;
+    let part = all.part(own.clone()).expect("rows");
+    let origins = own.map(|id| Origin { id: id as u64, epoch: step, repeat: 0 }).collect();
+    Share { pixels: part.pixels, origins, text: part.text, seed: 9, micro: rows }
+}
+
+pub fn stepper(towers: &'static str, world: Arc<dyn World>) -> Stepper {
+    crate::step::stepper(tiny(towers).method(), world, Kind::Float, 1 << 10)
+}
+
+fn captions_go_along_with_steps_ahead() -> Outcome {
+    let alone: Arc<dyn World> = Arc::new(Solo::new(Device::Cpu));
+    let mut watched = stepper("plain", alone.clone());
+    let step = |step| {
+        let batches = share(step, alone.as_ref()).batches(Device::Cpu).expect("a batch");
+        watched.step(&batches, LR, |_, _| Ok(())).expect("a step").loss
+    };
+    let wanted: Vec<f64> = (0..4).map(step).collect();
+    assert!(wanted.windows(2).all(|pair| pair[0] != pair[1]), "captions of its own to every step");
+    for size in [1, 2, 3] {
+        let told = threads(size, |world| {
+            let mut stepper = stepper("plain", world.clone());
+            let mut ahead = Ahead::new(PAIRS, &stepper, &world).expect("a pace");
+            let step = |step| ahead.step(&mut stepper, &share(step, world.as_ref()), LR).expect("a step");
+            let mut told: Vec<_> = (0..4).flat_map(step).collect();
+            told.extend(ahead.settle(&stepper).expect("the last"));
+            told.into_iter().map(|outcome| outcome.loss).collect::<Vec<_>>()
+        });
+        for ours in told {
+            let same = ours.iter().zip(&wanted).all(|(ours, wanted)| (ours - wanted).abs() <= 1e-5 * wanted);
+            assert!(same && ours.len() == 4, "{size} ranks: {ours:?} for {wanted:?}");
+        }
+    }
+    Ok(())
+}
+
+fn captions_that_change_their_length_are_refused() -> Outcome {
+    let world: Arc<dyn World> = Arc::new(Solo::new(Device::Cpu));
+    let mut stepper = stepper("plain", world.clone());
+    let mut ahead = Ahead::new(PAIRS, &stepper, &world)?;
+    let _ = ahead.step(&mut stepper, &share(0, world.as_ref()), LR)?;
+    for text in [None, Some(Tensor::zeros([PAIRS as i64, LENGTH - 1], (Kind::Int64, Device::Cpu)))] {
+        let other = Share { text, ..share(1, world.as_ref()) };
+        let fault = ahead.step(&mut stepper, &other, LR).expect_err("other captions");
+        assert!(fault.message.contains(&format!("captions [{PAIRS}, {LENGTH}] Int64")), "{fault}");
+    }
+    Ok(())
+}
+
+fn one_rank_alone_is_captured() -> Outcome {
+    let capturable = |world| stepper("plain", world).method.capturable();
+    assert_eq!(threads(1, capturable), [Ok(())]);
+    assert!(threads(2, capturable).iter().all(|told| told.is_err_and(|why| why.contains("from all ranks"))));
+    let wide = Case { size: (260, 260), ..tiny("plain") };
+    assert!(wide.method().capturable().is_err_and(|why| why.contains("drawn on the host")));
+    let whole = Case { ratio: 0.0, ..wide };
+    assert_eq!(whole.method().capturable(), Ok(()), "there is no mask to draw");
     Ok(())
 }
 

@@ -93,8 +93,8 @@ impl Rows {
     }
 }
 
-/// Some rows of a tensor, such as pixels, on a device. Where they are there already nothing is copied. From a CPU to a GPU they go through
-/// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+/// Some rows of pixels or captions on a device. Where they are there already nothing is copied. From a CPU to a GPU they
+/// go through pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
 pub fn to_device(all: &Tensor, rows: Range<usize>, device: Device) -> Result<Tensor> {
     let part = all.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
     match part.device() == device {

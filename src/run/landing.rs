@@ -24,8 +24,8 @@ impl Landing {
         Ok(Landing { stream, copies, place: None, arrived: Event::new()?, taken: Event::new()? })
     }
 
-    /// Copies a step's tensors, as many and of the same shapes in every step, from the CPU; what is queued on the stream from now on
-    /// finds them in what is returned. Those that are on the GPU stay where they are.
+    /// Copies a step's tensors, as many and of the same shapes in every step, from the CPU; what is queued on the stream
+    /// from now on finds them in what is returned. Those that are on the GPU stay where they are.
     pub fn bring(&mut self, load: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let device = Device::Cuda(self.stream.device());
         if self.place.is_none() {

@@ -91,7 +91,8 @@ fn named(name: String, tensor: &Tensor) -> Named {
 }
 
 /// Brings rank 0's checkpoint, if there is one, into the buffers of a fresh training on all ranks, tensor by tensor; each
-/// keeps what is its own. Imported weights, and those of `--init`, begin one: no moment, no step. Collective; returns the first step.
+/// keeps what is its own. Imported weights, and those of `--init`, begin one: no moment, no step. Collective; returns the
+/// first step.
 pub fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn Channel) -> Result<u64> {
     let told = [
         loaded.map_or(0, |loaded| loaded.manifest.step as i64),

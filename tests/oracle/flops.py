@@ -1,7 +1,9 @@
-"""Floating-point operations of one training step of transformers' masked autoencoders, as PyTorch's own counter has them.
+"""Floating-point operations of one training step of transformers' masked autoencoders and of open_clip's pairs of towers, as
+PyTorch's own counter has them.
 
-usage: flops.py REQUEST_JSON    [{"model": "vit_mae" or "videomae", ...numbers of its config, "hidden": tokens}, ..]
-One line for each: {"forward": .., "backward": ..} of one sample. Images go through the meta device, where nothing is
+usage: flops.py REQUEST_JSON    [{"model": "vit_mae", "videomae" or "clip", ...numbers of its config,
+                                  "hidden": tokens, or for clip "pairs": samples of the batch}, ..]
+One line for each: {"forward": .., "backward": ..} of one sample, or of all pairs. Images go through the meta device, where nothing is
 computed; VideoMAE picks tokens by a mask of truth values, which wants real ones.
 """
 import json
@@ -29,9 +31,20 @@ def videomae(numbers, hidden):
     return lambda: model(clips, bool_masked_pos=mask).loss
 
 
+def clip(numbers, pairs):
+    from open_clip.loss import ClipLoss
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    with torch.device("meta"):
+        model = CLIP(numbers["embed"], CLIPVisionCfg(**numbers["vision"]), CLIPTextCfg(**numbers["text"])).train()
+        pixels = torch.empty(pairs, 3, *numbers["vision"]["image_size"])
+        ids = torch.zeros(pairs, numbers["text"]["context_length"], dtype=torch.int64)
+    return lambda: ClipLoss()(*model(pixels, ids))
+
+
 for asked in json.loads(sys.argv[1]):
-    model, hidden = asked.pop("model"), asked.pop("hidden")
-    forward = vit_mae(asked) if model == "vit_mae" else videomae(asked, hidden)
+    model, among = asked.pop("model"), asked.pop("pairs" if asked["model"] == "clip" else "hidden")
+    forward = vit_mae(asked) if model == "vit_mae" else {"videomae": videomae, "clip": clip}[model](asked, among)
     with FlopCounterMode(display=False) as counter:
         loss = forward()
         ahead = counter.get_total_flops()
