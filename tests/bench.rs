@@ -192,7 +192,7 @@ fn a_trace_nests_and_holds_the_parts_of_a_step() -> Outcome {
     bench(&run, &["--trace", path.to_str().expect("UTF-8")]);
     let mut spans = spans(&path)?;
     let named = |name: &str| spans.iter().filter(|span| span.name == name).collect::<Vec<_>>();
-    for (name, times) in [("step", 2), ("step by stage", 2), ("data", 4), ("mask", 4), ("forward", 2), ("backward", 2)]
+    for (name, times) in [("step", 2), ("step by stage", 2), ("data", 4), ("mask", 4), ("forward", 4), ("backward", 4)]
     {
         assert_eq!(named(name).len(), times, "{name}: {:?}", named(name));
     }

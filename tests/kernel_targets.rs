@@ -93,7 +93,7 @@ fn the_contrastive_loss_agrees() -> Outcome {
     Ok(())
 }
 
-/// The strips of a CPU, and that no tensor is as large as all logits: of 150 MB the process comes to hold less than half.
+/// The strips of a CPU, and that no tensor is as large as all logits: of 604 MB the process comes to hold less than a third.
 fn the_contrastive_loss_of_a_large_batch_never_holds_all_logits() -> Outcome {
     for (rows, columns, offset) in [(70, 40_000, 39_000), (3, 3, 0)] {
         compare(
@@ -106,12 +106,12 @@ fn the_contrastive_loss_of_a_large_batch_never_holds_all_logits() -> Outcome {
     let (code, told, why) = crate::bridge::run("contrast")?;
     assert_eq!(code, Some(0), "{why}");
     let megabytes: f64 = told.trim().parse()?;
-    assert!((1.0..75.0).contains(&megabytes), "{megabytes} MB more");
+    assert!((1.0..200.0).contains(&megabytes), "{megabytes} MB more");
     Ok(())
 }
 
-/// Prints by how many megabytes the most that the process ever held grows with the loss of 6,144 pairs, value and
-/// gradients, whose logits are 151 MB.
+/// Prints by how many megabytes the most that the process ever held grows with the loss of 12,288 pairs, value
+/// and gradients, whose logits are 604 MB.
 pub fn peak() -> i32 {
     let most = || {
         let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
@@ -125,7 +125,7 @@ pub fn peak() -> i32 {
     };
     loss(300);
     let before = most();
-    loss(6144);
+    loss(12_288);
     println!("{}", most() - before);
     0
 }

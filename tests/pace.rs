@@ -280,8 +280,13 @@ fn a_question_in_a_loss_is_noticed() -> Outcome {
 }
 
 /// Where numbers of the host become constants of a device, once.
-const MAKERS: [&str; 4] =
-    ["src/op/adamw.rs", "src/op/attention/windows.rs", "src/op/shuffle.rs", "src/part/encoder/position.rs"];
+const MAKERS: [&str; 5] = [
+    "src/op/adamw.rs",
+    "src/op/attention/windows.rs",
+    "src/op/shuffle.rs",
+    "src/part/decoder/windows.rs",
+    "src/part/encoder/position.rs",
+];
 
 /// Without a device, a copy to it does nothing and is not noticed above: the sources are looked at. Views are the host's.
 fn nothing_that_a_loss_is_made_of_moves_numbers_between_host_and_device() -> Outcome {
