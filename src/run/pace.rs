@@ -197,7 +197,9 @@ impl Ahead {
         let input = self.inputs.entry(rows.len() as i64).or_insert_with(fresh);
         let [got, before] = [&part, &*input].map(described);
         if got != before {
-            return Err(Fault::failed(format!("a step got {got} after {before}; ahead of the device they stay alike")));
+            return Err(Fault::failed(format!(
+                "a step got {got}, after {before}; ahead of the device they stay alike"
+            )));
         }
         copy(&input.pixels, &part.pixels)?;
         copy(&input.origins, &part.origins)?;
