@@ -1,12 +1,11 @@
-//! Captions from their texts to a model that has learned them: other people's tokenizers, shards, training, zero-shot
-//! classification and retrieval.
+//! Captions from their shards to a model that has learned them: feeding, training, zero-shot classification, retrieval.
 
 use crate::job::occlude;
 use crate::refuse::{refused, text};
 use crate::server::Server;
-use crate::support::{Outcome, oracle};
+use crate::support::Outcome;
 use libtest_mimic::Failed;
-use occlude::data::caption::{LONGEST, Tokenizer, train};
+use occlude::data::caption::{LONGEST, Tokenizer};
 use occlude::data::mix::Mix;
 use occlude::data::order::Order;
 use occlude::data::set::DataSet;
@@ -26,10 +25,6 @@ use tch::Device;
 use tempfile::TempDir;
 
 crate::trials![
-    clips_byte_pairs_are_open_clips,
-    word_pieces_are_transformers,
-    a_learned_vocabulary_is_the_same_every_time,
-    a_caption_that_is_no_text_is_refused,
     captions_travel_from_disk_and_store_alike,
     a_sample_without_a_readable_caption_is_replaced,
     a_training_learns_to_match_and_is_judged_alike_on_any_ranks,
@@ -38,114 +33,12 @@ crate::trials![
     what_a_model_has_not_learned_is_refused,
 ];
 
-const TEXTS: [&str; 12] = [
-    "a photo of a cat",
-    "",
-    "Two dogs, one cat; it's 3 o'clock — they'll run!",
-    "  white   space\tand\nlines ",
-    "A VERY LOUD CAPTION WITH 1234567890 NUMBERS",
-    "naïve café, Übergröße, smørrebrød",
-    "日本語の説明 and some English",
-    "emoji 🐈‍⬛ and symbols €$%&*()_+=@#",
-    "supercalifragilisticexpialidocious antidisestablishmentarianism",
-    "we've I'm you'd can't 's 'S 'RE",
-    "x",
-    "a caption that goes on and on and on, for much longer than any model of this test would ever wish to read, so that \
-     it has to be cut somewhere, and the end mark has to come at the very end of what is left of it, wherever that is",
-];
-
-/// What an oracle makes of [`TEXTS`].
-fn theirs(which: &str, length: usize, place: &Path) -> Result<Vec<Value>, Failed> {
-    let folder = tempfile::tempdir()?;
-    let (request, reply) = (folder.path().join("request.json"), folder.path().join("reply.json"));
-    std::fs::write(&request, json!({"texts": TEXTS, "length": length}).to_string())?;
-    oracle("captions.py", &[which, &text(&request), &text(&reply), &text(place)])?;
-    Ok(serde_json::from_str(&std::fs::read_to_string(reply)?)?)
-}
-
-fn agrees(tokenizer: &Tokenizer, theirs: &[Value]) -> Outcome {
-    for (text, theirs) in TEXTS.iter().zip(theirs) {
-        assert_eq!(json!(tokenizer.ids(text)?), *theirs, "{text:?}");
-    }
-    Ok(())
-}
-
-fn clips_byte_pairs_are_open_clips() -> Outcome {
-    let folder = tempfile::tempdir()?;
-    for length in [77, 16] {
-        let theirs = theirs("clip", length, folder.path())?;
-        let list = theirs.last().and_then(Value::as_str).expect("the path of the list").to_owned();
-        for file in [list, text(folder.path().join("vocab.json"))] {
-            let tokenizer = Tokenizer::open(&file, length)?;
-            assert_eq!(tokenizer.size(), 49408);
-            agrees(&tokenizer, &theirs)?;
-        }
-    }
-    Ok(())
-}
-
-fn word_pieces_are_transformers() -> Outcome {
-    let folder = tempfile::tempdir()?;
-    // Letters and some words, so that both whole words and pieces occur.
-    let mut tokens: Vec<String> = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].map(str::to_owned).to_vec();
-    for letter in ('a'..='z').chain('0'..='9') {
-        tokens.extend([letter.to_string(), format!("##{letter}")]);
-    }
-    tokens
-        .extend(["cat", "photo", "of", "cap", "##tion", ",", "'", "!", "日", "very", "nai", "##ve"].map(str::to_owned));
-    let file = folder.path().join("vocab.txt");
-    std::fs::write(&file, tokens.join("\n") + "\n")?;
-    let tokenizer = Tokenizer::open(&text(&file), 32)?;
-    assert_eq!(tokenizer.size(), tokens.len());
-    agrees(&tokenizer, &theirs("bert", 32, &file)?)
-}
-
-fn a_learned_vocabulary_is_the_same_every_time() -> Outcome {
-    let captions: Vec<String> = (0..200).map(|i| format!("{} number {}", TEXTS[i % 5], i * 37)).collect();
-    let learned = |order: &[String]| train(order.iter().map(String::as_str), 150);
-    let first = learned(&captions)?;
-    let back: Vec<String> = captions.iter().rev().cloned().collect();
-    for again in [learned(&captions)?, learned(&back)?] {
-        assert!(again == first, "the same captions gave another vocabulary");
-    }
-    let folder = tempfile::tempdir()?;
-    let file = folder.path().join("tokenizer.json");
-    std::fs::write(&file, &first)?;
-    let tokenizer = Tokenizer::open(&text(&file), 24)?;
-    assert!((100..=150).contains(&tokenizer.size()), "{}", tokenizer.size());
-    let ids = tokenizer.ids("a photo of a cat")?;
-    assert!(ids.iter().all(|id| *id != 1) && ids[..3].iter().all(|id| *id > 1) && ids[23] == 0, "{ids:?}");
-    for (captions, words) in [(Vec::new(), "no caption"), (captions, "letters")] {
-        let fault = train(captions.iter().map(String::as_str), 8).expect_err("no vocabulary");
-        assert!(fault.code == Code::Usage && fault.message.contains(words), "{fault}");
-    }
-    Ok(())
-}
-
-fn a_caption_that_is_no_text_is_refused() -> Outcome {
-    let tokenizer = Tokenizer::open(&text(place().join("tokenizer.json")), 8)?;
-    let long = vec![b'a'; LONGEST + 1];
-    for (bytes, words) in [(&b"\xff\xfe"[..], "not UTF-8"), (&long, "the limit is")] {
-        let fault = tokenizer.caption(bytes).expect_err("no caption");
-        assert!(fault.code == Code::Corrupt && fault.message.contains(words), "{fault}");
-    }
-    assert_eq!(tokenizer.caption(&long[1..])?.len(), 8);
-    for (name, content) in [("no.json", "{"), ("no.txt", "one\ntwo"), ("vocab.json", "{\"a\": 1}"), ("list.gz", "gzip")]
-    {
-        let file = place().join(name);
-        std::fs::write(&file, content)?;
-        let fault = Tokenizer::open(&text(&file), 8).err().expect("no vocabulary");
-        assert!(fault.code == Code::Usage && fault.message.contains(name), "{fault}");
-    }
-    Ok(())
-}
-
 const COLOURS: [(&str, [u8; 3]); 4] =
     [("red", [220, 30, 30]), ("green", [30, 200, 40]), ("blue", [40, 50, 220]), ("yellow", [230, 220, 30])];
 const SHAPES: [&str; 3] = ["square", "bar", "pillar"];
 
 /// Captioned pictures of twelve kinds, packed into `train/` and `test/`, with a vocabulary learned from the captions.
-fn place() -> PathBuf {
+pub fn place() -> PathBuf {
     let mut made = SET.lock().unwrap_or_else(PoisonError::into_inner);
     made.get_or_insert_with(|| self::made().expect("captioned pictures")).path().to_owned()
 }
@@ -183,7 +76,7 @@ fn made() -> Result<TempDir, Failed> {
     Ok(folder)
 }
 
-fn run(words: &[&str]) -> Result<String, Failed> {
+pub fn run(words: &[&str]) -> Result<String, Failed> {
     let output = occlude(words).output()?;
     match output.status.success() {
         true => Ok(String::from_utf8(output.stdout)?),
@@ -349,18 +242,9 @@ fn a_training_learns_to_match_and_is_judged_alike_on_any_ranks() -> Outcome {
     let found: Value = serde_json::from_str(line.lines().last().expect("a line"))?;
     assert!(found["protocol"] == "zero-shot" && found["templates"] == 7 && found["classes"] == 4, "{found}");
     // The image tower alone is an encoder like any other.
-    let words = [
-        "evaluate",
-        "--checkpoint",
-        &text(&*TRAINED),
-        "--train",
-        &set("train"),
-        "--test",
-        &set("test"),
-        "--protocol",
-        "knn",
-    ];
-    let found: Value = serde_json::from_str(run(&words)?.lines().last().expect("a line"))?;
+    let (from, train, test) = (text(&*TRAINED), set("train"), set("test"));
+    let found = run(&["evaluate", "--checkpoint", &from, "--train", &train, "--test", &test, "--protocol", "knn"])?;
+    let found: Value = serde_json::from_str(found.lines().last().expect("a line"))?;
     assert!(found["top1"].as_f64().expect("a share") > 0.6, "{found}");
     Ok(())
 }
@@ -428,8 +312,8 @@ fn what_makes_no_sense_is_refused() -> Outcome {
     // Shares of a batch.
     let config = occlude::config::Config::parse(&config().to_string(), &["train.global_batch=50".into()])?;
     let faults = threads(3, |world| {
-        let order = (run.clone(), occlude::run::open::Resume::Never);
-        occlude::run::open::open(&config, &order.0, &order.1, &world).err().expect("no equal shares").message
+        let never = occlude::run::open::Resume::Never;
+        occlude::run::open::open(&config, &run, &never, &world).err().expect("no equal shares").message
     });
     assert!(faults.iter().all(|fault| fault.contains("give 48 or 51")), "{faults:?}");
     Ok(())

@@ -79,6 +79,7 @@ mod bench;
 mod peers;
 mod exchange;
 mod flip;
+mod vocabulary;
 mod captions;
 mod exchange_videomae;
 mod pth;
@@ -179,6 +180,7 @@ fn main() {
     trials.extend(peers::trials());
     trials.extend(exchange::trials());
     trials.extend(flip::trials());
+    trials.extend(vocabulary::trials());
     trials.extend(captions::trials());
     trials.extend(exchange_videomae::trials());
     trials.extend(pth::trials());

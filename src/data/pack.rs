@@ -27,7 +27,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use plan::{Part, Plan, Shard};
 use serde::{Deserialize, Serialize};
 use shape::{Shaped, Shaper};
-use source::Source;
+use source::{Picture, Source};
 use standing::Kept;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -65,7 +65,8 @@ pub struct Options {
     /// All sounds are decoded, brought to so many samples a second and stored as WAV of 16 bits and one channel;
     /// without it their bytes are stored as they came.
     pub rate: Option<u32>,
-    /// A WordPiece vocabulary of so many tokens is learned from the captions and written to this file.
+    /// A WordPiece vocabulary of so many tokens is learned from the captions, those of the test part apart, and written to
+    /// this file.
     pub tokenizer: Option<(usize, PathBuf)>,
     /// Threads that read and shape pictures; 0: one for each core, and more where pictures come from a store.
     pub threads: usize,
@@ -158,7 +159,7 @@ pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
     let mut source = Source::find(source, options.medium)?;
     let plan = Plan::new(&mut source, &out, options)?;
     if let Some((size, file)) = &options.tokenizer {
-        vocabulary(&source, *size, file)?;
+        vocabulary(&source.pictures[plan.learned_from()], *size, file)?;
     }
     let standing = standing::finished(&plan)?;
     let untouched = standing.is_some();
@@ -170,9 +171,9 @@ pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
     Ok(Packed { sets: plan.parts.iter().map(place).zip(manifests).collect(), bad, kept, untouched })
 }
 
-/// Learns a vocabulary from the source's captions.
-fn vocabulary(source: &Source, size: usize, file: &Path) -> Result<()> {
-    let captions = source.pictures.iter().filter_map(|picture| picture.caption.as_deref());
+/// Learns a vocabulary from the captions of pictures.
+fn vocabulary(pictures: &[Picture], size: usize, file: &Path) -> Result<()> {
+    let captions = pictures.iter().filter_map(|picture| picture.caption.as_deref());
     let text = caption::train(captions, size)?;
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
     let written = folder.map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(file, text + "\n"));
