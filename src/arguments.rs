@@ -121,7 +121,8 @@ pub struct PackArguments {
     /// Decode all sounds and store them as 16-bit WAV of one channel at this many samples a second
     #[arg(long, value_name = "HZ", requires = "sound")]
     pub rate: Option<u32>,
-    /// Learn a vocabulary (WordPiece, uncased) of this many tokens from the captions, for view.caption
+    /// Learn a vocabulary (WordPiece, uncased) of this many tokens from the captions, but for the test part's: for
+    /// view.caption
     #[arg(long, value_name = "N", requires = "tokenizer_out")]
     pub train_tokenizer: Option<usize>,
     /// Where that vocabulary is written, as a tokenizer.json
@@ -271,14 +272,13 @@ impl EvaluateArguments {
                 let learns = [("--train", self.train.is_some()), ("--recipe", self.recipe.is_some())];
                 let feature = [("--feature", self.feature.is_some())];
                 refuse(&[&learns[..], &feature, &votes, &recipes].concat(), "--protocol knn or linear")?;
+                if self.protocol == Protocol::Retrieval {
+                    refuse(&named, "--protocol zero-shot")?;
+                }
             }
         }
         let probe = match (self.protocol, self.recipe.unwrap_or(Recipe::Fast)) {
-            (Protocol::ZeroShot, _) => return Ok(self.about_captions(None)),
-            (Protocol::Retrieval, _) => {
-                refuse(&named, "--protocol zero-shot")?;
-                return Ok(self.about_captions(Some(captions::Task::Retrieval)));
-            }
+            (Protocol::ZeroShot | Protocol::Retrieval, _) => return Ok(self.about_captions()),
             (Protocol::Knn, _) => {
                 refuse(&[("--recipe", self.recipe.is_some())], "--protocol linear")?;
                 refuse(&recipes, "--protocol linear --recipe paper")?;
@@ -309,10 +309,13 @@ impl EvaluateArguments {
         Ok(Asked::Probe(Question { checkpoint, train, test, probe, feature, random, seed }))
     }
 
-    /// A question of captions: this task, or zero-shot classification.
-    fn about_captions(self, task: Option<captions::Task>) -> Asked {
-        let EvaluateArguments { checkpoint, test, classes, templates, tokenizer, random, seed, .. } = self;
-        let task = task.unwrap_or(captions::Task::ZeroShot { classes, templates });
+    /// The question of a protocol that compares images with captions.
+    fn about_captions(self) -> Asked {
+        let EvaluateArguments { checkpoint, test, protocol, classes, templates, tokenizer, random, seed, .. } = self;
+        let task = match protocol {
+            Protocol::Retrieval => captions::Task::Retrieval,
+            _ => captions::Task::ZeroShot { classes, templates },
+        };
         Asked::Captions(captions::Question { checkpoint, test, task, tokenizer, random, seed })
     }
 }

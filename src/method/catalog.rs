@@ -29,12 +29,12 @@ impl Config {
     /// What it asks of a run.
     pub fn needs(&self) -> Needs {
         match self {
-            Config::Mae(_) | Config::VideoMae(_) => Needs { captions: false, whole_batch: false, pictures: true },
+            Config::Mae(_) | Config::VideoMae(_) => Needs { whole_batch: false, pictures: true },
             Config::Flip(_) => flip::Config::NEEDS,
         }
     }
 
-    /// Tokens of a caption, and how many tokens there may be; of methods that read captions.
+    /// The text tower, of a method that reads captions: the config must say how, and samples must have some.
     pub fn text(&self) -> Option<&text::Config> {
         match self {
             Config::Flip(config) => Some(&config.text),

@@ -36,7 +36,7 @@ pub struct Config {
 }
 
 impl Config {
-    pub const NEEDS: Needs = Needs { captions: true, whole_batch: true, pictures: false };
+    pub const NEEDS: Needs = Needs { whole_batch: true, pictures: false };
 
     fn mask() -> Ratio {
         Ratio { ratio: 0.5 }

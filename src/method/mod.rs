@@ -63,8 +63,6 @@ impl Batch {
 /// What a method asks of a run beyond samples, known from its config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Needs {
-    /// It reads captions: the config must say how, and samples must have some.
-    pub captions: bool,
     /// Its loss compares the samples of a batch with each other: a rank's share is not cut, and all have equal ones.
     pub whole_batch: bool,
     /// It guesses pixels, of which pictures can be drawn.

@@ -61,6 +61,15 @@ pub enum Task {
     Retrieval,
 }
 
+impl Task {
+    fn protocol(&self) -> Protocol {
+        match self {
+            Task::ZeroShot { .. } => Protocol::ZeroShot,
+            Task::Retrieval => Protocol::Retrieval,
+        }
+    }
+}
+
 /// The last line of standard output.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Answer {
@@ -124,14 +133,15 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
         caption.tokenizer = file.clone();
     }
     let captions = open::tokenizer(&config)?.ok_or_else(|| method.no_captions())?;
-    let retrieves = matches!(question.task, Task::Retrieval);
+    let protocol = question.task.protocol();
+    let retrieves = protocol == Protocol::Retrieval;
     let set =
         if retrieves { Arc::new(Mix::one(DataSet::open(&question.test)?)) } else { samples::open(&question.test)? };
     open::captioned(&set.sets()[0], retrieves)?;
     let (classes, templates) = names(&question.task, &set)?;
     let hash = |text: String| blake3::hash(text.as_bytes()).to_hex()[..16].to_string();
     let texts = [
-        ("task", format!("{:?}", std::mem::discriminant(&question.task))),
+        ("protocol", format!("{protocol:?}")),
         ("classes and templates", hash(format!("{classes:?} {templates:?}"))),
         ("tokenizer", captions.digest().to_owned()),
         ("test set", blake3::hash(&set.digest()).to_hex()[..16].to_string()),
@@ -151,7 +161,7 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
     Ok(Answer {
         checkpoint: if question.random { "random" } else { "pretrained" },
         step: if question.random { 0 } else { loaded.manifest.step },
-        protocol: if retrieves { Protocol::Retrieval } else { Protocol::ZeroShot },
+        protocol,
         found,
         n_test,
         n_left_out: left_out,
@@ -199,11 +209,8 @@ impl Model {
         for class in classes {
             let ids = templates.iter().map(|template| self.captions.ids(&template.replace("{}", class)));
             let ids: Vec<i64> = ids.collect::<Result<Vec<_>>>()?.concat();
-            let mean = self.texts(&Tensor::from_slice(&ids).view([templates.len() as i64, -1]))?.mean_dim(
-                0,
-                false,
-                Kind::Float,
-            );
+            let vectors = self.texts(&Tensor::from_slice(&ids).view([templates.len() as i64, -1]))?;
+            let mean = vectors.mean_dim(0, false, Kind::Float);
             all.push(&mean / mean.norm().clamp_min(1e-12));
             ranks.beat();
         }
