@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 crate::trials![
     a_store_gives_what_the_disk_gives,
     a_slow_store_is_asked_for_many_samples_at_a_time,
+    the_first_step_is_fetched_first,
     what_is_kept_is_not_fetched_again,
     a_cache_keeps_to_its_limit,
     an_outage_is_ridden_out,
@@ -111,6 +112,26 @@ fn a_slow_store_is_asked_for_many_samples_at_a_time() -> Outcome {
     assert!(requests < 300, "300 samples in {requests} requests: neighbours were not joined");
     assert!(seconds < 0.1 * requests as f64 / 4.0, "{requests} requests of 100 ms took {seconds} s");
     assert!(both.server.most_under_way() >= 4 && both.server.connections() >= 4, "one connection caps throughput");
+    Ok(())
+}
+
+fn the_first_step_is_fetched_first() -> Outcome {
+    let both = Both::new()?;
+    both.server.faults(|faults| faults.latency = Duration::from_millis(100));
+    let source = Source { prefetch_bytes: 64 << 20, ..source(open(&both.url(), PATIENCE)?) };
+    let order = Order::mixed(&source.set.sizes(), 11, 2);
+    let shards = source.set.sets()[0].shards().len() as u64;
+    let before = both.server.requests();
+    let mut feed = Feed::train(source, order, 10, 0, 1, 0..2000)?;
+    feed.next().expect("a step")?;
+    let requests = both.server.requests() - before;
+    // The indices, the first step, and what was asked for meanwhile: 64 at a time, twice if need be.
+    assert!(requests <= 2 * shards + 128, "{requests} requests came before the first step was there");
+    // Far more is wanted in all.
+    for _ in 0..200 {
+        feed.next().expect("a step")?;
+    }
+    assert!(both.server.requests() - before > 300, "{} requests", both.server.requests() - before);
     Ok(())
 }
 

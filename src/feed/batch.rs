@@ -15,8 +15,8 @@ use std::time::Duration;
 
 /// How many bad samples a fault names.
 const NAMED: usize = 20;
-/// The most steps under way, for ranks whose steps are empty.
-const STEPS: usize = 1024;
+/// The most steps under way: more of them hide no store any better, and what lies ready is lost when a job stops.
+const STEPS: usize = 128;
 
 /// A step under way.
 struct Step {
