@@ -1,12 +1,14 @@
-"""Masked autoencoders as other people train them in PyTorch, as programs that take turns (turns.py).
+"""Masked autoencoders and FLIP as other people train them in PyTorch, as programs that take turns (turns.py).
 
-usage: peer_models.py transformers|blocks eager|compile NUMBERS_JSON
+usage: peer_models.py transformers|blocks|open_clip eager|compile NUMBERS_JSON
 
 transformers  ViTMAEForPreTraining
 blocks        timm's vision transformer blocks, put together as the official repository (facebookresearch/mae) has it; with
               blocks of PyTorch's own modules where timm is not installed
+open_clip     its two towers with patch dropout, and its contrastive loss
 
-NUMBERS: side, patch, encoder and decoder (width, depth, heads), batch, dtype (fp32, or bf16 by autocast), device, threads.
+NUMBERS: side, patch, encoder and decoder (width, depth, heads), batch, dtype (fp32, or bf16 by autocast), device, threads;
+for open_clip instead of the decoder: text (width, depth, heads), embed, vocabulary, length, ratio.
 Input is normalised pixels in the device's memory; AdamW is PyTorch's fused one, with the official groups.
 """
 import functools
@@ -109,6 +111,23 @@ class ByTransformers(nn.Module):
         return self.model(images).loss
 
 
+class ByOpenClip(nn.Module):
+    def __init__(self, side, patch, encoder, text, embed, vocabulary, length, ratio):
+        super().__init__()
+        from open_clip.loss import ClipLoss
+        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+        (width, depth, heads), (inner, layers, parts) = encoder, text
+        vision = CLIPVisionCfg(
+            layers=depth, width=width, head_width=width // heads, patch_size=patch, image_size=side, patch_dropout=ratio)
+        words = CLIPTextCfg(
+            context_length=length, vocab_size=vocabulary, width=inner, heads=parts, layers=layers)
+        self.model, self.loss = CLIP(embed, vision, words), ClipLoss()
+
+    def forward(self, images, ids):
+        return self.loss(*self.model(images, ids))
+
+
 def blocks_of():
     """The block to build with, and whose it is."""
     try:
@@ -119,6 +138,10 @@ def blocks_of():
 
 
 def build(name, numbers):
+    if name == "open_clip":
+        import open_clip
+        keys = ("side", "patch", "encoder", "text", "embed", "vocabulary", "length", "ratio")
+        return ByOpenClip(*[numbers[key] for key in keys]), f"open_clip {open_clip.__version__}"
     shape = [numbers[key] for key in ("side", "patch", "encoder", "decoder")]
     if name == "transformers":
         import transformers
@@ -138,13 +161,15 @@ def main():
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    images = torch.randn(numbers["batch"], 3, numbers["side"], numbers["side"], device=device)
+    batch = [torch.randn(numbers["batch"], 3, numbers["side"], numbers["side"], device=device)]
+    if name == "open_clip":
+        batch.append(torch.randint(numbers["vocabulary"], (numbers["batch"], numbers["length"]), device=device))
     run = torch.compile(model) if mode == "compile" else model
     rest = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=numbers["dtype"] == "bf16"):
-            loss = run(images)
+            loss = run(*batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

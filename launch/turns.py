@@ -17,6 +17,12 @@ SIZES = {
     "l16": {"side": 224, "patch": 16, "encoder": (1024, 24, 16), "decoder": (512, 8, 16)},
     "h14": {"side": 224, "patch": 14, "encoder": (1280, 32, 16), "decoder": (512, 8, 16)},
 }
+# Two towers: s16 is open_clip's ViT-S-16.
+PAIRS = {
+    "tiny": {"side": 32, "patch": 8, "encoder": (64, 2, 4), "text": (48, 1, 4), "embed": 32, "vocabulary": 100, "length": 9},
+    "s16": {"side": 224, "patch": 16, "encoder": (384, 12, 6), "text": (384, 12, 6), "embed": 384, "vocabulary": 49408,
+            "length": 77},
+}
 
 
 class NotRun(Exception):
@@ -35,12 +41,30 @@ def program():
 
 def config(side, patch, encoder, decoder, batch, dtype="fp32", mask_tokens="decoder"):
     """Our config of a MAE of these numbers (width, depth, heads)."""
-    shape = lambda numbers: dict(zip(("width", "depth", "heads"), numbers))
+    method = {"mae": {"encoder": shape(encoder), "decoder": shape(decoder), "target": {"normalize": True},
+                      "mask_tokens": mask_tokens}}
+    return whole("MAE", side, patch, encoder, method, batch, dtype)
+
+
+def config_of_pairs(side, patch, encoder, text, embed, vocabulary, length, ratio, batch, dtype="fp32"):
+    """Our config of FLIP with the towers of CLIP."""
+    method = {"flip": {"encoder": shape(encoder), "embed": embed, "mask": {"ratio": ratio}, "towers": "clip",
+                       "text": {"shape": shape(text), "vocabulary": vocabulary, "length": length}}}
+    return whole("FLIP", side, patch, encoder, method, batch, dtype) | {
+        "view": {"caption": {"tokenizer": "none", "length": length}}}
+
+
+def shape(numbers):
+    return dict(zip(("width", "depth", "heads"), numbers))
+
+
+def whole(name, side, patch, encoder, method, batch, dtype):
+    """A config without data, of which `bench` takes noise."""
+    width, depth, heads = encoder
     return {
-        "about": {"title": f"MAE {encoder[0]}/{encoder[1]}/{encoder[2]}", "source": "launch/turns.py", "measured": "now"},
+        "about": {"title": f"{name} {width}/{depth}/{heads}", "source": "launch/turns.py", "measured": "now"},
         "input": {"height": side, "width": side, "patch": patch},
-        "method": {"mae": {"encoder": shape(encoder), "decoder": shape(decoder), "target": {"normalize": True},
-                           "mask_tokens": mask_tokens}},
+        "method": method,
         "optim": {"lr": 1e-4},
         "data": {"train": "none"},
         "train": {"steps": 1, "global_batch": batch, "dtype": dtype},

@@ -5,7 +5,7 @@ use occlude::config::Config;
 use occlude::data::medium::Medium;
 use occlude::data::pack;
 use occlude::fault::{Fault, Result};
-use occlude::run::evaluate::{self, Probe, Protocol, Question, Recipe};
+use occlude::run::evaluate::{self, Probe, Protocol, Question, Recipe, captions};
 use occlude::run::evaluate::{nearest::Vote, paper::Paper, samples::Augmentation};
 use occlude::run::{bench, exchange, open::Resume};
 use std::path::PathBuf;
@@ -26,7 +26,8 @@ pub enum Verb {
     Inspect(InspectArguments),
     /// Train a model; under mpirun, on all of its ranks
     Train(TrainArguments),
-    /// Judge a checkpoint's frozen encoder on labelled shards, alone or under mpirun; the last line is one JSON object
+    /// Judge a checkpoint's frozen model on labelled or captioned shards, alone or under mpirun; the last line is one JSON
+    /// object
     Evaluate(EvaluateArguments),
     /// Draw what a checkpoint's model makes of your own files
     Reconstruct(ReconstructArguments),
@@ -70,6 +71,9 @@ pub struct TrainArguments {
     /// auto, never, or the checkpoint or run to begin from
     #[arg(long, default_value = "auto")]
     pub resume: Resume,
+    /// Begin another training with the weights of this checkpoint or run alone: no moments, from step 0, under any recipe
+    #[arg(long, value_name = "URL", conflicts_with = "resume")]
+    pub init: Option<String>,
     /// Write the first so many steps whole, for comparison with other implementations
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub dump_steps: u64,
@@ -117,6 +121,13 @@ pub struct PackArguments {
     /// Decode all sounds and store them as 16-bit WAV of one channel at this many samples a second
     #[arg(long, value_name = "HZ", requires = "sound")]
     pub rate: Option<u32>,
+    /// Learn a vocabulary (WordPiece, uncased) of this many tokens from the captions, but for the test part's: for
+    /// view.caption
+    #[arg(long, value_name = "N", requires = "tokenizer_out")]
+    pub train_tokenizer: Option<usize>,
+    /// Where that vocabulary is written, as a tokenizer.json
+    #[arg(long, value_name = "FILE", requires = "train_tokenizer")]
+    pub tokenizer_out: Option<PathBuf>,
     /// Threads that read and encode; 0: one for each core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -160,6 +171,7 @@ impl PackArguments {
             video: pack::Videos { encode: self.encode_video.map(coding), fps: self.fps, gop: self.gop },
             medium: if self.sound { Medium::Sound } else { Medium::Picture },
             rate: self.rate,
+            tokenizer: self.train_tokenizer.zip(self.tokenizer_out.clone()),
             threads: self.threads,
             ..Default::default()
         }
@@ -186,10 +198,10 @@ pub struct EvaluateArguments {
     /// A run or a checkpoint
     #[arg(long)]
     pub checkpoint: String,
-    /// Labelled shards that the probe learns from
+    /// knn, linear: labelled shards that the probe learns from
     #[arg(long)]
-    pub train: String,
-    /// Labelled shards that it is judged on
+    pub train: Option<String>,
+    /// Shards that it is judged on: labelled, or for retrieval captioned
     #[arg(long)]
     pub test: String,
     #[arg(long, value_enum)]
@@ -203,6 +215,15 @@ pub struct EvaluateArguments {
     /// Seed of the probe and of freshly drawn weights; the run's own when left out
     #[arg(long)]
     pub seed: Option<u64>,
+    /// zero-shot: the classes' names, a line each; the set's own when left out
+    #[arg(long, value_name = "FILE")]
+    pub classes: Option<PathBuf>,
+    /// zero-shot: sentences with {} for a class's name, a line each; seven of CLIP's when left out
+    #[arg(long, value_name = "FILE")]
+    pub templates: Option<PathBuf>,
+    /// zero-shot, retrieval: the vocabulary, where it lies elsewhere than in the training
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<String>,
     /// knn: how many training samples vote [default: 20]
     #[arg(long)]
     pub k: Option<i64>,
@@ -231,7 +252,7 @@ pub struct EvaluateArguments {
 
 impl EvaluateArguments {
     /// The question, or a fault where an option belongs to another protocol or recipe than the one asked for.
-    pub fn question(self) -> Result<Question> {
+    pub fn question(self) -> Result<Asked> {
         let votes = [("--k", self.k.is_some()), ("--temperature", self.temperature.is_some())];
         let recipes = [
             ("--epochs", self.epochs.is_some()),
@@ -240,7 +261,24 @@ impl EvaluateArguments {
             ("--warmup-epochs", self.warmup_epochs.is_some()),
             ("--augmentation", self.augmentation.is_some()),
         ];
+        let named = [("--classes", self.classes.is_some()), ("--templates", self.templates.is_some())];
+        let vocabulary = [("--tokenizer", self.tokenizer.is_some())];
+        match self.protocol {
+            Protocol::Knn | Protocol::Linear => {
+                refuse(&named, "--protocol zero-shot")?;
+                refuse(&vocabulary, "--protocol zero-shot or retrieval")?;
+            }
+            Protocol::ZeroShot | Protocol::Retrieval => {
+                let learns = [("--train", self.train.is_some()), ("--recipe", self.recipe.is_some())];
+                let feature = [("--feature", self.feature.is_some())];
+                refuse(&[&learns[..], &feature, &votes, &recipes].concat(), "--protocol knn or linear")?;
+                if self.protocol == Protocol::Retrieval {
+                    refuse(&named, "--protocol zero-shot")?;
+                }
+            }
+        }
         let probe = match (self.protocol, self.recipe.unwrap_or(Recipe::Fast)) {
+            (Protocol::ZeroShot | Protocol::Retrieval, _) => return Ok(self.about_captions()),
             (Protocol::Knn, _) => {
                 refuse(&[("--recipe", self.recipe.is_some())], "--protocol linear")?;
                 refuse(&recipes, "--protocol linear --recipe paper")?;
@@ -266,8 +304,26 @@ impl EvaluateArguments {
             }
         };
         let EvaluateArguments { checkpoint, train, test, feature, random, seed, .. } = self;
-        Ok(Question { checkpoint, train, test, probe, feature, random, seed })
+        let train =
+            train.ok_or_else(|| Fault::usage("--train is missing: labelled shards that the probe learns from"))?;
+        Ok(Asked::Probe(Question { checkpoint, train, test, probe, feature, random, seed }))
     }
+
+    /// The question of a protocol that compares images with captions.
+    fn about_captions(self) -> Asked {
+        let EvaluateArguments { checkpoint, test, protocol, classes, templates, tokenizer, random, seed, .. } = self;
+        let task = match protocol {
+            Protocol::Retrieval => captions::Task::Retrieval,
+            _ => captions::Task::ZeroShot { classes, templates },
+        };
+        Asked::Captions(captions::Question { checkpoint, test, task, tokenizer, random, seed })
+    }
+}
+
+/// What `evaluate` is asked: to train a probe, or to compare with captions.
+pub enum Asked {
+    Probe(Question),
+    Captions(captions::Question),
 }
 
 /// Refuses the first option that was given and belongs to something else.

@@ -2,11 +2,13 @@
 
 mod arguments;
 
-use arguments::{Arguments, Benched, ImportArguments, InspectArguments, Verb};
+use arguments::{Arguments, Asked, Benched, ImportArguments, InspectArguments, Verb};
 use clap::Parser;
 use occlude::data::pack;
 use occlude::device::{self, Requests};
 use occlude::fault::{Fault, Result};
+use occlude::run::evaluate::captions;
+use occlude::run::open::Resume;
 use occlude::run::{bench, budget, doctor, evaluate, exchange, inspect, reconstruct, report, roof, train};
 use occlude::{bridge, config};
 use std::io::Write;
@@ -42,7 +44,8 @@ fn run(verb: Verb) -> Result<()> {
             let config = a.config.read();
             let requests = Requests::listen()?;
             let world = device::join()?;
-            let order = train::Order { run: a.run, resume: a.resume, dump_steps: a.dump_steps };
+            let resume = a.init.map_or(a.resume, Resume::Weights);
+            let order = train::Order { run: a.run, resume, dump_steps: a.dump_steps };
             let work = || train::train(&config?, &order, &world, &requests);
             // A stop on request is every rank's, and one rank tells it.
             device::together(world.as_ref(), work).map_err(|fault| match world.rank() {
@@ -70,9 +73,12 @@ fn run(verb: Verb) -> Result<()> {
             let question = a.question();
             let world = device::join()?;
             device::together(world.as_ref(), || {
-                let answer = evaluate::evaluate(&question?, &world)?;
+                let answer = match question? {
+                    Asked::Probe(question) => serde_json::to_string(&evaluate::evaluate(&question, &world)?),
+                    Asked::Captions(question) => serde_json::to_string(&captions::evaluate(&question, &world)?),
+                };
                 if world.rank() == 0 {
-                    println!("{}", serde_json::to_string(&answer).expect("an answer is JSON"));
+                    println!("{}", answer.expect("an answer is JSON"));
                 }
                 Ok(())
             })

@@ -14,6 +14,7 @@ use tch::Device;
 
 crate::trials![
     a_step_by_stages_moves_the_weights_as_the_trainer_does,
+    captions_are_a_part_of_noise,
     the_table_tells_every_part_and_its_last_line_is_json,
     without_data_it_takes_noise_and_says_why,
     turns_are_taken_for_every_line,
@@ -48,6 +49,18 @@ fn a_step_by_stages_moves_the_weights_as_the_trainer_does() -> Outcome {
     assert!(average(step).equal(&average(stages)), "the averages differ");
     let fresh = Bench::new(&config, &world, true)?.0;
     assert!(!fresh.stepper.flat.master.equal(&step.flat.master), "nothing moved");
+    Ok(())
+}
+
+fn captions_are_a_part_of_noise() -> Outcome {
+    let config = Config::parse(include_str!("../configs/tiny/flip.json"), &["train.global_batch=8".into()])?;
+    let world: Arc<dyn World> = Arc::new(Solo::new(Device::Cpu));
+    let mut bench = Bench::new(&config, &world, false)?.0;
+    let begun = bench.stepper.flat.master.copy();
+    bench.step()?;
+    let moved = bench.stepper.flat.master.copy();
+    assert_eq!(bench.stages()?.1, 8 * (3 * 64 * 64 + 16 * 8), "pixels and ids");
+    assert!(!begun.equal(&moved) && !moved.equal(&bench.stepper.flat.master), "both kinds of steps move the weights");
     Ok(())
 }
 

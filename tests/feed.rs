@@ -45,6 +45,7 @@ fn source(set: &Arc<Mix>) -> Source {
     Source {
         set: set.clone(),
         cache: None,
+        captions: None,
         medium: Medium::Picture,
         view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, 11, id, epoch, 0, out)),
         shape: grid.pixels(),

@@ -285,6 +285,7 @@ fn a_feed_of_videos_is_the_same_on_any_number_of_ranks() -> Outcome {
             let view = view.clone();
             move |picture, id, epoch, out| view.train(&grid, picture, 11, id, epoch, 0, out)
         }),
+        captions: None,
         medium: Medium::Picture,
         shape: grid.pixels(),
         limits: Limits::default(),

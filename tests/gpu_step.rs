@@ -1,6 +1,7 @@
 //! A training on a CUDA device beside the same on the CPU, and steps as graphs beside the same one by one.
 
 use crate::bridge::run;
+use crate::flip;
 use crate::step::{BATCH, BUCKET, LR, Path, input, load, optim, state, stepper};
 use crate::support::{Outcome, skipped};
 use libtest_mimic::{Failed, Trial};
@@ -23,9 +24,10 @@ use tch::{Device, Kind, Tensor, no_grad};
 type OnDevice = fn() -> Result<()>;
 
 /// What needs a device, each in a process of its own: test, case, body.
-const ON_A_DEVICE: [(&str, &str, OnDevice); 7] = [
+const ON_A_DEVICE: [(&str, &str, OnDevice); 8] = [
     ("a_training_on_a_device_takes_the_path_of_the_cpu", "gpu-path", path),
     ("captured_steps_take_the_path_of_the_cpu_also_in_ragged_micro_batches", "gpu-captured", captured),
+    ("captured_steps_with_captions_take_the_path_of_the_cpu", "gpu-captions", captions),
     ("captured_steps_equal_the_same_steps_queued_one_by_one_to_the_bit", "gpu-equal", equal),
     ("a_training_that_is_taken_up_again_equals_one_that_went_on_to_the_bit", "gpu-resumed", resumed),
     ("a_bad_step_is_refused_inside_a_graph", "gpu-refused", refused),
@@ -118,6 +120,31 @@ impl Run {
         assert!(told.iter().all(|outcome| outcome.bad_ranks.is_empty()));
         Ok(told.iter().map(|outcome| outcome.loss).collect())
     }
+}
+
+/// The losses of ten steps of two towers, and how many parts were captured.
+fn pairs(towers: &'static str, world: &Arc<dyn World>) -> Result<(Vec<f64>, usize)> {
+    let mut stepper = flip::stepper(towers, world.clone());
+    let mut ahead = Ahead::new(flip::PAIRS, &stepper, world)?;
+    let mut told: Vec<step::Outcome> = Vec::new();
+    for step in 0..10 {
+        told.extend(ahead.step(&mut stepper, &flip::share(step, world.as_ref()), LR)?);
+    }
+    told.extend(ahead.settle(&stepper)?);
+    Ok((told.iter().map(|outcome| outcome.loss).collect(), ahead.captured()))
+}
+
+/// Likenesses are multiplied by 14 ahead of their exponentials, and what a device rounds otherwise with them: 1e-4.
+fn captions() -> Result<()> {
+    let cpu: Arc<dyn World> = Arc::new(Solo::new(Device::Cpu));
+    for towers in ["plain", "clip"] {
+        let (wanted, _) = pairs(towers, &cpu)?;
+        let (losses, captured) = pairs(towers, &gpu())?;
+        assert_eq!((losses.len(), captured), (10, 1));
+        let off = losses.iter().zip(&wanted).map(|(ours, theirs)| (ours - theirs).abs() / theirs).fold(0.0, f64::max);
+        assert!(off <= 1e-4, "{towers}: off by {off:e}: {losses:?} for {wanted:?}");
+    }
+    Ok(())
 }
 
 fn equal() -> Result<()> {

@@ -302,6 +302,7 @@ fn any_number_of_ranks_hears_the_same_batch() -> Outcome {
         Source {
             set: set.clone(),
             cache: None,
+            captions: None,
             medium: view.medium(),
             view: Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, 5, id, epoch, 0, out)),
             shape: grid.pixels(),

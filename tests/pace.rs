@@ -3,6 +3,7 @@
 
 use crate::architecture::{files, short, text};
 use crate::bridge::run;
+use crate::flip;
 use crate::step::{BATCH, BUCKET, LR, Path, input, load, state, stepper, tiny};
 use crate::support::Outcome;
 use occlude::bridge::record::{Recorder, Span};
@@ -29,6 +30,7 @@ crate::trials![
     an_outcome_comes_one_step_late_and_the_last_when_it_is_asked_for,
     a_bad_step_ahead_is_refused_by_all_ranks,
     a_step_ahead_asks_nothing_of_the_device,
+    a_step_ahead_with_captions_asks_nothing_of_the_device,
     a_question_in_a_loss_is_noticed,
     nothing_that_a_loss_is_made_of_moves_numbers_between_host_and_device,
     a_step_ahead_leaves_no_memory_behind,
@@ -172,16 +174,36 @@ fn questions(asked: &[&Span]) -> BTreeSet<String> {
 /// The spans of each of some steps.
 fn recorded(method: impl Method + 'static) -> Vec<Vec<Span>> {
     let mut run = Run::new(method, alone());
-    let step = |step| {
+    spans(|step| drop(run.step(step)))
+}
+
+fn spans(mut step: impl FnMut(u64)) -> Vec<Vec<Span>> {
+    let mut recorded = |at| {
         let recorder = Recorder::start().expect("a recorder");
-        let _ = run.step(step);
+        step(at);
         recorder.stop()
     };
-    (0..4).map(step).collect()
+    (0..4).map(&mut recorded).collect()
 }
 
 fn a_step_ahead_asks_nothing_of_the_device() -> Outcome {
-    let steps = recorded(tiny());
+    asks_nothing(&recorded(tiny()));
+    Ok(())
+}
+
+fn a_step_ahead_with_captions_asks_nothing_of_the_device() -> Outcome {
+    for towers in ["plain", "clip"] {
+        let world = alone();
+        let mut stepper = flip::stepper(towers, world.clone());
+        let mut ahead = Ahead::new(flip::PAIRS, &stepper, &world)?;
+        asks_nothing(&spans(|step| {
+            drop(ahead.step(&mut stepper, &flip::share(step, world.as_ref()), LR).expect("a step"));
+        }));
+    }
+    Ok(())
+}
+
+fn asks_nothing(steps: &[Vec<Span>]) {
     let asked: Vec<_> = steps.iter().map(|spans| asked(spans)).collect();
     for (step, asked) in asked.iter().enumerate() {
         assert!(asked.len() > 500, "step {step} asks for {} operations only", asked.len());
@@ -195,7 +217,6 @@ fn a_step_ahead_asks_nothing_of_the_device() -> Outcome {
     for later in &asked[2..] {
         assert_eq!(names(later), names(&asked[1]), "the same operations in every step");
     }
-    Ok(())
 }
 
 /// A method whose loss looks at a number.
@@ -209,8 +230,8 @@ impl Method for Curious {
     fn recompute(&mut self) {
         self.0.recompute();
     }
-    fn work(&self) -> Work {
-        self.0.work()
+    fn work(&self, batch: u64) -> Work {
+        self.0.work(batch)
     }
     fn name(&self) -> &'static str {
         self.0.name()

@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 crate::trials![
     peers_of_the_same_size_take_turns_in_one_table,
     a_peer_that_cannot_run_is_told_and_the_others_go_on,
+    towers_of_the_same_size_take_turns_with_open_clips,
     what_a_gpu_is_asked_in_parts_comes_together,
 ];
 
@@ -69,6 +70,19 @@ fn a_peer_that_cannot_run_is_told_and_the_others_go_on() -> Outcome {
     assert!(told.contains("not run: ImportError: not installed here"), "{told}");
     assert!(rows[0]["fault"].is_string() && rows[1]["ratio"].is_number(), "{told}");
     assert!(told.contains("blocks of PyTorch's modules"), "{told}");
+    Ok(())
+}
+
+fn towers_of_the_same_size_take_turns_with_open_clips() -> Outcome {
+    let words = ["--size", "tiny", "--batch", "3", "--pairs", "2", "--threads", "1", "--ratio", "0.5"];
+    let output = script("bench_captions", &words).output()?;
+    let told = told(&output);
+    assert!(output.status.success(), "{told}");
+    for what in ["0.5 hidden: ours / open_clip", "ours: 0.5 hidden / none hidden"] {
+        let line = told.lines().find(|line| line.starts_with(what)).unwrap_or_else(|| panic!("{what} in {told}"));
+        let ratio = line.split_once("ratio ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<f64>().ok());
+        assert!(ratio.is_some_and(|ratio| ratio > 0.0), "{line}");
+    }
     Ok(())
 }
 

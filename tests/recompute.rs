@@ -1,8 +1,9 @@
 //! Blocks that run again in backward: the same numbers and the same order of hooks, in less memory.
 
 use crate::bridge::run;
+use crate::flip;
 use crate::step::{BATCH, BUCKET, LR, input, share, stepper, tiny};
-use crate::support::Outcome;
+use crate::support::{Outcome, normal};
 use occlude::device::solo::{Solo, threads};
 use occlude::grid::Input;
 use occlude::method::{Batch, Method, mae, videomae};
@@ -16,6 +17,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 crate::trials![
     losses_and_gradients_are_the_same_to_the_bit,
     a_clip_s_losses_and_gradients_are_the_same_to_the_bit,
+    both_towers_losses_and_gradients_are_the_same_to_the_bit,
     hooks_fire_once_and_in_the_order_of_backward,
     features_need_no_second_run,
     less_memory_is_held,
@@ -62,6 +64,16 @@ fn a_clip_s_losses_and_gradients_are_the_same_to_the_bit() -> Outcome {
     let micro = [Batch::new(pixels.view([3, 1, 4, 16, 16]), &origins, 5)];
     let (plain, again) = (after(clip(), Kind::Float, &micro), after(forgetful(clip()), Kind::Float, &micro));
     assert!(plain.0 == again.0 && plain.1.equal(&again.1) && plain.2.equal(&again.2));
+    Ok(())
+}
+
+fn both_towers_losses_and_gradients_are_the_same_to_the_bit() -> Outcome {
+    for (kind, towers) in [(Kind::Float, "clip"), (Kind::BFloat16, "plain")] {
+        let micro = [flip::batch(&normal(1, &[4, 3, 1, 16, 16]))];
+        let case = flip::tiny(towers);
+        let (plain, again) = (after(case.method(), kind, &micro), after(forgetful(case.method()), kind, &micro));
+        assert!(plain.0 == again.0 && plain.1.equal(&again.1) && plain.2.equal(&again.2), "{kind:?}, {towers}");
+    }
     Ok(())
 }
 

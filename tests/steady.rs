@@ -89,6 +89,7 @@ fn source(url: &str, view: ViewFn, prefetch_bytes: usize) -> Result<Source> {
     Ok(Source {
         set,
         cache: None,
+        captions: None,
         medium,
         view,
         shape,

@@ -78,6 +78,9 @@ mod verbs;
 mod bench;
 mod peers;
 mod exchange;
+mod flip;
+mod vocabulary;
+mod captions;
 mod exchange_videomae;
 mod pth;
 mod architecture;
@@ -176,10 +179,14 @@ fn main() {
     trials.extend(bench::trials());
     trials.extend(peers::trials());
     trials.extend(exchange::trials());
+    trials.extend(flip::trials());
+    trials.extend(vocabulary::trials());
+    trials.extend(captions::trials());
     trials.extend(exchange_videomae::trials());
     trials.extend(pth::trials());
     trials.extend(architecture::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     job::clean();
+    captions::clean();
     conclusion.exit();
 }

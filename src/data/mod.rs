@@ -13,6 +13,7 @@ pub mod complete; // does a file hold all of its picture
 pub mod clip; // videos, by a process of their own
 pub mod decode; // bytes become pixels
 pub mod sound; // bytes become samples of sound, and those a spectrogram
+pub mod caption; // captions become token ids
 pub mod medium; // pictures or sounds
 pub mod write; // a shard being written
 pub mod pack; // pictures and sounds become shards

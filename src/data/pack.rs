@@ -16,6 +16,7 @@ mod voice; // one sound does
 mod plan; // which picture goes into which shard
 mod standing; // what stands at the destination already
 
+use super::caption;
 use super::decode::Limits;
 use super::medium::Medium;
 use super::set::{Listed, Manifest};
@@ -26,8 +27,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use plan::{Part, Plan, Shard};
 use serde::{Deserialize, Serialize};
 use shape::{Shaped, Shaper};
-use source::Source;
+use source::{Picture, Source};
 use standing::Kept;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::ScopedJoinHandle;
 
@@ -63,6 +65,9 @@ pub struct Options {
     /// All sounds are decoded, brought to so many samples a second and stored as WAV of 16 bits and one channel;
     /// without it their bytes are stored as they came.
     pub rate: Option<u32>,
+    /// A WordPiece vocabulary of so many tokens is learned from the captions, those of the test part apart, and written to
+    /// this file.
+    pub tokenizer: Option<(usize, PathBuf)>,
     /// Threads that read and shape pictures; 0: one for each core, and more where pictures come from a store.
     pub threads: usize,
 }
@@ -123,6 +128,7 @@ impl Default for Options {
             quality: None,
             video: Videos::default(),
             rate: None,
+            tokenizer: None,
             threads: 0,
         }
     }
@@ -152,6 +158,9 @@ pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
     }
     let mut source = Source::find(source, options.medium)?;
     let plan = Plan::new(&mut source, &out, options)?;
+    if let Some((size, file)) = &options.tokenizer {
+        vocabulary(&source.pictures[plan.learned_from()], *size, file)?;
+    }
     let standing = standing::finished(&plan)?;
     let untouched = standing.is_some();
     let (manifests, bad, kept) = match standing {
@@ -160,6 +169,15 @@ pub fn pack(source: &str, url: &str, options: &Options) -> Result<Packed> {
     };
     let place = |part: &Part| part.store.name("").trim_end_matches('/').to_owned();
     Ok(Packed { sets: plan.parts.iter().map(place).zip(manifests).collect(), bad, kept, untouched })
+}
+
+/// Learns a vocabulary from the captions of pictures.
+fn vocabulary(pictures: &[Picture], size: usize, file: &Path) -> Result<()> {
+    let captions = pictures.iter().filter_map(|picture| picture.caption.as_deref());
+    let text = caption::train(captions, size)?;
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let written = folder.map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(file, text + "\n"));
+    written.map_err(|error| Fault::usage(format!("{}: {error}; give a file that can be written", file.display())))
 }
 
 impl Options {

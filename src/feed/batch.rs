@@ -221,8 +221,14 @@ impl Belt {
         let [c, t, y, x] = self.source.shape;
         let shape = [kept as i64, c, t, y, x * kind.elt_size_in_bytes() as i64];
         let pixels = lend(Lent { bytes: pixels, back: self.spare.0.clone() }, &shape)?;
+        let length = self.source.captions.as_ref().map(|captions| captions.length() as i64);
+        let ids = |length| -> Result<tch::Tensor> {
+            let ids: Vec<i64> = rows.iter().flat_map(|row| row.text.iter().flatten()).copied().collect();
+            Ok(tch::Tensor::from_slice(&ids).f_view([rows.len() as i64, length])?)
+        };
         Ok(Rows {
             step,
+            text: length.map(ids).transpose()?,
             ids: rows.iter().map(|row| row.id).collect(),
             epochs: rows.iter().map(|row| row.epoch).collect(),
             labels: self.labelled.then(|| rows.iter().filter_map(|row| row.label).collect()),

@@ -5,6 +5,7 @@
 use super::Source;
 use super::row::{Order, Raw};
 use crate::data::cache::Cache;
+use crate::data::caption;
 use crate::data::medium::Medium;
 use crate::data::mix::Mix;
 use crate::data::shard::Shard;
@@ -40,6 +41,8 @@ pub struct Fetched {
     pub bytes: Bytes,
     /// The `.cls` member, where labels are wanted.
     pub label: Option<Bytes>,
+    /// The `.txt` member, where captions are wanted.
+    pub caption: Option<Bytes>,
     /// Its part of the budget, given back when the sample is decoded.
     _held: Arc<OwnedSemaphorePermit>,
 }
@@ -64,6 +67,7 @@ impl Fetcher {
             cache: source.cache.clone(),
             medium: source.medium,
             labelled,
+            captioned: source.captions.is_some(),
             requests: Arc::new(Semaphore::new(REQUESTS)),
             budget: Arc::new(Semaphore::new(units as usize)),
             units,
@@ -99,6 +103,7 @@ struct Errand {
     cache: Option<Arc<Cache>>,
     medium: Medium,
     labelled: bool,
+    captioned: bool,
     requests: Arc<Semaphore>,
     budget: Arc<Semaphore>,
     /// Units in all.
@@ -164,7 +169,7 @@ impl Errand {
             let (set, index) = self.set.set(order.index);
             let row = set.place(index).1;
             match self.members(&shard, row) {
-                Ok((image, label)) => wanted.push(Wanted { order, row, image, label }),
+                Ok((image, beside)) => wanted.push(Wanted { order, row, image, beside }),
                 Err(fault) => self.fail(vec![order], &fault),
             }
         }
@@ -189,10 +194,12 @@ impl Errand {
     }
 
     /// Where the members of a sample lie that a decoder wants.
-    fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, Option<Range<u64>>)> {
+    fn members(&self, shard: &Shard, row: usize) -> Result<(Range<u64>, Beside)> {
         let image = shard.wanted(row, self.medium.extensions())?;
         let label = if self.labelled { shard.member(row, &["cls"]) } else { None };
-        Ok((image.offset..image.end(), label.map(|label| label.offset..label.end())))
+        let caption = if self.captioned { Some(caption::member(shard, row)?) } else { None };
+        let beside = [label, caption].map(|member| member.map(|member| member.offset..member.end()));
+        Ok((image.offset..image.end(), beside))
     }
 
     /// Fetches samples of one shard, neighbours together.
@@ -211,9 +218,10 @@ impl Errand {
             let from = member.start - runs[at].start;
             fetched[at].slice(from as usize..(from + member.end - member.start) as usize)
         };
-        for Wanted { mut order, row, image, label } in wanted {
-            let (bytes, label) = (cut(&image), label.as_ref().map(cut));
-            order.raw = Raw::Fetched(Ok(Fetched { shard: shard.clone(), row, bytes, label, _held: held.clone() }));
+        for Wanted { mut order, row, image, beside } in wanted {
+            let (bytes, [label, caption]) = (cut(&image), beside.map(|member| member.as_ref().map(cut)));
+            let (shard, _held) = (shard.clone(), held.clone());
+            order.raw = Raw::Fetched(Ok(Fetched { shard, row, bytes, label, caption, _held }));
             let _ = self.out.send(order);
         }
     }
@@ -234,6 +242,9 @@ impl Errand {
     }
 }
 
+/// Where a sample's label and its caption lie, as far as they are wanted and there.
+type Beside = [Option<Range<u64>>; 2];
+
 /// Samples of one shard, and the runs of bytes that hold them.
 struct Group {
     shard: Arc<Shard>,
@@ -243,7 +254,8 @@ struct Group {
 
 impl Group {
     fn new(shard: Arc<Shard>, wanted: Vec<Wanted>) -> Group {
-        let members = wanted.iter().flat_map(|wanted| [Some(&wanted.image), wanted.label.as_ref()]).flatten();
+        let members =
+            wanted.iter().flat_map(|wanted| std::iter::once(&wanted.image).chain(wanted.beside.iter().flatten()));
         let runs = runs(members.cloned().collect());
         Group { shard, wanted, runs }
     }
@@ -258,13 +270,13 @@ struct Wanted {
     order: Order,
     row: usize,
     image: Range<u64>,
-    label: Option<Range<u64>>,
+    beside: Beside,
 }
 
 impl Wanted {
     fn bytes(&self) -> u64 {
         let length = |range: &Range<u64>| range.end - range.start;
-        length(&self.image) + self.label.as_ref().map_or(0, length)
+        length(&self.image) + self.beside.iter().flatten().map(length).sum::<u64>()
     }
 }
 

@@ -13,6 +13,7 @@ mod batch;
 pub use clock::{Clock, Stage, process_seconds};
 
 use crate::data::cache::Cache;
+use crate::data::caption::Tokenizer;
 use crate::data::decode::Limits;
 use crate::data::medium::{Medium, Sample};
 use crate::data::mix::Mix;
@@ -44,6 +45,8 @@ pub struct Source {
     /// What samples are decoded as; it decides the element of a row.
     pub medium: Medium,
     pub view: ViewFn,
+    /// Makes the samples' captions into ids, where they are wanted.
+    pub captions: Option<Arc<Tokenizer>>,
     /// [C, T, Y, X] of what the view returns.
     pub shape: [i64; 4],
     pub limits: Limits,
@@ -77,6 +80,8 @@ pub struct Rows {
     /// [rows, C, T, Y, X] on the CPU, of the medium's element. The memory is the feed's own, and serves another step once
     /// every tensor over it is gone.
     pub pixels: Tensor,
+    /// Ids of the captions, int64 [rows, L] on the CPU, where the source has a tokenizer.
+    pub text: Option<Tensor>,
     /// How long the caller waited for it.
     pub waited: Duration,
 }
@@ -88,13 +93,13 @@ impl Rows {
     }
 }
 
-/// Some rows of pixels on a device. Where they are there already nothing is copied. From a CPU to a GPU they go through
-/// pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
-pub fn to_device(pixels: &Tensor, rows: Range<usize>, device: Device) -> Result<Tensor> {
-    let pixels = pixels.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
-    match pixels.device() == device {
-        true => Ok(pixels),
-        false => Ok(pixels.f_pin_memory(device)?.f_to_device_(device, pixels.kind(), true, false)?),
+/// Some rows of pixels or captions on a device. Where they are there already nothing is copied. From a CPU to a GPU they
+/// go through pinned memory, which libtorch keeps for the next time, and without waiting for the copy.
+pub fn to_device(all: &Tensor, rows: Range<usize>, device: Device) -> Result<Tensor> {
+    let part = all.f_narrow(0, rows.start as i64, (rows.end - rows.start) as i64)?;
+    match part.device() == device {
+        true => Ok(part),
+        false => Ok(part.f_pin_memory(device)?.f_to_device_(device, all.kind(), true, false)?),
     }
 }
 

@@ -3,6 +3,7 @@
 use super::Source;
 use super::clock::{Clock, Stage};
 use super::fetch::Fetched;
+use crate::data::caption;
 use crate::data::decode::Limits;
 use crate::data::medium::Decoder;
 use crate::data::shard::Shard;
@@ -51,6 +52,8 @@ pub struct Row {
     pub label: Option<i64>,
     /// Rows of the view that show the sample.
     pub valid: u32,
+    /// Ids of its caption, where captions are wanted.
+    pub text: Option<Vec<i64>>,
 }
 
 /// A sample's bytes, and where they came from.
@@ -59,6 +62,7 @@ struct Sample<'a> {
     row: usize,
     coded: Coded<'a>,
     label: Option<i64>,
+    text: Option<Vec<i64>>,
 }
 
 /// A picture or sound as its file has it.
@@ -88,6 +92,7 @@ pub struct Desk {
 struct Files {
     coded: Vec<u8>,
     label: Vec<u8>,
+    caption: Vec<u8>,
 }
 
 impl Desk {
@@ -161,7 +166,7 @@ impl Reader {
     fn make(&self, desk: &mut Desk, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
         let Source { set, medium, view, shape, .. } = &self.source;
         let Desk { decoder, files } = desk;
-        let Sample { shard, row, coded, label } = self.clock.of(Stage::Fetch, || self.read(index, raw, files))?;
+        let Sample { shard, row, coded, label, text } = self.clock.of(Stage::Fetch, || self.read(index, raw, files))?;
         let place = || format!("{}: {}", shard.name(), shard.key(row));
         if self.labelled && label.is_none() {
             return Err(Fault::new(Code::Corrupt, format!("{}: it has no .cls, other samples have", place())));
@@ -173,7 +178,7 @@ impl Reader {
         let viewed = self.clock.of(Stage::View, || view(opened, id, epoch, out));
         self.clock.part_of(Stage::View, Stage::Decode, decoder.spent());
         let valid = viewed.map_err(|fault| fault.at(place()))?;
-        Ok(Row { id, epoch, label, valid })
+        Ok(Row { id, epoch, label, valid, text })
     }
 
     /// The bytes of a sample, as its index says that they are.
@@ -183,13 +188,20 @@ impl Reader {
             let fetched = fetched?;
             let (shard, row) = (fetched.shard.clone(), fetched.row);
             let member = shard.wanted(row, extensions)?;
-            if shard.whole(&member, &fetched.bytes).is_ok() {
+            let caption = fetched.caption.as_ref().zip(shard.member(row, &["txt"]));
+            let all = std::iter::once((&fetched.bytes, member)).chain(caption);
+            let damaged = all.filter(|(bytes, member)| shard.whole(member, bytes).is_err()).map(|(_, member)| member);
+            let damaged: Vec<_> = damaged.collect();
+            if damaged.is_empty() {
                 let label = fetched.label.as_ref().map(|bytes| shard.class(row, bytes)).transpose()?;
-                return Ok(Sample { shard, row, coded: Coded::Fetched(fetched), label });
+                let text = fetched.caption.as_ref().map(|bytes| self.text(&shard, row, bytes)).transpose()?;
+                return Ok(Sample { shard, row, coded: Coded::Fetched(fetched), label, text });
             }
             // Bits flip on the way, and in a cache: what the store itself says now is what counts.
-            tracing::warn!("{}: the bytes of {} came damaged; fetching them again", shard.name(), member.name);
-            self.source.cache.iter().for_each(|cache| cache.forget(&shard, member.offset..member.end()));
+            for member in damaged {
+                tracing::warn!("{}: the bytes of {} came damaged; fetching them again", shard.name(), member.name);
+                self.source.cache.iter().for_each(|cache| cache.forget(&shard, member.offset..member.end()));
+            }
         }
         let (shard, row) = self.source.set.sample(index)?;
         let coded = shard.read_into(row, extensions, &mut files.coded)?;
@@ -197,6 +209,19 @@ impl Reader {
             true => Some(shard.class(row, shard.read_into(row, &["cls"], &mut files.label)?)?),
             false => None,
         };
-        Ok(Sample { shard, row, coded: Coded::Read(coded), label })
+        let text = match self.source.captions.is_some() {
+            true => {
+                caption::member(&shard, row)?;
+                Some(self.text(&shard, row, shard.read_into(row, &["txt"], &mut files.caption)?)?)
+            }
+            false => None,
+        };
+        Ok(Sample { shard, row, coded: Coded::Read(coded), label, text })
+    }
+
+    /// The ids of a caption.
+    fn text(&self, shard: &Shard, row: usize, bytes: &[u8]) -> Result<Vec<i64>> {
+        let captions = self.source.captions.as_ref().expect("captions are wanted");
+        captions.caption(bytes).map_err(|fault| fault.at(format!("{}: {}", shard.name(), shard.key(row))))
     }
 }

@@ -1,8 +1,9 @@
 //! The only list of methods.
 
-use super::{Method, mae, videomae};
+use super::{Method, Needs, flip, mae, videomae};
 use crate::fault::Result;
 use crate::grid::{Grid, Input};
+use crate::part::encoder::text;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 pub enum Config {
     Mae(mae::Config),
     VideoMae(videomae::Config),
+    Flip(flip::Config),
 }
 
 impl Config {
@@ -20,6 +22,23 @@ impl Config {
         match self {
             Config::Mae(config) => config.check("method.mae", grid),
             Config::VideoMae(config) => config.check("method.videomae", grid),
+            Config::Flip(config) => config.check("method.flip", grid),
+        }
+    }
+
+    /// What it asks of a run.
+    pub fn needs(&self) -> Needs {
+        match self {
+            Config::Mae(_) | Config::VideoMae(_) => Needs { whole_batch: false, pictures: true },
+            Config::Flip(_) => flip::Config::NEEDS,
+        }
+    }
+
+    /// The text tower, of a method that reads captions: the config must say how, and samples must have some.
+    pub fn text(&self) -> Option<&text::Config> {
+        match self {
+            Config::Flip(config) => Some(&config.text),
+            _ => None,
         }
     }
 
@@ -28,6 +47,7 @@ impl Config {
         Ok(match self {
             Config::Mae(config) => Box::new(mae::Mae::new(config, input)?),
             Config::VideoMae(config) => Box::new(videomae::VideoMae::new(config, input)?),
+            Config::Flip(config) => Box::new(flip::Flip::new(config, input)?),
         })
     }
 }

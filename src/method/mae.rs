@@ -108,7 +108,7 @@ impl Method for Mae {
     fn capturable(&self) -> Result<(), &'static str> {
         mask::on_device(self.grid().tokens())
     }
-    fn work(&self) -> Work {
+    fn work(&self, _batch: u64) -> Work {
         self.model.work(self.grid().kept(self.ratio))
     }
     fn mask(&self, batch: &Batch) -> Mask {

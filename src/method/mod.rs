@@ -1,18 +1,22 @@
 //! What a method is: four functions over the parts. A method knows parts; parts know no method.
 
 pub mod catalog;
+pub mod flip;
 pub mod mae;
 pub mod videomae;
 
 pub use crate::part::encoder::Features;
 pub use crate::part::pixels::Reconstruction;
 
-use crate::fault::Result;
+use crate::device::World;
+use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::op::shuffle::Origin;
 use crate::part::mask::Mask;
 use crate::part::weights::{Table, Weights};
 use crate::part::work::Work;
+use std::ops::Range;
+use std::{sync::Arc, time::Duration};
 use tch::Tensor;
 
 /// Samples on their way through a model, on one rank.
@@ -22,15 +26,47 @@ pub struct Batch {
     pub pixels: Tensor,
     /// Where each sample's randomness comes from, int64 [3, B] beside the pixels (see [`Origin::table`]).
     pub origins: Tensor,
+    /// Token ids of the samples' captions, int64 [B, L] beside the pixels, where the config reads captions.
+    pub text: Option<Tensor>,
     /// The run's seed.
     pub seed: u64,
 }
 
 impl Batch {
-    /// The samples' origins are copied to where their pixels are.
+    /// Without captions. The samples' origins are copied to where their pixels are.
     pub fn new(pixels: Tensor, origins: &[Origin], seed: u64) -> Batch {
-        Batch { origins: Origin::table(origins, pixels.device()), pixels, seed }
+        Batch { origins: Origin::table(origins, pixels.device()), pixels, text: None, seed }
     }
+
+    /// With these captions, if any.
+    pub fn with_text(self, text: Option<Tensor>) -> Batch {
+        Batch { text, ..self }
+    }
+
+    /// Some of the samples, as views.
+    pub fn part(&self, rows: Range<usize>) -> Result<Batch> {
+        let (first, size) = (rows.start as i64, rows.len() as i64);
+        Ok(Batch {
+            pixels: self.pixels.f_narrow(0, first, size)?,
+            origins: self.origins.f_narrow(1, first, size)?,
+            text: self.text.as_ref().map(|text| text.f_narrow(0, first, size)).transpose()?,
+            seed: self.seed,
+        })
+    }
+
+    /// The captions, of a method that reads them.
+    pub fn captions(&self) -> Result<&Tensor> {
+        self.text.as_ref().ok_or_else(|| Fault::failed("a batch without captions came to a method that reads them"))
+    }
+}
+
+/// What a method asks of a run beyond samples, known from its config.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Its loss compares the samples of a batch with each other: a rank's share is not cut, and all have equal ones.
+    pub whole_batch: bool,
+    /// It guesses pixels, of which pictures can be drawn.
+    pub pictures: bool,
 }
 
 /// One named part of a loss: a sum, to be divided by its count over the whole step. The objective is the sum of all
@@ -54,12 +90,17 @@ pub trait Method {
     /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
     /// counts are added up over micro-batches and ranks first and each sum is divided once.
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
-    /// What a training step does with one sample.
-    fn work(&self) -> Work;
+    /// What a training step over `batch` samples, those of all ranks together, does with one of them.
+    fn work(&self, batch: u64) -> Work;
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
+    /// Opens what a method needs to talk with other ranks inside of its loss; collective, once, before the first step. One
+    /// collective may take so long.
+    fn join(&mut self, _world: &Arc<dyn World>, _deadline: Duration) -> Result<()> {
+        Ok(())
+    }
     /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the
-    /// device, waits for nothing, and does the same whatever the values are.
+    /// device, waits for nothing, and does the same whatever the values are. Asked once the method has joined.
     fn capturable(&self) -> Result<(), &'static str> {
         Ok(())
     }
@@ -70,5 +111,22 @@ pub trait Method {
     /// The encoder on whole samples, nothing hidden.
     fn features(&self, w: &Weights, batch: &Batch) -> Result<Features>;
     /// Pictures of what the model guesses.
-    fn reconstruct(&self, w: &Weights, batch: &Batch) -> Result<Reconstruction>;
+    fn reconstruct(&self, _w: &Weights, _batch: &Batch) -> Result<Reconstruction> {
+        Err(Fault::usage(format!("{} guesses no pixels: there is nothing to draw", self.name())))
+    }
+    /// Whole images as unit vectors, fp32 [B, E], in the space that they share with captions.
+    fn match_images(&self, _w: &Weights, _batch: &Batch) -> Result<Tensor> {
+        Err(self.no_captions())
+    }
+    /// Captions, ids int64 [B, L], as unit vectors, fp32 [B, E].
+    fn match_captions(&self, _w: &Weights, _ids: &Tensor) -> Result<Tensor> {
+        Err(self.no_captions())
+    }
+    /// The fault of a method that has learned nothing of captions.
+    fn no_captions(&self) -> Fault {
+        Fault::usage(format!(
+            "{} has not learned to match images with captions; ask for --protocol knn or linear",
+            self.name()
+        ))
+    }
 }

@@ -91,7 +91,7 @@ impl Method for VideoMae {
     fn capturable(&self) -> Result<(), &'static str> {
         mask::on_device(self.grid().rows * self.grid().cols)
     }
-    fn work(&self) -> Work {
+    fn work(&self, _batch: u64) -> Work {
         let grid = self.grid();
         self.model.work(grid.frames * grid.kept_places(self.ratio))
     }

@@ -121,16 +121,16 @@ fn backward(
 ) -> Result<[Option<Tensor>; 3]> {
     let batch = queries.size()[0];
     let parts = Tensor::empty([batch], (Kind::Float, queries.device()));
-    let mut by_query = Vec::new();
-    let mut by_key = wants_keys.then(|| Tensor::zeros(keys.size(), (Kind::Float, keys.device())));
+    let (mut by_query, mut by_key) = (Vec::new(), None::<Tensor>);
     for (begin, rows) in strips(batch, strip) {
         let part = |of: &Tensor| of.narrow(0, begin, rows);
         let dots = product(&part(queries), &keys.transpose(0, 1));
         let given = [scale, &part(normals), upstream];
         let slopes = by.slopes(dots, given, offset + begin, queries.kind(), &part(&parts))?;
         by_query.push(product(&slopes, keys));
-        if let Some(by_key) = &mut by_key {
-            *by_key += product(&slopes.transpose(0, 1), &part(queries));
+        if wants_keys {
+            let share = product(&slopes.transpose(0, 1), &part(queries));
+            by_key = Some(by_key.map_or_else(|| share.shallow_clone(), |mut sum| sum.g_add_(&share)));
         }
     }
     let by_query = Tensor::cat(&by_query, 0).to_kind(queries.kind());

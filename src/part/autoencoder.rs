@@ -74,16 +74,11 @@ impl Autoencoder {
         let (tokens, values) = (self.pixels.grid.tokens(), self.pixels.grid.values());
         let (hidden, class, [inside, outside]) = (tokens - kept, i64::from(self.class), self.shapes);
         let (all, seen) = (tokens + class, if self.in_place { tokens } else { kept } + class);
-        let blocks = |shape: Shape, tokens: i64, answered: i64| {
-            let of = move |i: i64| if i + 1 == shape.depth { answered } else { tokens };
-            let block = move |i: i64| work::block(tokens, of(i), shape.width, shape.mlp_ratio * shape.width, i > 0);
-            (0..shape.depth).flat_map(block).chain([work::add_norm(answered, shape.width)])
-        };
         let mut encoder: Vec<Op> = work::embed(kept, values, inside.width).into();
         encoder.push(work::fill(kept, seen, inside.width));
-        encoder.extend(blocks(inside, seen, seen));
+        encoder.extend(inside.work(seen, seen));
         let mut decoder = vec![work::linear(seen, inside.width, outside.width), work::fill(seen, all, outside.width)];
-        decoder.extend(blocks(outside, all, hidden));
+        decoder.extend(outside.work(all, hidden));
         decoder.push(work::linear(hidden, outside.width, values));
         Work {
             parts: vec![("encoder", encoder), ("decoder", decoder), ("loss", vec![work::pixel_loss(hidden, values)])],

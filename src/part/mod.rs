@@ -10,4 +10,5 @@ pub mod encoder; // tokens → features
 pub mod decoder; // features → predictions at the hidden places
 pub mod target; // what is to be predicted
 pub mod loss; // pure functions of tensors
+pub mod pair; // two towers, and where images and captions meet
 pub mod autoencoder; // the parts above, put together for pixels

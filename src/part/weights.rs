@@ -26,6 +26,7 @@ pub enum Init {
     Truncated(f64),
     Zero,
     One,
+    Constant(f64),
 }
 
 #[derive(Clone, Debug)]
@@ -50,6 +51,7 @@ impl Spec {
         match self.init {
             Init::Zero => vec![0.0; n],
             Init::One => vec![1.0; n],
+            Init::Constant(value) => vec![value as f32; n],
             Init::Uniform(bound) => uniform(bound),
             Init::Xavier => {
                 let fan = self.shape[0] as f64 + (n as f64 / self.shape[0] as f64);

@@ -158,6 +158,17 @@ pub fn block(tokens: i64, answered: i64, width: i64, hidden: i64, due: bool) -> 
     ]
 }
 
+/// A sample's two queries, an image and its caption, among `keys` keys each of the other kind, `width` wide. The kernels
+/// between the products read logits in fp32; in backward, where logits are made once more, they write slopes too.
+pub fn contrast(keys: i64, width: i64) -> Vec<Op> {
+    let product = Op::Product { rows: 1, inputs: width, outputs: keys, onward: true, sums_bias: false };
+    let fused = Moved { values: [0, 0], bytes: [4 * keys, 12 * keys] };
+    // Scaling and the sum of exponentials; and those again, the slope, its share in the scale, and both factors.
+    let plain = Moved { values: [0, 0], bytes: [16 * keys, 60 * keys] };
+    let direction = [product, Op::Pass { fused, plain }];
+    [direction, direction].concat()
+}
+
 /// The squared error of `rows` guesses of `values` each against targets made of uint8 samples. The kernel makes its
 /// gradient along with it, which backward scales.
 pub fn pixel_loss(rows: i64, values: i64) -> Op {

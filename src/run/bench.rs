@@ -135,7 +135,7 @@ pub fn bench(config: &Config, world: &Arc<dyn World>, order: &Order) -> Result<(
         return Ok(());
     }
     let Stepper { flat, method, .. } = &bench.stepper;
-    let (work, micro) = (method.work(), bench.micro());
+    let (work, micro) = (method.work(config.train.global_batch), bench.micro());
     let floor = Floor::of(&work, &micro, flat, &rates);
     let name = name(device)?;
     let sheet = peak::data_sheet(&name, config.train.dtype.kind());
@@ -209,7 +209,8 @@ pub fn by_turns(config: &Config, world: &Arc<dyn World>) -> Result<()> {
     let before = Before::steps(world.device())?;
     let (given, _) = bench.given()?;
     let share = given.share(config);
-    let share = Share { pixels: share.pixels.f_to_device(world.device())?, ..share };
+    let text = share.text.map(|text| text.f_to_device(world.device())).transpose()?;
+    let share = Share { pixels: share.pixels.f_to_device(world.device())?, text, ..share };
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(|error| Fault::disk("standard input", error))?;
         let wrong = |_| Fault::usage(format!("wanted a number of steps or an empty line, got {line:?}"));

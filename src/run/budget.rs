@@ -29,7 +29,7 @@ struct Spent {
 pub fn data(config: &Config, world: &Arc<dyn World>, seconds: f64) -> Result<()> {
     let set = open::training_set(config)?;
     let grid = config.method.build(&config.input)?.grid().to_owned();
-    let source = open::source(config, set.clone(), world.as_ref(), grid)?;
+    let source = open::source(config, set.clone(), open::tokenizer(config)?, world.as_ref(), grid)?;
     let (threads, remote) = (source.threads, set.remote());
     let order = Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards);
     let feed = Feed::train(source, order, config.train.global_batch, world.rank(), world.size(), 0..u64::MAX >> 8)?;

@@ -2,8 +2,9 @@
 //!
 //! `dump/step-XXXXXXXX-rank-R.safetensors` under the run. Weights (fp32 masters before the step) and gradients (the mean
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
-//! the mask; the losses and the optimizer's numbers. Micro-batches are joined along B. Every rank writes its own, all in
-//! the same step: where the optimizer is sharded, weights and gradients are gathered.
+//! the mask; the captions' ids (`text`) where there are any; the losses and the optimizer's numbers. Micro-batches are
+//! joined along B. Every rank writes its own, all in the same step: where the optimizer is sharded, weights and gradients
+//! are gathered.
 
 use super::{exchange::official, step::Outcome, step::Stepper};
 use crate::fault::{Fault, Result};
@@ -38,6 +39,10 @@ pub fn write(
         let join = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
         tensors
             .push(("input".into(), join(micro.iter().map(|batch| method.normalised(batch)).collect::<Result<_>>()?)));
+        let texts: Vec<Tensor> = micro.iter().filter_map(|batch| Some(batch.text.as_ref()?.shallow_clone())).collect();
+        if !texts.is_empty() {
+            tensors.push(("text".into(), join(texts)));
+        }
         tensors.push(("keep".into(), join(masks.iter().map(|mask| mask.keep.shallow_clone()).collect())));
         tensors.push(("drop".into(), join(masks.iter().map(|mask| mask.drop.shallow_clone()).collect())));
         tensors.push(("restore".into(), join(masks.iter().map(|mask| mask.restore()).collect())));

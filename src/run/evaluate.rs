@@ -3,6 +3,7 @@
 //! Every rank takes its share of each data set. Shares differ in length by at most one and nothing is padded, so that
 //! each sample counts once whatever the number of ranks; one that cannot be decoded is left out and counted.
 
+pub mod captions; // images and captions, without a classifier
 pub mod fast;
 pub mod features;
 pub mod head;
@@ -30,12 +31,16 @@ use tch::{Kind, Tensor};
 
 /// How features are judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Protocol {
     /// The weighted vote of the nearest training samples by cosine (Wu et al., 2018)
     Knn,
     /// A linear classifier on normalised features
     Linear,
+    /// The class whose name, in several sentences, is the likeliest caption; of models that read captions
+    ZeroShot,
+    /// Each image's own caption among all, and each caption's image; of models that read captions
+    Retrieval,
 }
 
 /// How the linear classifier is trained.

@@ -11,7 +11,7 @@ pub struct Landing {
     /// The stream that computes, and the one that copies.
     stream: Stream,
     copies: Stream,
-    place: Option<[Tensor; 3]>,
+    place: Option<Vec<Tensor>>,
     /// When all is here, and when all has been taken.
     arrived: Event,
     taken: Event,
@@ -24,16 +24,16 @@ impl Landing {
         Ok(Landing { stream, copies, place: None, arrived: Event::new()?, taken: Event::new()? })
     }
 
-    /// Copies a step's tensors, of the same shapes in every step, from the CPU; what is queued on the stream from now on
-    /// finds them in what is returned. Those that are on the GPU stay where they are.
-    pub fn bring(&mut self, load: [Tensor; 3]) -> Result<[Tensor; 3]> {
+    /// Copies a step's tensors, as many and of the same shapes in every step, from the CPU; what is queued on the stream
+    /// from now on finds them in what is returned. Those that are on the GPU stay where they are.
+    pub fn bring(&mut self, load: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let device = Device::Cuda(self.stream.device());
         if self.place.is_none() {
             let place = |like: &Tensor| match like.device() {
                 Device::Cpu => Tensor::empty(like.size().as_slice(), (like.kind(), device)),
                 _ => like.shallow_clone(),
             };
-            self.place = Some(load.each_ref().map(place));
+            self.place = Some(load.iter().map(place).collect());
             // The memory may still be in use by what was queued before.
             self.free()?;
         }

@@ -9,6 +9,7 @@ use super::state;
 use super::step::Stepper;
 use crate::config::{self, Config};
 use crate::data::cache::Cache;
+use crate::data::caption::Tokenizer;
 use crate::data::decode::Limits;
 use crate::data::medium::Medium;
 use crate::data::mix::Mix;
@@ -38,6 +39,8 @@ pub enum Resume {
     /// From this checkpoint or run, which stays untouched. A run that has checkpoints of its own goes on from them, for
     /// a scheduler gives the same command again; it is taken back only by one of its own.
     From(String),
+    /// As `From`, with its weights alone: no moments, from step 0, under any recipe whose model has the same tensors.
+    Weights(String),
 }
 
 impl FromStr for Resume {
@@ -91,7 +94,8 @@ impl Opened {
 pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>) -> Result<Opened> {
     shares(config, world.size())?;
     let set = training_set(config)?;
-    agree(config, &set, world.as_ref())?;
+    let captions = tokenizer(config)?;
+    agree(config, &set, captions.as_deref(), world.as_ref())?;
     let deadline = Duration::from_secs_f64(config.world.deadline_s);
     let patience = Duration::from_secs_f64(config.world.frozen_s);
     let patience = Patience { silence: patience, ..Patience::default() }.with(Phase::Compute, deadline);
@@ -120,14 +124,14 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
     let spool = if world.rank() == 0 { Spool::open(&store, first)? } else { None };
     let peak = Peak::here(world.as_ref(), config.train.dtype.kind())?;
     tracing::debug!("model FLOP utilisation is told of {:.2} TFLOP/s a rank: {}", peak.flops / 1e12, peak.source);
-    let ceiling = peak.samples_per_s(stepper.method.work().training_flops(), world.size());
+    let ceiling = peak.samples_per_s(stepper.method.work(config.train.global_batch).training_flops(), world.size());
     let log = match world.rank() {
         0 => Some(begin_log(config, &folder, first, steps)?.with_ceiling(ceiling)),
         _ => None,
     };
     Ok(Opened {
         schedule,
-        source: source(config, set.clone(), world.as_ref(), *stepper.method.grid())?,
+        source: source(config, set.clone(), captions, world.as_ref(), *stepper.method.grid())?,
         order: Some(Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards)),
         samples: set.len(),
         store,
@@ -150,6 +154,7 @@ pub(super) fn training_set(config: &Config) -> Result<Arc<Mix>> {
     // One window gives way to the next; some room for replacements.
     set.sets().iter().for_each(|set| set.hold(2 * config.data.open_shards + 8));
     set.sets().iter().try_for_each(|set| fits(set, config.view.medium()))?;
+    set.sets().iter().try_for_each(|set| captioned(set, config.view.caption.is_some()))?;
     Ok(Arc::new(set))
 }
 
@@ -172,6 +177,32 @@ fn fits(set: &DataSet, wanted: Medium) -> Result<()> {
     }
 }
 
+/// Refuses a set without captions where they are wanted, by its first sample.
+pub(super) fn captioned(set: &DataSet, wanted: bool) -> Result<()> {
+    let (shard, row) = set.sample(0)?;
+    match !wanted || shard.has(row, "txt") {
+        true => Ok(()),
+        false => Err(Fault::usage(format!(
+            "data set {} has no captions (.txt members), and the config reads some; pack it from a list with the column \
+             caption",
+            set.name
+        ))),
+    }
+}
+
+/// The config's tokenizer, of which the model must have room for every token.
+pub(super) fn tokenizer(config: &Config) -> Result<Option<Arc<Tokenizer>>> {
+    let (Some(caption), Some(text)) = (&config.view.caption, config.method.text()) else { return Ok(None) };
+    let tokenizer = Tokenizer::open(&caption.tokenizer, caption.length as usize)?;
+    match tokenizer.size() as i64 {
+        size if size > text.vocabulary => Err(Fault::usage(format!(
+            "{} has {size} tokens and the model's text tower {}: give it as many (vocabulary)",
+            caption.tokenizer, text.vocabulary
+        ))),
+        _ => Ok(Some(Arc::new(tokenizer))),
+    }
+}
+
 /// A batch that the ranks can share.
 fn shares(config: &Config, world: usize) -> Result<()> {
     let batch = config.train.global_batch;
@@ -180,16 +211,25 @@ fn shares(config: &Config, world: usize) -> Result<()> {
             "train.global_batch is {batch}, which {world} ranks cannot share; give at least {world}, or start fewer ranks"
         )));
     }
+    if config.method.needs().whole_batch && !batch.is_multiple_of(world as u64) {
+        let near = batch / world as u64 * world as u64;
+        return Err(Fault::usage(format!(
+            "train.global_batch is {batch}, of which {world} ranks have no equal shares, and the loss compares all ranks' \
+             samples; give {near} or {}, or start another number of ranks",
+            near + world as u64
+        )));
+    }
     Ok(())
 }
 
 /// Ranks that differ in config, build or data would add up gradients that do not belong together.
-fn agree(config: &Config, set: &Mix, world: &dyn World) -> Result<()> {
+fn agree(config: &Config, set: &Mix, captions: Option<&Tokenizer>, world: &dyn World) -> Result<()> {
     let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
     let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
     let settings = config::leaves(&config.resolved());
     let mut texts =
         vec![("build", format!("{} {}", env!("CARGO_PKG_VERSION"), hash(&program))), ("data set", hash(&set.digest()))];
+    texts.extend(captions.map(|captions| ("tokenizer", captions.digest().to_owned())));
     texts.extend(settings.iter().map(|(path, value)| (path.as_str(), value.to_string())));
     device::agree(world, &texts)
 }
@@ -251,6 +291,11 @@ fn find(config: &Config, store: &Store, resume: &Resume) -> Result<Option<Loaded
             }
             _ => checkpoint::open(url)?,
         }),
+        Resume::Weights(url) => Some(match checkpoint::find(store, Which::Latest)? {
+            Some(own) => own,
+            // The model's own check of names and shapes follows.
+            None => return checkpoint::open(url).map(|loaded| Some(state::weights_alone(loaded))),
+        }),
         Resume::Never => match checkpoint::find(store, Which::Latest)? {
             None => None,
             Some(found) => {
@@ -299,7 +344,13 @@ fn begin_log(config: &Config, folder: &Path, first: u64, steps: u64) -> Result<L
 }
 
 /// The conveyor's end of the config.
-pub(super) fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Grid) -> Result<Source> {
+pub(super) fn source(
+    config: &Config,
+    set: Arc<Mix>,
+    captions: Option<Arc<Tokenizer>>,
+    world: &dyn World,
+    grid: Grid,
+) -> Result<Source> {
     let (view, seed) = (config.view.clone(), config.train.seed);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cache = config.data.cache.as_ref();
@@ -309,6 +360,7 @@ pub(super) fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Gr
         cache: cache.transpose()?,
         medium: view.medium(),
         view: Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out)),
+        captions,
         shape: grid.pixels(),
         limits: Limits::default(),
         seed,

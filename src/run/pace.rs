@@ -27,6 +27,8 @@ pub struct Share {
     /// [B, C, T, Y, X] as [`Batch`] has them, on the CPU or where the model is.
     pub pixels: Tensor,
     pub origins: Vec<Origin>,
+    /// Ids of the captions [B, L], where the config reads captions; they lie where the pixels do.
+    pub text: Option<Tensor>,
     /// The run's seed.
     pub seed: u64,
     /// Samples that go through the model at a time.
@@ -37,7 +39,9 @@ impl Share {
     /// Cut into micro-batches on a device.
     pub fn batches(&self, device: Device) -> Result<Vec<Batch>> {
         let batch = |rows: Range<usize>| {
-            Ok(Batch::new(to_device(&self.pixels, rows.clone(), device)?, &self.origins[rows], self.seed))
+            let text = self.text.as_ref().map(|text| to_device(text, rows.clone(), device)).transpose()?;
+            let pixels = to_device(&self.pixels, rows.clone(), device)?;
+            Ok(Batch::new(pixels, &self.origins[rows], self.seed).with_text(text))
         };
         self.cut().map(batch).collect()
     }
@@ -143,12 +147,15 @@ impl Ahead {
             return Err(Fault::failed(format!("a step got {got} samples for this rank, whose share is {wanted}")));
         }
         let origins = Origin::table(&share.origins, Device::Cpu);
-        let mut load = [share.pixels.shallow_clone(), origins, Tensor::from_slice(&stepper.updater.rates(lr))];
+        let mut load = vec![Tensor::from_slice(&stepper.updater.rates(lr)), share.pixels.shallow_clone(), origins];
+        load.extend(share.text.as_ref().map(Tensor::shallow_clone));
         if let Some(gpu) = &mut self.gpu {
             let _copy = scope("copy");
             load = gpu.landing.bring(load)?;
         }
-        let [pixels, origins, rates] = load;
+        let mut load = load.into_iter();
+        let [rates, pixels, origins] = std::array::from_fn(|_| load.next().expect("loaded above"));
+        let whole = Batch { pixels, origins, text: load.next(), seed: share.seed };
         copy(&self.rates, &rates)?;
         stepper.begin()?;
         let mut cuts: Vec<Range<usize>> = share.cut().collect();
@@ -159,7 +166,7 @@ impl Ahead {
         let (most, mut numbers) = (cuts.len(), None);
         for (index, rows) in cuts.iter().enumerate() {
             let last = index + 1 == most;
-            self.lay(&pixels, &origins, rows, share.seed)?;
+            self.lay(&whole, rows)?;
             if let (Some(gpu), true) = (&mut self.gpu, last) {
                 gpu.landing.free()?;
             }
@@ -174,29 +181,32 @@ impl Ahead {
         Ok(before)
     }
 
-    /// Puts some of the samples where their part reads them: of pixels [B, ..] and origins [3, B].
-    fn lay(&mut self, pixels: &Tensor, origins: &Tensor, rows: &Range<usize>, seed: u64) -> Result<()> {
+    /// Puts some of the samples where their part reads them.
+    fn lay(&mut self, whole: &Batch, rows: &Range<usize>) -> Result<()> {
         if rows.is_empty() {
             return Ok(());
         }
-        let (first, size) = (rows.start as i64, rows.len() as i64);
-        let (pixels, origins) = (pixels.f_narrow(0, first, size)?, origins.f_narrow(1, first, size)?);
+        let part = whole.part(rows.clone())?;
         let place = |like: &Tensor| Tensor::empty(like.size().as_slice(), (like.kind(), self.rates.device()));
-        let fresh = || Batch { pixels: place(&pixels), origins: place(&origins), seed };
-        let input = self.inputs.entry(size).or_insert_with(fresh);
-        let same = |input: &Batch| input.pixels.size() == pixels.size() && input.pixels.kind() == pixels.kind();
-        if !same(input) || input.seed != seed {
+        let fresh = || Batch {
+            pixels: place(&part.pixels),
+            origins: place(&part.origins),
+            text: part.text.as_ref().map(place),
+            seed: part.seed,
+        };
+        let input = self.inputs.entry(rows.len() as i64).or_insert_with(fresh);
+        let [got, before] = [&part, &*input].map(described);
+        if got != before {
             return Err(Fault::failed(format!(
-                "a step got samples {:?} {:?}, seed {seed}, after {:?} {:?}, seed {}; ahead of the device they stay alike",
-                pixels.size(),
-                pixels.kind(),
-                input.pixels.size(),
-                input.pixels.kind(),
-                input.seed
+                "a step got {got}, after {before}; ahead of the device they stay alike"
             )));
         }
-        copy(&input.pixels, &pixels)?;
-        copy(&input.origins, &origins)
+        copy(&input.pixels, &part.pixels)?;
+        copy(&input.origins, &part.origins)?;
+        if let (Some(place), Some(text)) = (&input.text, &part.text) {
+            copy(place, text)?;
+        }
+        Ok(())
     }
 
     /// Queues a part of the step; the last gives its numbers.
@@ -229,6 +239,13 @@ impl Ahead {
     pub fn captured(&self) -> usize {
         self.gpu.as_ref().map_or(0, |gpu| gpu.graphs.captured())
     }
+}
+
+/// What of a batch must stay as it is from step to step.
+fn described(batch: &Batch) -> String {
+    let of = |tensor: &Tensor| format!("{:?} {:?}", tensor.size(), tensor.kind());
+    let text = batch.text.as_ref().map_or(String::new(), |text| format!("captions {}, ", of(text)));
+    format!("samples {}, {text}seed {}", of(&batch.pixels), batch.seed)
 }
 
 /// What a GPU has for steps ahead of it.

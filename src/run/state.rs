@@ -70,6 +70,15 @@ pub fn imported(flat: &Flat, config: &Config, format: &str, file: &str, fresh: &
     }
 }
 
+/// The weights of a training's checkpoint, as if they had been imported: the moving average where it kept one.
+pub fn weights_alone(mut loaded: Loaded) -> Loaded {
+    loaded.manifest.step = 0;
+    if let Some(meta) = loaded.manifest.meta.as_object_mut() {
+        meta.insert("imported".into(), json!({"format": "checkpoint"}));
+    }
+    loaded
+}
+
 /// Whether a checkpoint holds weights alone, with no training behind them that could go on.
 fn is_imported(loaded: &Loaded) -> bool {
     loaded.manifest.meta.get("imported").is_some()
@@ -82,7 +91,8 @@ fn named(name: String, tensor: &Tensor) -> Named {
 }
 
 /// Brings rank 0's checkpoint, if there is one, into the buffers of a fresh training on all ranks, tensor by tensor; each
-/// keeps what is its own. Imported weights begin one: no moment, no step. Collective; returns the first step.
+/// keeps what is its own. Imported weights, and those of `--init`, begin one: no moment, no step. Collective; returns the
+/// first step.
 pub fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn Channel) -> Result<u64> {
     let told = [
         loaded.map_or(0, |loaded| loaded.manifest.step as i64),
@@ -95,7 +105,9 @@ pub fn begin(stepper: &mut Stepper, loaded: Option<&Loaded>, channel: &mut dyn C
         return Ok(first as u64);
     }
     let flat = &stepper.flat;
-    receive(stepper, "weight", loaded, channel, |index, whole| flat.begin(index, whole))?;
+    // Only rank 0 reads a name.
+    let name = loaded.filter(|_| imported == 1).map_or("weight", best);
+    receive(stepper, name, loaded, channel, |index, whole| flat.begin(index, whole))?;
     if imported == 1 {
         stepper.updater.average.iter_mut().for_each(|average| average.copy_(&stepper.flat.master));
     } else {
@@ -144,10 +156,15 @@ fn from_rank_0(
 
 /// The weights to evaluate with, into `flat`: the moving average where the run kept one.
 pub fn weights(flat: &mut Flat, loaded: &Loaded) -> Result<()> {
-    let averaged = loaded.tensors.keys().any(|name| name.starts_with("average."));
-    fill(flat, &flat.master, loaded, if averaged { "average" } else { "weight" })?;
+    fill(flat, &flat.master, loaded, best(loaded))?;
     flat.refresh();
     Ok(())
+}
+
+/// The weights of a checkpoint that count: their moving average where it has one.
+fn best(loaded: &Loaded) -> &'static str {
+    let averaged = loaded.tensors.keys().any(|name| name.starts_with("average."));
+    if averaged { "average" } else { "weight" }
 }
 
 fn fill(flat: &Flat, buffer: &Tensor, loaded: &Loaded, name: &str) -> Result<()> {

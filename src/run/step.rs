@@ -69,7 +69,7 @@ struct Report {
 
 impl Stepper {
     pub fn new(
-        method: Box<dyn Method>,
+        mut method: Box<dyn Method>,
         flat: Flat,
         updater: Updater,
         world: Arc<dyn World>,
@@ -78,6 +78,7 @@ impl Stepper {
     ) -> Result<Stepper> {
         let buckets = Buckets::new(&flat, wire, world.channel("gradients")?)?;
         let flags = world.channel("flags")?;
+        method.join(&world, deadline)?;
         let device = world.device();
         let here: Vec<f64> = (0..world.size()).map(|rank| f64::from(u8::from(rank == world.rank()))).collect();
         let here = Tensor::from_slice(&here).to_device(device);

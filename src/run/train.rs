@@ -66,7 +66,7 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         let last = done == run.steps;
         let due = done % config.checkpoint.every_steps == 0;
         run.beat(done, Phase::Save);
-        let pictures = config.log.pictures_every_steps;
+        let pictures = if config.method.needs().pictures { config.log.pictures_every_steps } else { 0 };
         let shown = pictures > 0 && (done % pictures == 0 || last);
         let saved = due || last || request.stop || request.save;
         if saved || shown {
@@ -131,6 +131,7 @@ fn share(config: &Config, rows: Rows, world: &dyn World) -> Share {
     Share {
         origins: rows.ids.iter().zip(&rows.epochs).map(origin).collect(),
         pixels: rows.pixels,
+        text: rows.text,
         seed: config.train.seed,
         micro: config.train.micro_batch.map_or(own, |most| most as usize),
     }

@@ -1,8 +1,10 @@
-"""Floating-point operations of one training step of transformers' masked autoencoders, as PyTorch's own counter has them.
+"""Floating-point operations of one training step of transformers' masked autoencoders and of open_clip's pairs of towers, as
+PyTorch's own counter has them.
 
-usage: flops.py REQUEST_JSON    [{"model": "vit_mae" or "videomae", ...numbers of its config, "hidden": tokens}, ..]
-One line for each: {"forward": .., "backward": ..} of one sample. Images go through the meta device, where nothing is
-computed; VideoMAE picks tokens by a mask of truth values, which wants real ones.
+usage: flops.py REQUEST_JSON    [{"model": "vit_mae", "videomae" or "clip", ...numbers of its config,
+                                  "hidden": tokens, or for clip "pairs": samples of the batch}, ..]
+One line for each: {"forward": .., "backward": ..} of one sample, or of all pairs. Images go through the meta device, where
+nothing is computed; VideoMAE picks tokens by a mask of truth values, which wants real ones.
 """
 import json
 import sys
@@ -12,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
 
 
-def vit_mae(numbers):
+def vit_mae(hidden, **numbers):
     with torch.device("meta"):
         model = ViTMAEForPreTraining(ViTMAEConfig(**numbers, attn_implementation="eager")).train()
         pixels = torch.empty(1, numbers["num_channels"], numbers["image_size"], numbers["image_size"])
     return lambda: model(pixels).loss
 
 
-def videomae(numbers, hidden):
+def videomae(hidden, **numbers):
     model = VideoMAEForPreTraining(VideoMAEConfig(
         **numbers, use_mean_pooling=False, attn_implementation="eager")).train()
     size = numbers["image_size"]
@@ -29,9 +31,21 @@ def videomae(numbers, hidden):
     return lambda: model(clips, bool_masked_pos=mask).loss
 
 
+def clip(pairs, embed, vision, text):
+    from open_clip.loss import ClipLoss
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    with torch.device("meta"):
+        model = CLIP(embed, CLIPVisionCfg(**vision), CLIPTextCfg(**text)).train()
+        pixels = torch.empty(pairs, 3, *vision["image_size"])
+        ids = torch.zeros(pairs, text["context_length"], dtype=torch.int64)
+    return lambda: ClipLoss()(*model(pixels, ids))
+
+
+MODELS = {"vit_mae": vit_mae, "videomae": videomae, "clip": clip}
+
 for asked in json.loads(sys.argv[1]):
-    model, hidden = asked.pop("model"), asked.pop("hidden")
-    forward = vit_mae(asked) if model == "vit_mae" else videomae(asked, hidden)
+    forward = MODELS[asked.pop("model")](**asked)
     with FlopCounterMode(display=False) as counter:
         loss = forward()
         ahead = counter.get_total_flops()

@@ -65,6 +65,11 @@ impl Plan {
         };
         Ok(Plan { made_from, parts })
     }
+
+    /// The pictures that models learn from: all but those of the test part.
+    pub fn learned_from(&self) -> Range<usize> {
+        0..self.parts[0].shards.last().map_or(0, |shard| shard.pictures.end)
+    }
 }
 
 /// A data set that would hold no sample.

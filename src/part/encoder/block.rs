@@ -1,7 +1,7 @@
 //! The transformer block, normalised before each half (Dosovitskiy et al., 2021, equations 2 and 3).
 
 use crate::fault::Result;
-use crate::op::attention::attention;
+use crate::op::attention::{attention, causal};
 use crate::op::bias_gelu::Form;
 use crate::part::weights::{Linear, Norm, Table, Weights};
 use tch::Tensor;
@@ -23,6 +23,8 @@ pub struct Block {
     fc1: Linear,
     fc2: Linear,
     heads: i64,
+    form: Form,
+    causal: bool,
 }
 
 impl Block {
@@ -39,16 +41,32 @@ impl Block {
             fc1: Linear::new(table, &format!("{name}.mlp.fc1"), width, hidden),
             fc2: Linear::new(table, &format!("{name}.mlp.fc2"), hidden, width),
             heads,
+            form: Form::Exact,
+            causal: false,
         }
+    }
+
+    /// With another unit than the exact one.
+    pub fn with_unit(self, form: Form) -> Self {
+        Block { form, ..self }
+    }
+
+    /// Where a token sees itself and those before it alone.
+    pub fn looking_back(self, causal: bool) -> Self {
+        Block { causal, ..self }
     }
 
     /// Only the tokens from `from` on → [B, S − from, D]. They attend to all; what nobody reads is not computed.
     pub fn forward(&self, w: &Weights, stream: &Stream, from: i64) -> Result<Stream> {
         let (x, normal) = stream.normalised(w, &self.norm1)?;
         let qkv = self.qkv.forward(w, &normal)?; // [B, S, 3D]
-        let mixed = self.proj.forward(w, &attention(&qkv, self.heads, from)?)?; // [B, S − from, D]
+        let mixed = match self.causal {
+            true => causal(&qkv, self.heads)?.narrow(1, from, qkv.size()[1] - from),
+            false => attention(&qkv, self.heads, from)?,
+        };
+        let mixed = self.proj.forward(w, &mixed)?; // [B, S − from, D]
         let (x, normal) = self.norm2.after(w, &x.narrow(1, from, x.size()[1] - from), &mixed)?;
-        let hidden = self.fc1.through_gelu(w, &normal, Form::Exact)?;
+        let hidden = self.fc1.through_gelu(w, &normal, self.form)?;
         Ok(Stream { x, due: Some(self.fc2.forward(w, &hidden)?) })
     }
 }

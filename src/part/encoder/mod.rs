@@ -3,6 +3,7 @@
 pub mod block;
 pub mod position;
 pub mod stack;
+pub mod text; // captions
 pub mod vit;
 
 use tch::Tensor;

@@ -3,7 +3,9 @@
 use super::block::{Biases, Block, Stream};
 use crate::bridge::{self, Forward, node};
 use crate::fault::{Fault, Result};
+use crate::op::bias_gelu::Form;
 use crate::part::weights::{Norm, Table, Weights};
+use crate::part::work::{self, Op};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,6 +30,14 @@ pub struct Shape {
 impl Shape {
     fn four() -> i64 {
         4
+    }
+
+    /// The operations on `tokens` tokens of which the last block answers `answered`.
+    pub fn work(&self, tokens: i64, answered: i64) -> impl Iterator<Item = Op> {
+        let Shape { width, depth, mlp_ratio, .. } = *self;
+        let of = move |i: i64| if i + 1 == depth { answered } else { tokens };
+        let block = move |i: i64| work::block(tokens, of(i), width, mlp_ratio * width, i > 0);
+        (0..depth).flat_map(block).chain([work::add_norm(answered, width)])
     }
 
     pub fn check(&self, at: &str) -> Result<()> {
@@ -71,6 +81,20 @@ impl Stack {
         let mut block = |i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, biases);
         let blocks = (0..depth).map(&mut block).collect();
         Stack { blocks, norm: Norm::new(table, &format!("{name}.norm"), width), recompute: false }
+    }
+
+    /// With another unit than the exact one.
+    pub fn with_unit(self, form: Form) -> Self {
+        self.each(|block| block.with_unit(form))
+    }
+
+    /// Where a token sees itself and those before it alone.
+    pub fn looking_back(self, causal: bool) -> Self {
+        self.each(|block| block.looking_back(causal))
+    }
+
+    fn each(self, change: impl Fn(Block) -> Block) -> Self {
+        Stack { blocks: self.blocks.into_iter().map(change).collect(), ..self }
     }
 
     /// x [B, S, D] → [B, S − from, D]. The last block answers only the tokens from `from` on.

@@ -15,6 +15,7 @@ pub mod plane; // pixel by pixel → plane by plane
 pub mod clip; // videos: which frames, and one box for all of them
 pub mod erase; // random boxes become noise, in batches
 pub mod mix; // mixup and CutMix, of batches
+pub mod caption; // how captions are read
 pub mod spectrogram; // a window of a sound as an image
 mod said; // the config's `view`, as it is written
 
@@ -24,6 +25,7 @@ use crate::fault::{Fault, Result};
 use crate::grid::Grid;
 use crate::rng::{Draw, Purpose};
 use augment::Augment;
+use caption::Caption;
 use clip::Clip;
 use crop::Crop;
 use said::Said;
@@ -54,12 +56,14 @@ pub struct View {
     pub clip: Option<Clip>,
     /// How sounds become spectrograms.
     pub sound: Option<Sound>,
+    /// Captions are read along with pictures.
+    pub caption: Option<Caption>,
 }
 
 impl Default for View {
     fn default() -> Self {
         let (crop, augment) = (Crop::default(), Augment::default());
-        View { crop, flip: 0.5, center: 0.875, augment, scaled_decode: false, clip: None, sound: None }
+        View { crop, flip: 0.5, center: 0.875, augment, scaled_decode: false, clip: None, sound: None, caption: None }
     }
 }
 
@@ -68,6 +72,7 @@ impl View {
         self.crop.check()?;
         self.augment.check()?;
         self.clip.as_ref().map_or(Ok(()), Clip::check)?;
+        self.caption.as_ref().map_or(Ok(()), Caption::check)?;
         if !(0.0..=1.0).contains(&self.flip) {
             return Err(Fault::usage(format!("view.flip is {}; it is a probability, 0 to 1", self.flip)));
         }

@@ -2,6 +2,7 @@
 
 use super::View;
 use super::augment::Augment;
+use super::caption::Caption;
 use super::clip::Clip;
 use super::crop::Crop;
 use super::spectrogram::Sound;
@@ -37,6 +38,10 @@ pub struct Said {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Clip")]
     clip: Option<Clip>,
+    /// Captions (`.txt` members) are read along with pictures, for a method that wants them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Caption")]
+    caption: Option<Caption>,
     /// Samples are sounds, and this is how they become spectrograms. No other key of `view` is given beside it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Sound")]
@@ -47,7 +52,7 @@ impl TryFrom<Said> for View {
     type Error = String;
 
     fn try_from(said: Said) -> Result<View, String> {
-        let Said { crop, flip, center, augment, scaled_decode, clip, sound } = said;
+        let Said { crop, flip, center, augment, scaled_decode, clip, caption, sound } = said;
         let given = [
             ("crop", crop.is_some()),
             ("flip", flip.is_some()),
@@ -55,6 +60,7 @@ impl TryFrom<Said> for View {
             ("augment", augment.is_some()),
             ("scaled_decode", scaled_decode.is_some()),
             ("clip", clip.is_some()),
+            ("caption", caption.is_some()),
         ];
         if let (Some((key, _)), Some(_)) = (given.iter().find(|(_, given)| *given), &sound) {
             return Err(format!(
@@ -71,16 +77,18 @@ impl TryFrom<Said> for View {
             scaled_decode: scaled_decode.unwrap_or(scaled),
             clip,
             sound,
+            caption,
         })
     }
 }
 
 impl From<View> for Said {
     fn from(view: View) -> Said {
-        let View { crop, flip, center, augment, scaled_decode, clip, sound } = view;
+        let View { crop, flip, center, augment, scaled_decode, clip, sound, caption } = view;
         match sound {
             Some(_) => {
-                Said { crop: None, flip: None, center: None, augment: None, scaled_decode: None, clip: None, sound }
+                let (crop, flip, center, augment, scaled_decode) = (None, None, None, None, None);
+                Said { crop, flip, center, augment, scaled_decode, clip: None, caption: None, sound }
             }
             None => Said {
                 crop: Some(crop),
@@ -89,6 +97,7 @@ impl From<View> for Said {
                 augment: Some(augment),
                 scaled_decode: Some(scaled_decode),
                 clip,
+                caption,
                 sound,
             },
         }

@@ -8,6 +8,7 @@ use crate::fault::{Fault, Result};
 use crate::feed::{Feed, Rows};
 use crate::method::Method;
 use crate::op::shuffle::Origin;
+use crate::part::encoder::text;
 use crate::run::open;
 use crate::run::pace::Share;
 use std::time::Duration;
@@ -19,13 +20,20 @@ const PATIENCE_S: f64 = 5.0;
 pub enum Input {
     Data(Feed),
     /// This rank's rows in the element of the config's samples; on a GPU in pinned memory.
-    Noise(Tensor),
+    Noise(Noise),
+}
+
+/// Samples that stay the same: pixels, and captions where the method reads some.
+#[derive(Debug)]
+pub struct Noise {
+    pixels: Tensor,
+    text: Option<Tensor>,
 }
 
 /// This rank's rows of one step.
 pub enum Given {
     Rows(Rows),
-    Noise(Tensor, u64),
+    Noise(Noise, u64),
 }
 
 impl Input {
@@ -46,7 +54,12 @@ impl Input {
             Medium::Sound => Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?,
         };
         let device = world.device();
-        Ok(Input::Noise(if device.is_cuda() { pixels.f_pin_memory(device)? } else { pixels }))
+        let ids = |text: &text::Config| {
+            Tensor::f_randint(text.vocabulary, [shape[0], text.length], (Kind::Int64, Device::Cpu))
+        };
+        let text = config.method.text().map(ids).transpose()?;
+        let here = |tensor: Tensor| if device.is_cuda() { tensor.f_pin_memory(device) } else { Ok(tensor) };
+        Ok(Input::Noise(Noise { pixels: here(pixels)?, text: text.map(here).transpose()? }))
     }
 
     /// The rows of step `step`, and for how long they were waited for.
@@ -57,29 +70,36 @@ impl Input {
                 let waited = rows.waited;
                 Ok((Given::Rows(rows), waited))
             }
-            Input::Noise(pixels) => Ok((Given::Noise(pixels.shallow_clone(), step), Duration::ZERO)),
+            Input::Noise(Noise { pixels, text }) => {
+                let noise = Noise { pixels: pixels.shallow_clone(), text: text.as_ref().map(Tensor::shallow_clone) };
+                Ok((Given::Noise(noise, step), Duration::ZERO))
+            }
         }
     }
 }
 
 impl Given {
-    /// Bytes of pixels.
+    /// Bytes of pixels and captions.
     pub fn bytes(&self) -> usize {
-        let pixels = match self {
-            Given::Rows(rows) => &rows.pixels,
-            Given::Noise(pixels, _) => pixels,
-        };
-        pixels.numel() * pixels.kind().elt_size_in_bytes()
+        let (pixels, text) = self.tensors();
+        let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
+        bytes(pixels) + text.map_or(0, bytes)
+    }
+
+    fn tensors(&self) -> (&Tensor, Option<&Tensor>) {
+        match self {
+            Given::Rows(rows) => (&rows.pixels, rows.text.as_ref()),
+            Given::Noise(noise, _) => (&noise.pixels, noise.text.as_ref()),
+        }
     }
 
     /// This rank's share of the step.
     pub fn share(&self, config: &Config) -> Share {
-        let (rows, pixels) = match self {
-            Given::Rows(rows) => (rows.ids.len(), &rows.pixels),
-            Given::Noise(pixels, _) => (pixels.size()[0] as usize, pixels),
-        };
+        let (pixels, text) = self.tensors();
+        let rows = pixels.size()[0] as usize;
         Share {
             pixels: pixels.shallow_clone(),
+            text: text.map(Tensor::shallow_clone),
             origins: (0..rows).map(|row| self.origin(row)).collect(),
             seed: config.train.seed,
             micro: config.train.micro_batch.map_or(rows, |most| most as usize),
@@ -98,7 +118,7 @@ fn data(config: &Config, world: &dyn World, method: &dyn Method) -> Result<Feed>
     let mut config = config.clone();
     config.data.patience_s = config.data.patience_s.min(PATIENCE_S);
     let set = open::training_set(&config)?;
-    let source = open::source(&config, set.clone(), world, *method.grid())?;
+    let source = open::source(&config, set.clone(), open::tokenizer(&config)?, world, *method.grid())?;
     let order = Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards);
     Feed::train(source, order, config.train.global_batch, world.rank(), world.size(), 0..u64::MAX >> 8)
 }

@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 /// What a step spends its time on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Pixels to the device.
+    /// Samples to the device.
     Copy,
     Forward,
     Backward,

@@ -5,6 +5,7 @@ use super::memory::Memory;
 use super::stages::Stage;
 use crate::config::Config;
 use crate::fault::Result;
+use crate::part::work::Work;
 use crate::run::step::Stepper;
 use serde_json::{Value, json};
 
@@ -69,6 +70,7 @@ pub fn print(
     let Machine { rates, sheet, floor, memory, .. } = machine;
     let dtype = format!("{:?}", config.train.dtype).to_lowercase();
     let (batch, seconds) = (config.train.global_batch, median(seen.steps.iter().copied()));
+    let work = stepper.method.work(batch);
     let ranks = if machine.ranks > 1 { format!(" and {} ranks", machine.ranks) } else { String::new() };
     println!("{}: {batch} samples a step in {dtype} on {}{ranks}", config.about.title, machine.name);
     let input = match &noise {
@@ -85,9 +87,9 @@ pub fn print(
     );
 
     println!("{:<12}{:>11}{:>8}{:>16}{:>13}{:>10}", "part", "ms", "share", "achieved", "roofline ms", "reached");
-    let parts: Vec<Value> = lines(stepper, machine, seen, rows).iter().map(|row| row.print(seconds)).collect();
+    let parts: Vec<Value> = lines(&work, stepper, machine, seen, rows).iter().map(|row| row.print(seconds)).collect();
 
-    let flops = stepper.method.work().training_flops();
+    let flops = work.training_flops();
     let rate = batch as f64 / seconds;
     let used = flops * rate / machine.ranks as f64;
     let (of_product, of_sheet) = (used / rates.product, sheet.map(|sheet| used / sheet));
@@ -110,10 +112,10 @@ pub fn print(
 }
 
 /// The stages, what lies between them, and the whole.
-fn lines(stepper: &Stepper, machine: &Machine, seen: &Seen, rows: i64) -> Vec<Row> {
+fn lines(work: &Work, stepper: &Stepper, machine: &Machine, seen: &Seen, rows: i64) -> Vec<Row> {
     let Machine { rates, floor, .. } = machine;
     let stage = |stage: Stage| median(seen.stages.iter().map(|seconds| seconds[stage as usize]));
-    let [forward, backward] = stepper.method.work().flops().map(|flops| flops * rows as f64);
+    let [forward, backward] = work.flops().map(|flops| flops * rows as f64);
     let moved = Sizes::of(&stepper.flat).update();
     let waited =
         Row { part: "data wait", seconds: median(seen.waited.iter().copied()), done: Done::Nothing, floor: None };

@@ -2,6 +2,7 @@
 
 use super::ranks::Ranks;
 use crate::config::Config;
+use crate::data::caption::Tokenizer;
 use crate::data::decode::Limits;
 use crate::data::mix::Mix;
 use crate::data::order::{Order, rows};
@@ -57,9 +58,22 @@ pub fn share(set: &Mix, ranks: &Ranks) -> u64 {
 
 /// This rank's share of a set in evaluation's view, each sample once, `batch` rows at a time.
 pub fn sweep(set: &Arc<Mix>, batch: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Result<Feed> {
+    captioned(set, batch, None, config, grid, ranks)
+}
+
+/// As `sweep`, with captions where a tokenizer is given.
+pub fn captioned(
+    set: &Arc<Mix>,
+    batch: u64,
+    captions: Option<Arc<Tokenizer>>,
+    config: &Config,
+    grid: Grid,
+    ranks: &Ranks,
+) -> Result<Feed> {
     let view = config.view.clone();
     let view: ViewFn = Arc::new(move |sample, _, _, out| view.eval(&grid, sample, out));
-    Feed::sweep(source(set, view, config.train.seed, config, grid, ranks), batch, ranks.rank(), ranks.size())
+    let source = Source { captions, ..source(set, view, config.train.seed, config, grid, ranks) };
+    Feed::sweep(source, batch, ranks.rank(), ranks.size())
 }
 
 /// This rank's rows of the first `steps` runs of `piece` samples of one epoch, in random order and in random views.
@@ -88,6 +102,7 @@ fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, 
         cache: None,
         medium: config.view.medium(),
         view,
+        captions: None,
         shape: grid.pixels(),
         limits: Limits::default(),
         seed,

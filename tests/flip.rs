@@ -1,0 +1,302 @@
+//! FLIP against open_clip: loss and gradients; and against itself on several ranks.
+
+use crate::step::{LR, SOON};
+use crate::support::{Outcome, distance, normal, oracle, read, write};
+use occlude::device::World;
+use occlude::device::solo::{Solo, threads};
+use occlude::grid::Input;
+use occlude::method::{Batch, Method, flip};
+use occlude::op::shuffle::Origin;
+use occlude::optim::{flat::Flat, update, update::Updater};
+use occlude::part::encoder::position;
+use occlude::rng::{Draw, Purpose};
+use occlude::run::pace::{Ahead, Share};
+use occlude::run::step::Stepper;
+use serde_json::json;
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor, no_grad};
+
+crate::trials![
+    the_papers_towers_agree_with_open_clip,
+    three_quarters_hidden_of_a_wide_image_agree_with_open_clip,
+    clips_towers_agree_with_open_clip,
+    nothing_hidden_agrees_with_open_clip,
+    one_to_four_ranks_see_one_batch,
+    captions_go_along_with_steps_ahead,
+    captions_that_change_their_length_are_refused,
+    one_rank_alone_is_captured,
+    the_scale_is_held_between_one_and_a_hundred,
+    ranks_without_equal_shares_are_told_apart,
+];
+
+pub struct Case {
+    size: (i64, i64),
+    patch: i64,
+    /// Width, depth and heads of the image tower and of the text tower.
+    image: [i64; 3],
+    text: [i64; 3],
+    embed: i64,
+    ratio: f64,
+    towers: &'static str,
+    batch: i64,
+}
+
+const VOCABULARY: i64 = 101;
+const LENGTH: i64 = 9;
+
+fn the_papers_towers_agree_with_open_clip() -> Outcome {
+    let (image, text) = ([36, 2, 3], [28, 3, 7]);
+    Case { size: (42, 42), patch: 6, image, text, embed: 20, ratio: 0.5, towers: "plain", batch: 5 }.check()
+}
+
+fn three_quarters_hidden_of_a_wide_image_agree_with_open_clip() -> Outcome {
+    let (image, text) = ([44, 3, 11], [20, 1, 2]);
+    Case { size: (24, 56), patch: 8, image, text, embed: 12, ratio: 0.75, towers: "plain", batch: 3 }.check()
+}
+
+fn clips_towers_agree_with_open_clip() -> Outcome {
+    let (image, text) = ([60, 2, 5], [24, 2, 3]);
+    Case { size: (30, 42), patch: 6, image, text, embed: 16, ratio: 0.5, towers: "clip", batch: 7 }.check()
+}
+
+fn nothing_hidden_agrees_with_open_clip() -> Outcome {
+    let (image, text) = ([24, 1, 2], [16, 2, 4]);
+    Case { size: (20, 20), patch: 4, image, text, embed: 8, ratio: 0.0, towers: "plain", batch: 4 }.check()
+}
+
+/// Two blocks each, for pictures of 16 by 16.
+pub fn tiny(towers: &'static str) -> Case {
+    let (image, text) = ([16, 2, 2], [16, 2, 2]);
+    Case { size: (16, 16), patch: 4, image, text, embed: 8, ratio: 0.5, towers, batch: 4 }
+}
+
+impl Case {
+    pub fn method(&self) -> flip::Flip {
+        let (height, width) = self.size;
+        let input = Input {
+            channels: 3,
+            frames: 1,
+            height,
+            width,
+            patch: self.patch,
+            patch_frames: 1,
+            mean: vec![],
+            std: vec![],
+        };
+        let shape = |[width, depth, heads]: [i64; 3]| json!({"width": width, "depth": depth, "heads": heads});
+        let config = json!({
+            "encoder": shape(self.image), "mask": {"ratio": self.ratio}, "embed": self.embed, "towers": self.towers,
+            "text": {"shape": shape(self.text), "vocabulary": VOCABULARY, "length": LENGTH},
+        });
+        flip::Flip::new(&serde_json::from_value(config).expect("numbers"), &input).expect("a method")
+    }
+
+    fn check(&self) -> Outcome {
+        let method = self.method();
+        let grid = *method.grid();
+        let flat = moved(&method)?;
+        let batch = batch(&normal(1, &[self.batch, 3, 1, self.size.0, self.size.1]));
+        let mask = method.mask(&batch);
+        let mut asked: Vec<(String, Tensor)> = (0..flat.specs.len())
+            .map(|i| (format!("weight.{}", flat.specs[i].name), flat.part(&flat.master, i)))
+            .collect();
+        asked.push(("input".into(), batch.pixels.squeeze_dim(2)));
+        asked.push(("text".into(), batch.text.as_ref().expect("captions").shallow_clone()));
+        asked.push(("order".into(), Tensor::cat(&[&mask.keep, &mask.drop], 1)));
+        asked.push(("positions".into(), position::sine_cosine(&grid, self.image[0])));
+        let folder = tempfile::tempdir()?;
+        let (request, reply) = (folder.path().join("request.safetensors"), folder.path().join("reply.safetensors"));
+        write(&request, &asked)?;
+        oracle("flip.py", &[request.to_str().unwrap(), reply.to_str().unwrap(), &self.theirs()])?;
+        let reply = read(&reply)?;
+
+        let loss = &method.loss(&flat.leaves, &batch)?[0].sum / self.batch;
+        let theirs = reply["loss"].double_value(&[0]);
+        let off = (loss.double_value(&[]) - theirs).abs() / theirs;
+        assert!(off <= 1e-5, "loss {} against {theirs}, off by {off:e}", loss.double_value(&[]));
+        loss.backward();
+        let gradients: Vec<&Tensor> =
+            reply.iter().filter(|(name, _)| name.starts_with("grad.")).map(|(_, t)| t).collect();
+        assert_eq!(gradients.len(), flat.specs.len(), "as many gradients as tensors");
+        let greatest = gradients.iter().map(|t| t.abs().max().double_value(&[])).fold(0.0, f64::max);
+        for (index, spec) in flat.specs.iter().enumerate() {
+            let (ours, wanted) = (flat.part(&flat.gradient, index), &reply[&format!("grad.{}", spec.name)]);
+            let (off, norm) = (distance(&ours, wanted), wanted.norm().double_value(&[]));
+            let within = 1e-5 * norm + 1e-7 * greatest;
+            assert!(off <= within, "gradient of {}: ‖Δ‖ = {off:e}, ‖g‖ = {norm:e}, allowed {within:e}", spec.name);
+        }
+        let image = no_grad(|| method.match_images(&flat.leaves, &batch))?;
+        let caption = no_grad(|| method.match_captions(&flat.leaves, batch.captions().expect("captions")))?;
+        for (what, ours) in [("image", image), ("caption", caption)] {
+            let off = (ours - &reply[what]).abs().max().double_value(&[]);
+            assert!(off <= 2e-6, "{what}: whole samples are off by {off:e}");
+        }
+        Ok(())
+    }
+
+    fn theirs(&self) -> String {
+        let ([width, depth, heads], [text_width, text_depth, text_heads]) = (self.image, self.text);
+        json!({
+            "size": [self.size.0, self.size.1], "patch": self.patch, "width": width, "depth": depth, "heads": heads,
+            "text_width": text_width, "text_depth": text_depth, "text_heads": text_heads, "embed": self.embed,
+            "ratio": self.ratio, "towers": self.towers, "vocabulary": VOCABULARY, "length": LENGTH,
+        })
+        .to_string()
+    }
+}
+
+/// Weights with biases and scales moved away from 0 and 1, which would hide a mistake.
+fn moved(method: &flip::Flip) -> Result<Flat, occlude::fault::Fault> {
+    let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
+    let noise = normal(2, &flat.master.size()) * 0.02;
+    let _ = flat.master.shallow_clone().g_add_(&noise);
+    Ok(flat)
+}
+
+/// Pixels [B, C, 1, Y, X] with a caption each, of which one token is the greatest.
+pub fn batch(pixels: &Tensor) -> Batch {
+    let rows = pixels.size()[0];
+    let mut draw = Draw::new(4, 5, 0, Purpose::Order, 0);
+    let mut ids: Vec<i64> = (0..rows * LENGTH).map(|_| draw.below(VOCABULARY as u64 - 1) as i64).collect();
+    (0..rows).for_each(|row| ids[(row * LENGTH) as usize + draw.below(LENGTH as u64) as usize] = VOCABULARY - 1);
+    let origins: Vec<Origin> = (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
+    let text = Tensor::from_slice(&ids).view([rows, LENGTH]);
+    Batch::new(pixels.shallow_clone(), &origins, 9).with_text(Some(text))
+}
+
+/// The loss and the gradient of twelve samples, on this rank of `world`.
+fn seen_from(world: Arc<dyn World>) -> (f64, Tensor) {
+    tch::set_num_threads(1);
+    let (image, text) = ([24, 2, 2], [20, 2, 2]);
+    let case = Case { size: (20, 24), patch: 4, image, text, embed: 12, ratio: 0.5, towers: "plain", batch: 12 };
+    let method = case.method();
+    let flat = moved(&method).expect("weights");
+    let optim: update::Config = serde_json::from_value(json!({"lr": 1e-3})).expect("numbers");
+    let updater = Updater::new(&flat, &optim);
+    let all = batch(&normal(6, &[case.batch, 3, 1, 20, 24]));
+    let rows = case.batch as usize / world.size();
+    let first = world.rank() * rows;
+    let own = all.part(first..first + rows).expect("rows");
+    // Small buckets, so that gradients are reduced while the gather's way back is still to come.
+    let mut stepper = Stepper::new(Box::new(method), flat, updater, world, 1 << 10, SOON).expect("a stepper");
+    let mut gradient = Tensor::new();
+    let outcome = stepper.step(&[own], 1e-3, |stepper, _| {
+        gradient = stepper.flat.gradient.copy();
+        Ok(())
+    });
+    (outcome.expect("a step").loss, gradient)
+}
+
+fn one_to_four_ranks_see_one_batch() -> Outcome {
+    let (loss, gradient) = seen_from(Arc::new(Solo::new(Device::Cpu)));
+    for ranks in [1, 2, 3, 4] {
+        for (rank, (other, theirs)) in threads(ranks, seen_from).into_iter().enumerate() {
+            let off = (other - loss).abs() / loss;
+            assert!(off <= 1e-5, "{ranks} ranks, rank {rank}: loss {other} against {loss}");
+            let off = distance(&theirs, &gradient) / gradient.norm().double_value(&[]);
+            assert!(off <= 1e-5, "{ranks} ranks, rank {rank}: the gradient is off by {off:e} of itself");
+        }
+    }
+    Ok(())
+}
+
+/// Pairs of a global batch.
+pub const PAIRS: u64 = 12;
+
+/// This rank's share of them; every step has others.
+pub fn share(step: u64, world: &dyn World) -> Share {
+    let all = batch(&normal(6 + step, &[PAIRS as i64, 3, 1, 16, 16]));
+    let rows = PAIRS as usize / world.size();
+    let own = world.rank() * rows..(world.rank() + 1) * rows;
+    let part = all.part(own.clone()).expect("rows");
+    let origins = own.map(|id| Origin { id: id as u64, epoch: step, repeat: 0 }).collect();
+    Share { pixels: part.pixels, origins, text: part.text, seed: 9, micro: rows }
+}
+
+pub fn stepper(towers: &'static str, world: Arc<dyn World>) -> Stepper {
+    crate::step::stepper(tiny(towers).method(), world, Kind::Float, 1 << 10)
+}
+
+fn captions_go_along_with_steps_ahead() -> Outcome {
+    let alone: Arc<dyn World> = Arc::new(Solo::new(Device::Cpu));
+    let mut watched = stepper("plain", alone.clone());
+    let step = |step| {
+        let batches = share(step, alone.as_ref()).batches(Device::Cpu).expect("a batch");
+        watched.step(&batches, LR, |_, _| Ok(())).expect("a step").loss
+    };
+    let wanted: Vec<f64> = (0..4).map(step).collect();
+    assert!(wanted.windows(2).all(|pair| pair[0] != pair[1]), "captions of its own to every step");
+    for size in [1, 2, 3] {
+        let told = threads(size, |world| {
+            let mut stepper = stepper("plain", world.clone());
+            let mut ahead = Ahead::new(PAIRS, &stepper, &world).expect("a pace");
+            let step = |step| ahead.step(&mut stepper, &share(step, world.as_ref()), LR).expect("a step");
+            let mut told: Vec<_> = (0..4).flat_map(step).collect();
+            told.extend(ahead.settle(&stepper).expect("the last"));
+            told.into_iter().map(|outcome| outcome.loss).collect::<Vec<_>>()
+        });
+        for ours in told {
+            let same = ours.iter().zip(&wanted).all(|(ours, wanted)| (ours - wanted).abs() <= 1e-5 * wanted);
+            assert!(same && ours.len() == 4, "{size} ranks: {ours:?} for {wanted:?}");
+        }
+    }
+    Ok(())
+}
+
+fn captions_that_change_their_length_are_refused() -> Outcome {
+    let world: Arc<dyn World> = Arc::new(Solo::new(Device::Cpu));
+    let mut stepper = stepper("plain", world.clone());
+    let mut ahead = Ahead::new(PAIRS, &stepper, &world)?;
+    let _ = ahead.step(&mut stepper, &share(0, world.as_ref()), LR)?;
+    for text in [None, Some(Tensor::zeros([PAIRS as i64, LENGTH - 1], (Kind::Int64, Device::Cpu)))] {
+        let other = Share { text, ..share(1, world.as_ref()) };
+        let fault = ahead.step(&mut stepper, &other, LR).expect_err("other captions");
+        assert!(fault.message.contains(&format!("captions [{PAIRS}, {LENGTH}] Int64")), "{fault}");
+    }
+    Ok(())
+}
+
+fn one_rank_alone_is_captured() -> Outcome {
+    let capturable = |world| stepper("plain", world).method.capturable();
+    assert_eq!(threads(1, capturable), [Ok(())]);
+    assert!(threads(2, capturable).iter().all(|told| told.is_err_and(|why| why.contains("from all ranks"))));
+    let wide = Case { size: (260, 260), ..tiny("plain") };
+    assert!(wide.method().capturable().is_err_and(|why| why.contains("drawn on the host")));
+    let whole = Case { ratio: 0.0, ..wide };
+    assert_eq!(whole.method().capturable(), Ok(()), "there is no mask to draw");
+    Ok(())
+}
+
+fn the_scale_is_held_between_one_and_a_hundred() -> Outcome {
+    let (image, text) = ([16, 1, 2], [16, 1, 2]);
+    let case = Case { size: (16, 16), patch: 4, image, text, embed: 8, ratio: 0.5, towers: "plain", batch: 4 };
+    let method = case.method();
+    let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
+    let at = flat.specs.iter().position(|spec| spec.name == "logit_scale").expect("a scale");
+    assert!((flat.part(&flat.master, at).double_value(&[0, 0]) - (1.0f64 / 0.07).ln()).abs() < 1e-6);
+    let batch = batch(&normal(1, &[4, 3, 1, 16, 16]));
+    let mut losses = Vec::new();
+    for (value, moves) in [(2.0, true), (100f64.ln() + 1.0, false), (100f64.ln(), true), (-1.0, false), (0.0, true)] {
+        let _ = no_grad(|| flat.part(&flat.master, at).fill_(value));
+        let _ = flat.gradient.shallow_clone().zero_();
+        let loss = method.loss(&flat.leaves, &batch)?.remove(0).sum;
+        loss.backward();
+        let gradient = flat.part(&flat.gradient, at).double_value(&[0, 0]);
+        assert_eq!(gradient != 0.0, moves, "at {value} the gradient is {gradient}");
+        losses.push(loss.double_value(&[]));
+    }
+    assert!((losses[1] - losses[2]).abs() <= 1e-5 * losses[2] && (losses[3] - losses[4]).abs() <= 1e-5 * losses[4]);
+    Ok(())
+}
+
+fn ranks_without_equal_shares_are_told_apart() -> Outcome {
+    // Ranks that bring different numbers of rows are found out by the channel, whatever the config let through.
+    let refused = threads(2, |world| {
+        let ranks = occlude::part::loss::gather::Gather::join(&world, SOON).expect("a channel");
+        let fault =
+            ranks.all(&Tensor::zeros([2 + world.rank() as i64, 3], (Kind::Float, Device::Cpu))).expect_err("uneven");
+        fault.code
+    });
+    assert!(refused.iter().all(|code| *code == occlude::fault::Code::Disagree), "{refused:?}");
+    Ok(())
+}

@@ -1,0 +1,31 @@
+"""Asks other people's tokenizers for the ids of captions.
+
+usage: captions.py clip|bert REQUEST.json REPLY.json PLACE
+request: {"texts": [...], "length": n}; reply: [[id, ...], ...]
+clip: open_clip's SimpleTokenizer; its vocabulary's path is added to the reply as the last item, and the
+      vocabulary written into the folder PLACE as vocab.json and merges.txt
+bert: transformers' BertTokenizerFast over the vocab.txt PLACE, uncased, without [CLS] and [SEP]
+"""
+import json
+import sys
+
+which, request, reply = sys.argv[1:4]
+asked = json.load(open(request))
+if which == "clip":
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
+    tokenizer = SimpleTokenizer(context_length=asked["length"])
+    ids = tokenizer(asked["texts"]).tolist() + [default_bpe()]
+    json.dump(tokenizer.encoder, open(f"{sys.argv[4]}/vocab.json", "w"))
+    ranks = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    with open(f"{sys.argv[4]}/merges.txt", "w") as file:
+        file.write("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in ranks))
+else:
+    from transformers import BertTokenizerFast
+
+    tokenizer = BertTokenizerFast(vocab_file=sys.argv[4], do_lower_case=True)
+    ids = [
+        tokenizer(text, add_special_tokens=False, truncation=True, max_length=asked["length"], padding="max_length")["input_ids"]
+        for text in asked["texts"]
+    ]
+json.dump(ids, open(reply, "w"))
