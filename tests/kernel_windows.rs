@@ -176,7 +176,7 @@ fn a_decoder_of_windows_is_timms_blocks() -> Outcome {
             true => Tensor::from_slice(&[0.005f32, 0.05, 0.5][..heads as usize]).flip([0]),
             false => normal(seed, &spec.shape) * 0.3,
         });
-        let weights = Weights(weights.map(|w| w.set_requires_grad(true)).collect());
+        let weights = Weights::new(weights.map(|w| w.set_requires_grad(true)).collect());
         let kept = place.tokens() / 3;
         let order = Tensor::stack(&[normal(7, &[place.tokens()]), normal(8, &[place.tokens()])], 0).argsort(1, false);
         let mask = Mask::from_order(&order, kept);
@@ -219,7 +219,8 @@ fn a_window_is_never_larger_than_the_grid() -> Outcome {
     let make = |window| Make { token: Init::Zero, positions: normal(1, &[12, 8]), window, shift: [1, 1] };
     let mut table = Table::default();
     let decoder = Decoder::new(&mut table, "d", &grid, 4, &shape, make([3, 5]))?;
-    let weights = Weights(table.specs().iter().zip(2..).map(|(spec, seed)| normal(seed, &spec.shape) * 0.5).collect());
+    let weights =
+        Weights::new(table.specs().iter().zip(2..).map(|(spec, seed)| normal(seed, &spec.shape) * 0.5).collect());
     let x = normal(5, &[1, 12, 8]);
     let all = decoder.transform(&weights, x.shallow_clone(), None)?;
     // The rows of a window are 3, 0 .. 2 and 3 .. 5, then 1 .. 3 and 4, 5 and 0: row 0 does not reach row 4 through them.

@@ -22,6 +22,9 @@ crate::trials![
     seven_tenths_of_a_slow_network_are_hidden,
     seven_tenths_of_a_slow_network_are_hidden_from_shards,
     what_starts_after_backward_is_not_hidden,
+    seven_tenths_of_slow_gathers_are_hidden_under_the_next_forward,
+    weights_wait_for_their_own_bucket_alone,
+    weights_that_do_not_come_are_a_fault,
 ];
 
 const SHARDED: Make = Make { sharded: true, ..PLAIN };
@@ -135,7 +138,7 @@ fn buckets(stepper: &mut Stepper, noted: &Delayed, rows: i64) -> (Vec<Noted>, In
     let outcome = stepper.step(&[noise(rows)], 1e-6, |_, _| Ok(())).expect("a step");
     let mut buckets = noted.events().split_off(before);
     // The norm of shards is summed too.
-    buckets.retain(|event| event.elements > 1);
+    buckets.retain(|event| event.elements > 1 && !event.gathers);
     let last = buckets.last().expect("a bucket").finished;
     (buckets, last - outcome.comm_wait)
 }
@@ -160,8 +163,8 @@ fn share_hidden(world: &Arc<dyn World>, bytes: usize, make: Make, rows: i64, beg
     let (all, end) = buckets(&mut delayed, &noted, rows);
     let since = |moment: Instant| (moment - began).as_secs_f64();
     let end = greatest(since(end));
-    let late: f64 = all.iter().map(|bucket| (since(bucket.finished) - since(bucket.summed).max(end)).max(0.0)).sum();
-    let whole: f64 = all.iter().map(|bucket| since(bucket.finished) - since(bucket.summed)).sum();
+    let late: f64 = all.iter().map(|bucket| (since(bucket.finished) - since(bucket.came).max(end)).max(0.0)).sum();
+    let whole: f64 = all.iter().map(|bucket| since(bucket.finished) - since(bucket.came)).sum();
     1.0 - greatest(late / whole)
 }
 
@@ -198,5 +201,70 @@ fn what_starts_after_backward_is_not_hidden() -> Outcome {
         let shares = best_share_hidden(1 << 40, make, -1.0);
         assert!(shares[0] < 0.1, "hidden: {shares:.2?}");
     }
+    Ok(())
+}
+
+/// Gathers, one after the other, each for half of the time in which a forward passes a bucket: only the first, whose
+/// weights are wanted at once, has to be waited for.
+fn seven_tenths_of_slow_gathers_are_hidden_under_the_next_forward() -> Outcome {
+    let rows = calibrated();
+    let all = threads(2, |world| {
+        let mut shares = Vec::new();
+        while shares.len() < 8 && shares.last().is_none_or(|&share| share < 0.7) {
+            shares.push(share_of_gathers_hidden(&world, rows));
+        }
+        shares
+    });
+    assert!(all[0].last().is_some_and(|&share| share >= 0.7), "hidden, step by step: {:.2?}", all[0]);
+    Ok(())
+}
+
+fn share_of_gathers_hidden(world: &Arc<dyn World>, rows: i64) -> f64 {
+    let mut meeting = world.channel("meeting").expect("a channel");
+    let mut greatest = |number: f64| {
+        let all = meeting.all_reduce(&Tensor::from_slice(&[number]), Reduce::Max).wait(SOON);
+        all.expect("a maximum").double_value(&[0])
+    };
+    let forward = |stepper: &Stepper| {
+        let began = Instant::now();
+        stepper.method.loss(&stepper.flat.leaves, &noise(rows)).expect("a loss");
+        began.elapsed().as_secs_f64()
+    };
+    let (mut plain, _) = slowed(world, Duration::ZERO, BLOCK, SHARDED);
+    timed(&mut plain, rows);
+    let count = plain.bucket_count() as f64;
+    let delay = -0.5 * greatest(-forward(&plain)) / count;
+    let (mut delayed, _) = slowed(world, Duration::from_secs_f64(delay), BLOCK, SHARDED);
+    timed(&mut delayed, rows);
+    // The weights of that step are on their way.
+    delayed.buckets.begin();
+    forward(&delayed);
+    1.0 - greatest(delayed.buckets.waited().as_secs_f64()) / (delay * count)
+}
+
+/// While the last tensors of a model are still on their way, the first can be used.
+fn weights_wait_for_their_own_bucket_alone() -> Outcome {
+    threads(2, |world| {
+        let (mut stepper, noted) = slowed(&world, Duration::from_millis(150), BLOCK, SHARDED);
+        stepper.step(&[noise(4)], 1e-6, |_, _| Ok(())).expect("a step");
+        let gathers = || noted.events().iter().filter(|event| event.gathers).count();
+        let arrive = stepper.buckets.arrival(SOON);
+        arrive(0);
+        assert_eq!(gathers(), 1, "the first tensor waits for others' buckets");
+        arrive(stepper.flat.specs.len() - 1);
+        assert_eq!(gathers(), stepper.bucket_count());
+        arrive(0);
+    });
+    Ok(())
+}
+
+fn weights_that_do_not_come_are_a_fault() -> Outcome {
+    threads(2, |world| {
+        let (mut stepper, _) = slowed(&world, Duration::from_millis(400), BLOCK, SHARDED);
+        stepper.step(&[noise(4)], 1e-6, |_, _| Ok(())).expect("a step");
+        stepper.buckets.arrival(Duration::from_millis(1))(0);
+        let fault = stepper.step(&[noise(4)], 1e-6, |_, _| Ok(())).expect_err("weights have not come");
+        assert_eq!(fault.code, Code::Failed, "{fault}");
+    });
     Ok(())
 }

@@ -8,20 +8,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
-/// One reduction as it happened: an all_reduce or a reduce_scatter.
+/// One collective as it happened: a reduction (all_reduce, reduce_scatter) or an all_gather.
 #[derive(Clone, Debug)]
 pub struct Event {
     pub channel: String,
-    /// Counts the reductions of the channel from 0.
+    /// Whether it is an all_gather.
+    pub gathers: bool,
+    /// Counts those of the channel from 0.
     pub number: usize,
     pub elements: usize,
     pub started: Instant,
-    /// When all ranks' numbers were summed, and the delay began.
-    pub summed: Instant,
+    /// When all ranks' numbers were here, and the delay began.
+    pub came: Instant,
     pub finished: Instant,
 }
 
-/// Another world whose every reduction takes `delay` longer, one after the other as on a slow network, and is written
+/// Another world whose every reduction and gathering takes `delay` longer, one after the other as on a slow network, and is written
 /// down.
 pub struct Delayed {
     inner: Arc<dyn World>,
@@ -33,7 +35,7 @@ impl Delayed {
     pub fn new(inner: Arc<dyn World>, delay: Duration) -> Self {
         Delayed { inner, delay, events: Arc::default() }
     }
-    /// The reductions that have finished so far, in the order in which they did.
+    /// The collectives that have finished so far, in the order in which they did.
     pub fn events(&self) -> Vec<Event> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -78,16 +80,24 @@ impl World for Delayed {
 /// A collective of the inner channel on its way through the slow worker.
 struct Parcel {
     inner: Pending,
-    /// Its number, element count and start, where it is a reduction.
-    noted: Option<(usize, usize, Instant)>,
+    /// What is known of it so far, where it is noted.
+    noted: Option<Noted>,
     reply: Sender<Result<Tensor>>,
+}
+
+#[derive(Clone, Copy)]
+struct Noted {
+    gathers: bool,
+    number: usize,
+    elements: usize,
+    started: Instant,
 }
 
 struct Slow {
     inner: Box<dyn Channel>,
     name: String,
     parcels: Sender<Parcel>,
-    reductions: usize,
+    collectives: usize,
 }
 
 impl Slow {
@@ -102,11 +112,11 @@ impl Slow {
         let worker = move || {
             for Parcel { inner, noted, reply } in arrivals {
                 let result = inner.wait(Duration::MAX);
-                if let Some((number, elements, started)) = noted {
-                    let summed = Instant::now();
+                if let Some(Noted { gathers, number, elements, started }) = noted {
+                    let came = Instant::now();
                     std::thread::sleep(delay);
                     let (channel, finished) = (channel.clone(), Instant::now());
-                    let event = Event { channel, number, elements, started, summed, finished };
+                    let event = Event { channel, gathers, number, elements, started, came, finished };
                     events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
                 }
                 // The caller may have stopped waiting; that is its right.
@@ -115,14 +125,15 @@ impl Slow {
         };
         let thread = std::thread::Builder::new().name(format!("slow {name}")).spawn(worker);
         thread.map_err(|error| Fault::failed(format!("channel {name}: no thread for it: {error}.")))?;
-        Ok(Slow { inner, name: name.to_string(), parcels, reductions: 0 })
+        Ok(Slow { inner, name: name.to_string(), parcels, collectives: 0 })
     }
-    /// What is noted of a reduction that starts now.
-    fn note(&mut self, tensor: &Tensor) -> Option<(usize, usize, Instant)> {
-        self.reductions += 1;
-        Some((self.reductions - 1, tensor.numel(), Instant::now()))
+    /// What is noted of a collective that starts now.
+    fn note(&mut self, tensor: &Tensor, gathers: bool) -> Option<Noted> {
+        self.collectives += 1;
+        let (number, elements, started) = (self.collectives - 1, tensor.numel(), Instant::now());
+        Some(Noted { gathers, number, elements, started })
     }
-    fn pass(&mut self, inner: Pending, noted: Option<(usize, usize, Instant)>) -> Pending {
+    fn pass(&mut self, inner: Pending, noted: Option<Noted>) -> Pending {
         let (reply, result) = bounded(1);
         // The worker lives as long as `parcels`; were it gone, the closed reply channel would say so in `wait`.
         let _ = self.parcels.send(Parcel { inner, noted, reply });
@@ -132,16 +143,17 @@ impl Slow {
 
 impl Channel for Slow {
     fn all_reduce(&mut self, tensor: &Tensor, how: Reduce) -> Pending {
-        let noted = self.note(tensor);
+        let noted = self.note(tensor, false);
         let inner = self.inner.all_reduce(tensor, how);
         self.pass(inner, noted)
     }
     fn all_gather(&mut self, tensor: &Tensor) -> Pending {
+        let noted = self.note(tensor, true);
         let inner = self.inner.all_gather(tensor);
-        self.pass(inner, None)
+        self.pass(inner, noted)
     }
     fn reduce_scatter(&mut self, tensor: &Tensor) -> Pending {
-        let noted = self.note(tensor);
+        let noted = self.note(tensor, false);
         let inner = self.inner.reduce_scatter(tensor);
         self.pass(inner, noted)
     }

@@ -2,18 +2,19 @@
 //! when the last of its tensors has its gradient and all buckets before it have started, so that every rank starts them
 //! in one order. What has not fired by the end of backward is flushed.
 //!
-//! Where the optimizer is sharded each rank receives the sum of what it keeps, and the updated weights are gathered.
+//! Where the optimizer is sharded each rank receives the sum of what it keeps. The updated weights are gathered while the
+//! next forward goes on: a bucket is waited for when the first of its tensors is used.
 
 use super::flat::Flat;
 use super::layout::{ALIGN, Cut, lay_out};
 use crate::bridge::Hooks;
 use crate::device::{Channel, Pending, Reduce};
-use crate::fault::Result;
+use crate::fault::{Fault, Result};
 use crate::op::square_sum::square_sum;
 use crate::part::weights::Weights;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tch::{Kind, Tensor, no_grad};
 
 /// How gradients travel.
@@ -62,8 +63,11 @@ struct State {
     /// Reduce in this pass; not while gradients still accumulate.
     armed: bool,
     pending: Vec<Pending>,
-    /// Whole weights under way, and where they go.
-    coming: Vec<(Tensor, Pending)>,
+    /// Whole weights under way, by bucket.
+    coming: Vec<Option<Pending>>,
+    /// How long computing has waited for them since `begin`, and what went wrong.
+    waited: Duration,
+    lost: Option<Fault>,
     events: Vec<Event>,
 }
 
@@ -89,7 +93,8 @@ impl Part {
             staged: (wire.kind != Kind::Float).then(|| gradient.to_kind(wire.kind)),
             summed: narrow(&flat.summed, &kept),
             narrowed: narrow(&flat.narrowed, &kept),
-            compute: narrow(&flat.compute, whole),
+            // What arrives amid a forward is no change behind the back of what that has kept of other tensors.
+            compute: narrow(&flat.compute.data(), whole),
             gradient,
         }
     }
@@ -116,6 +121,8 @@ impl Buckets {
             armed: false,
             pending: Vec::new(),
             coming: Vec::new(),
+            waited: Duration::ZERO,
+            lost: None,
             events: Vec::new(),
         }));
         let seen = state.clone();
@@ -128,6 +135,7 @@ impl Buckets {
         let mut state = lock(&self.state);
         state.used.fill(false);
         state.events.clear();
+        state.waited = Duration::ZERO;
     }
 
     /// Before each backward pass: `last` says that no further one adds to these gradients.
@@ -171,20 +179,34 @@ impl Buckets {
     /// forward uses them. Does nothing unless the optimizer is sharded.
     pub fn spread(&self) {
         let state = &mut *lock(&self.state);
-        for part in state.parts.iter().rev().filter(|_| state.sharded) {
-            let gathered = state.channel.all_gather(&part.narrowed);
-            state.coming.push((part.compute.shallow_clone(), gathered));
+        if state.sharded {
+            let gather = |part: &Part| Some(state.channel.all_gather(&part.narrowed));
+            state.coming = state.parts.iter().rev().map(gather).collect();
+            state.coming.reverse();
         }
     }
 
-    /// Before weights are computed with: waits until those under way have come.
-    pub fn gathered(&self, deadline: Duration) -> Result<()> {
-        let coming = std::mem::take(&mut lock(&self.state).coming);
-        for (mut whole, gathered) in coming {
-            let all = gathered.wait(deadline)?;
-            no_grad(|| whole.copy_(&all.view(-1)));
+    /// What a method that computes with the leaves calls before it uses one: waits until its bucket has come, for
+    /// `deadline` at most. A fault is kept for [`gathered`](Self::gathered).
+    pub fn arrival(&self, deadline: Duration) -> impl Fn(usize) + Send + Sync + 'static {
+        let state = self.state.clone();
+        move |tensor| {
+            let mut state = lock(&state);
+            let bucket = state.owner[tensor];
+            state.arrive(bucket, deadline);
         }
-        Ok(())
+    }
+
+    /// Waits until all weights under way have come.
+    pub fn gathered(&self, deadline: Duration) -> Result<()> {
+        let mut state = lock(&self.state);
+        (0..state.coming.len()).rev().for_each(|bucket| state.arrive(bucket, deadline));
+        state.lost.take().map_or(Ok(()), Err)
+    }
+
+    /// How long computing has waited for weights since `begin`.
+    pub fn waited(&self) -> Duration {
+        lock(&self.state).waited
     }
 
     /// Calls `with` for every tensor of a buffer [K] of what ranks keep (the weights, a moment), whole, in the table's
@@ -251,6 +273,17 @@ impl State {
         if self.armed {
             self.start(false);
         }
+    }
+
+    /// Brings a bucket of weights to its place, if it is under way.
+    fn arrive(&mut self, bucket: usize, deadline: Duration) {
+        let Some(coming) = self.coming.get_mut(bucket).and_then(Option::take) else { return };
+        let began = Instant::now();
+        match coming.wait(deadline) {
+            Ok(all) => no_grad(|| self.parts[bucket].compute.copy_(&all.view(-1))),
+            Err(fault) => self.lost = self.lost.take().or(Some(fault)),
+        }
+        self.waited += began.elapsed();
     }
 
     /// Starts the next buckets that are complete, or all that are left.

@@ -90,7 +90,7 @@ impl Flat {
             first: zeros(share, Kind::Float),
             second: zeros(share, Kind::Float),
             summed: summed.unwrap_or_else(|| gradient.shallow_clone()),
-            leaves: Weights(leaves),
+            leaves: Weights::new(leaves),
             specs,
             places,
             shards,
@@ -139,7 +139,7 @@ impl Flat {
 
     /// The table's tensors as views of a whole buffer, without gradients: the weights, say, or a teacher's.
     pub fn weights(&self, buffer: &Tensor) -> Weights {
-        Weights((0..self.specs.len()).map(|index| self.part(buffer, index)).collect())
+        Weights::new((0..self.specs.len()).map(|index| self.part(buffer, index)).collect())
     }
 
     /// Brings the compute weights, of what is kept, up to the master weights.

@@ -95,11 +95,22 @@ impl Table {
     }
 }
 
+/// What is called with a tensor's number before it is computed with.
+type Arrival = Box<dyn Fn(usize) + Send + Sync>;
+
 /// The values of a table's tensors, in its order.
-#[derive(Debug)]
-pub struct Weights(pub Vec<Tensor>);
+pub struct Weights(pub Vec<Tensor>, Option<Arrival>);
 
 impl Weights {
+    pub fn new(tensors: Vec<Tensor>) -> Weights {
+        Weights(tensors, None)
+    }
+
+    /// From now on `arrive` is called with a tensor's number before it is used: values may still be on their way.
+    pub fn arrive_by(&mut self, arrive: impl Fn(usize) + Send + Sync + 'static) {
+        self.1 = Some(Box::new(arrive));
+    }
+
     /// The dtype that the model computes in.
     pub fn kind(&self) -> Kind {
         self.0[0].kind()
@@ -109,6 +120,9 @@ impl Weights {
 impl Index<Slot> for Weights {
     type Output = Tensor;
     fn index(&self, slot: Slot) -> &Tensor {
+        if let Some(arrive) = &self.1 {
+            arrive(slot.0);
+        }
         &self.0[slot.0]
     }
 }

@@ -45,7 +45,7 @@ pub struct Outcome {
     /// Ranks whose loss was not finite, or all of them where only the summed gradient is not; if there are any, nothing
     /// has moved.
     pub bad_ranks: Vec<usize>,
-    /// How long the host waited for other ranks; where the device decides it waits for nobody.
+    /// How long the host waited for other ranks' gradients and weights; where the device decides it waits for nobody.
     pub comm_wait: Duration,
 }
 
@@ -70,13 +70,14 @@ struct Report {
 impl Stepper {
     pub fn new(
         mut method: Box<dyn Method>,
-        flat: Flat,
+        mut flat: Flat,
         updater: Updater,
         world: Arc<dyn World>,
         wire: impl Into<Wire>,
         deadline: Duration,
     ) -> Result<Stepper> {
         let buckets = Buckets::new(&flat, wire, world.channel("gradients")?)?;
+        flat.leaves.arrive_by(buckets.arrival(deadline));
         let flags = world.channel("flags")?;
         method.join(&world, deadline)?;
         let device = world.device();
@@ -101,9 +102,9 @@ impl Stepper {
         for (index, batch) in micro.iter().enumerate() {
             self.accumulate(batch, &counts, index + 1 == micro.len())?;
         }
-        let waiting = Instant::now();
+        let (waiting, waited) = (Instant::now(), self.buckets.waited());
         let report = self.reduce()?;
-        let comm_wait = waiting.elapsed();
+        let comm_wait = waiting.elapsed() + waited;
         let outcome = Outcome { comm_wait, ..self.outcome(&numbers(&report.numbers)?, &counts) };
         before_update(self, &outcome)?;
         if outcome.bad_ranks.is_empty() {
@@ -122,7 +123,6 @@ impl Stepper {
 
     /// Before a step's first micro-batch.
     pub fn begin(&mut self) -> Result<()> {
-        self.buckets.gathered(self.deadline)?;
         self.flat.zero_gradient();
         let _ = self.sums.zero_();
         self.buckets.begin();
@@ -164,6 +164,8 @@ impl Stepper {
     /// Every rank's part in one: gradients, and in one message losses, whose were not finite, and which tensors were used.
     fn reduce(&mut self) -> Result<Report> {
         let _reduce = scope("reduce");
+        // Weights that no forward had a use for.
+        self.buckets.gathered(self.deadline)?;
         self.buckets.finish(self.deadline)?;
         let own = &self.sums;
         let bad = &self.here * own.isfinite().all().logical_not();

@@ -100,7 +100,7 @@ impl Stack {
     /// x [B, S, D] → [B, S − from, D]. The last block answers only the tokens from `from` on.
     pub fn forward(&self, w: &Weights, x: Tensor, from: i64) -> Result<Tensor> {
         // Handles of the leaves, for the blocks that run again in backward.
-        let leaves = || Arc::new(Mutex::new(Weights(w.0.iter().map(Tensor::shallow_clone).collect())));
+        let leaves = || Arc::new(Mutex::new(Weights::new(w.0.iter().map(Tensor::shallow_clone).collect())));
         let leaves = (self.recompute && x.requires_grad()).then(leaves);
         let mut stream = Stream { x, due: None };
         for (i, block) in self.blocks.iter().enumerate() {

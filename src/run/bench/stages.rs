@@ -78,7 +78,6 @@ pub fn staged(
     let micro = course.of(Stage::Copy, world, || given.share(config).batches(world.device()))?;
     let counts = stepper.method.counts(config.train.global_batch as i64);
     course.of(Stage::Update, world, || {
-        stepper.buckets.gathered(deadline)?;
         stepper.flat.zero_gradient();
         Ok(())
     })?;
@@ -94,7 +93,10 @@ pub fn staged(
         })?;
         course.of(Stage::Backward, world, || Ok(objective.f_backward()?))?;
     }
-    course.of(Stage::Reduce, world, || stepper.buckets.finish(deadline))?;
+    course.of(Stage::Reduce, world, || {
+        stepper.buckets.gathered(deadline)?;
+        stepper.buckets.finish(deadline)
+    })?;
     course.of(Stage::Update, world, || {
         let norm = stepper.buckets.square_sum(&stepper.flat, deadline)?;
         let scale = match config.optim.clip {

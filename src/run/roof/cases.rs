@@ -6,11 +6,12 @@ use crate::bridge::{Backend, sdp_order, set_sdp_order};
 use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::adamw::{Buffers, Table, control};
+use crate::op::attention::{Windows, attention, cosine::cosine};
 use crate::op::bias_gelu::{Form, bias_gelu};
 use crate::op::fill::{Places, fill};
 use crate::op::lerp::{self, Share};
 use crate::op::patch::{Level, Scale, target};
-use crate::op::{adamw, attention::attention, layer_norm, masked_mse::masked_mse, square_sum::square_sum};
+use crate::op::{adamw, layer_norm, masked_mse::masked_mse, square_sum::square_sum};
 use tch::{Device, Kind, Tensor};
 
 type Make = Box<dyn FnOnce() -> Result<Case>>;
@@ -38,6 +39,10 @@ pub fn all(device: Device) -> Vec<Make> {
             all.push(Box::new(move || library(device, kind, shape, backend)));
         }
     }
+    // Audio-MAE's decoder: windows of 4 × 4 on a grid of 64 × 8, and what the same tokens cost without windows.
+    let shape = [batch, 512, 16, 32];
+    all.push(Box::new(move || in_windows(device, kind, shape)));
+    all.push(Box::new(move || library(device, kind, shape, Backend::Flash)));
     let parameters = if gpu { 111_700_000 } else { 4_000_000 };
     all.extend(flat(device, kind, parameters / 128 * 128));
     all
@@ -144,6 +149,24 @@ fn mixing(device: Device, kind: Kind, [batch, tokens, heads, each]: [i64; 4]) ->
         bytes: moved(batch * tokens * heads * each, kind),
         flops: 14.0 * (batch * heads * tokens * tokens * each) as f64,
         run: Box::new(move || round(&[&qkv], &upstream, || attention(&qkv, heads, 0))),
+    })
+}
+
+/// Our attention by cosines within shifted windows, forward and backward.
+fn in_windows(device: Device, kind: Kind, [batch, tokens, heads, each]: [i64; 4]) -> Result<Case> {
+    let windows = Windows::new([tokens / 8, 8], [4, 4], [2, 0], device)?;
+    let seen = windows.size();
+    let qkv = leaf(&[batch, tokens, 3 * heads * each], kind, device);
+    let [scale, bias] = [&[heads][..], &[heads, seen, seen]].map(|shape| leaf(shape, Kind::Float, device));
+    let upstream = random(&[batch, tokens, heads * each], kind, device);
+    let run = move || round(&[&qkv, &scale, &bias], &upstream, || cosine(&qkv, heads, &windows, [&scale, &bias]));
+    Ok(Case {
+        op: "attention in windows, both ways",
+        by: "ours",
+        shape: format!("[{batch}, {tokens}, {heads} × {each}] by {seen}"),
+        bytes: moved(batch * tokens * heads * each, kind),
+        flops: 14.0 * (batch * heads * tokens * seen * each) as f64,
+        run: Box::new(run),
     })
 }
 
