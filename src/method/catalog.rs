@@ -1,6 +1,6 @@
 //! The only list of methods.
 
-use super::{Method, mae, videomae};
+use super::{Method, audio_mae, mae, videomae};
 use crate::fault::Result;
 use crate::grid::{Grid, Input};
 use schemars::JsonSchema;
@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub enum Config {
     Mae(mae::Config),
     VideoMae(videomae::Config),
+    #[serde(rename = "audio_mae")]
+    AudioMae(audio_mae::Config),
 }
 
 impl Config {
@@ -20,6 +22,7 @@ impl Config {
         match self {
             Config::Mae(config) => config.check("method.mae", grid),
             Config::VideoMae(config) => config.check("method.videomae", grid),
+            Config::AudioMae(config) => config.check("method.audio_mae", grid),
         }
     }
 
@@ -28,6 +31,7 @@ impl Config {
         Ok(match self {
             Config::Mae(config) => Box::new(mae::Mae::new(config, input)?),
             Config::VideoMae(config) => Box::new(videomae::VideoMae::new(config, input)?),
+            Config::AudioMae(config) => Box::new(audio_mae::AudioMae::new(config, input)?),
         })
     }
 }

@@ -1,5 +1,6 @@
 //! What a method is: four functions over the parts. A method knows parts; parts know no method.
 
+pub mod audio_mae;
 pub mod catalog;
 pub mod mae;
 pub mod videomae;
@@ -22,14 +23,21 @@ pub struct Batch {
     pub pixels: Tensor,
     /// Where each sample's randomness comes from, int64 [3, B] beside the pixels (see [`Origin::table`]).
     pub origins: Tensor,
+    /// Of each sample, how many of its Y rows show it, where the feed says so; the rest is padding.
+    pub valid: Option<Vec<u32>>,
     /// The run's seed.
     pub seed: u64,
 }
 
 impl Batch {
-    /// The samples' origins are copied to where their pixels are.
+    /// The samples' origins are copied to where their pixels are. Nothing is padding.
     pub fn new(pixels: Tensor, origins: &[Origin], seed: u64) -> Batch {
-        Batch { origins: Origin::table(origins, pixels.device()), pixels, seed }
+        Batch { origins: Origin::table(origins, pixels.device()), pixels, valid: None, seed }
+    }
+
+    /// With as many rows of each sample to read.
+    pub fn with_valid(self, valid: Option<Vec<u32>>) -> Batch {
+        Batch { valid, ..self }
     }
 }
 
@@ -54,12 +62,17 @@ pub trait Method {
     /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
     /// counts are added up over micro-batches and ranks first and each sum is divided once.
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
+    /// As `counts`, for samples of which so many rows are not padding, where that makes a difference.
+    fn counts_of(&self, valid: &[u32]) -> Vec<(&'static str, f64)> {
+        self.counts(valid.len() as i64)
+    }
     /// What a training step does with one sample.
     fn work(&self) -> Work;
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
     /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the
-    /// device, waits for nothing, and does the same whatever the values are.
+    /// device, waits for nothing, and does the same whatever the values are
+    /// and whatever of them is padding.
     fn capturable(&self) -> Result<(), &'static str> {
         Ok(())
     }

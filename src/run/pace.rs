@@ -27,6 +27,8 @@ pub struct Share {
     /// [B, C, T, Y, X] as [`Batch`] has them, on the CPU or where the model is.
     pub pixels: Tensor,
     pub origins: Vec<Origin>,
+    /// Of each sample, how many rows show it, as [`Batch`] has it.
+    pub valid: Option<Vec<u32>>,
     /// The run's seed.
     pub seed: u64,
     /// Samples that go through the model at a time.
@@ -37,7 +39,9 @@ impl Share {
     /// Cut into micro-batches on a device.
     pub fn batches(&self, device: Device) -> Result<Vec<Batch>> {
         let batch = |rows: Range<usize>| {
-            Ok(Batch::new(to_device(&self.pixels, rows.clone(), device)?, &self.origins[rows], self.seed))
+            let valid = self.valid.as_ref().map(|valid| valid[rows.clone()].to_vec());
+            let pixels = to_device(&self.pixels, rows.clone(), device)?;
+            Ok(Batch::new(pixels, &self.origins[rows], self.seed).with_valid(valid))
         };
         self.cut().map(batch).collect()
     }
@@ -182,7 +186,8 @@ impl Ahead {
         let (first, size) = (rows.start as i64, rows.len() as i64);
         let (pixels, origins) = (pixels.f_narrow(0, first, size)?, origins.f_narrow(1, first, size)?);
         let place = |like: &Tensor| Tensor::empty(like.size().as_slice(), (like.kind(), self.rates.device()));
-        let fresh = || Batch { pixels: place(&pixels), origins: place(&origins), seed };
+        // What is captured does the same whatever is padding.
+        let fresh = || Batch { pixels: place(&pixels), origins: place(&origins), valid: None, seed };
         let input = self.inputs.entry(size).or_insert_with(fresh);
         let same = |input: &Batch| input.pixels.size() == pixels.size() && input.pixels.kind() == pixels.kind();
         if !same(input) || input.seed != seed {
