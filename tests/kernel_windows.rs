@@ -5,7 +5,8 @@ use crate::bar::{compare, grounds, inputs, judge, pass, rms};
 use crate::support::{Outcome, Tensors, distance, normal, oracle, read, write};
 use occlude::grid::Grid;
 use occlude::op::attention::{Windows, cosine};
-use occlude::part::decoder::windows::{Decoder, Make};
+use occlude::part::decoder::Decode;
+use occlude::part::decoder::windows::{Config, Decoder, Make};
 use occlude::part::encoder::vit::Shape;
 use occlude::part::mask::Mask;
 use occlude::part::weights::{Init, Table, Weights};
@@ -168,7 +169,8 @@ fn a_decoder_of_windows_is_timms_blocks() -> Outcome {
         let place = Grid { frames: 1, rows: grid[0], cols: grid[1], channels: 1, patch_frames: 1, patch: 3 };
         let shape = Shape { width: 16 * heads, depth, heads, mlp_ratio: 2 };
         let positions = normal(1, &[place.tokens(), shape.width]);
-        let make = Make { token: Init::Normal(0.02), positions: positions.shallow_clone(), window: size, shift };
+        let make =
+            Make { token: Init::Normal(0.02), positions: positions.shallow_clone(), windows: Config { size, shift } };
         let mut table = Table::default();
         let decoder = Decoder::new(&mut table, "d", &place, INSIDE, &shape, make)?;
         let weights = table.specs().iter().zip(2..).map(|(spec, seed)| match spec.name.ends_with("tau") {
@@ -216,7 +218,8 @@ fn a_decoder_of_windows_is_timms_blocks() -> Outcome {
 fn a_window_is_never_larger_than_the_grid() -> Outcome {
     let grid = Grid { frames: 1, rows: 6, cols: 2, channels: 1, patch_frames: 1, patch: 2 };
     let shape = Shape { width: 8, depth: 2, heads: 2, mlp_ratio: 1 };
-    let make = |window| Make { token: Init::Zero, positions: normal(1, &[12, 8]), window, shift: [1, 1] };
+    let make =
+        |size| Make { token: Init::Zero, positions: normal(1, &[12, 8]), windows: Config { size, shift: [1, 1] } };
     let mut table = Table::default();
     let decoder = Decoder::new(&mut table, "d", &grid, 4, &shape, make([3, 5]))?;
     let weights =

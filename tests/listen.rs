@@ -65,7 +65,7 @@ fn options() -> Options {
 }
 
 /// `in/` of 3 × 8 tones, `out/` packed.
-fn packed() -> Result<(tempfile::TempDir, PathBuf), Failed> {
+pub fn packed() -> Result<(tempfile::TempDir, PathBuf), Failed> {
     let folder = tempfile::tempdir()?;
     tones(&folder.path().join("in"), 3, 8)?;
     let out = folder.path().join("out");

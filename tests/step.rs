@@ -93,6 +93,7 @@ pub fn share(step: u64, size: u64, world: &dyn World, micro: u64) -> Vec<Batch> 
         pixels: batch.pixels.to_device(device),
         origins: batch.origins.to_device(device),
         text: None,
+        valid: batch.valid,
         seed: batch.seed,
     };
     own.chunks(micro as usize).map(|rows| there(batch(step, rows.iter().copied()))).collect()
@@ -103,7 +104,7 @@ pub fn load(step: u64, size: u64, world: &dyn World, micro: u64) -> Share {
     let own = rows(size, world.rank(), world.size());
     let (origins, pixels): (Vec<_>, Vec<_>) = own.map(|row| picture(step * BATCH + row)).unzip();
     let pixels = Tensor::from_slice(&pixels.concat()).view([origins.len() as i64, 1, 1, 16, 16]);
-    Share { pixels, origins, text: None, seed: 5, micro: micro as usize }
+    Share { pixels, origins, text: None, valid: None, seed: 5, micro: micro as usize }
 }
 
 /// What a training leaves: the loss of every step and the weights.

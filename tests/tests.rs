@@ -50,6 +50,8 @@ mod inspect;
 mod listen;
 mod mae;
 mod videomae;
+mod audio_mae;
+mod speech;
 mod work;
 mod optim;
 mod config;
@@ -151,6 +153,8 @@ fn main() {
     trials.extend(listen::trials());
     trials.extend(mae::trials());
     trials.extend(videomae::trials());
+    trials.extend(audio_mae::trials());
+    trials.extend(speech::trials());
     trials.extend(work::trials());
     trials.extend(optim::trials());
     trials.extend(config::trials());

@@ -193,7 +193,7 @@ fn stepper(method: Box<dyn Method>, flat: Flat) -> Result<Stepper, occlude::faul
 
 fn blank(batch: i64, epoch: u64) -> Batch {
     let origins: Vec<Origin> = (0..batch as u64).map(|id| Origin { id, epoch, repeat: 0 }).collect();
-    Batch { pixels: Tensor::new(), origins: Origin::table(&origins, Device::Cpu), text: None, seed: 9 }
+    Batch { pixels: Tensor::new(), origins: Origin::table(&origins, Device::Cpu), text: None, valid: None, seed: 9 }
 }
 
 fn positions_are_the_official_table() -> Outcome {

@@ -1,6 +1,6 @@
 //! The only list of methods.
 
-use super::{Method, Needs, flip, mae, videomae};
+use super::{Method, Needs, audio_mae, flip, mae, videomae};
 use crate::fault::Result;
 use crate::grid::{Grid, Input};
 use crate::part::encoder::text;
@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub enum Config {
     Mae(mae::Config),
     VideoMae(videomae::Config),
+    #[serde(rename = "audio_mae")]
+    AudioMae(audio_mae::Config),
     Flip(flip::Config),
 }
 
@@ -22,6 +24,7 @@ impl Config {
         match self {
             Config::Mae(config) => config.check("method.mae", grid),
             Config::VideoMae(config) => config.check("method.videomae", grid),
+            Config::AudioMae(config) => config.check("method.audio_mae", grid),
             Config::Flip(config) => config.check("method.flip", grid),
         }
     }
@@ -29,7 +32,7 @@ impl Config {
     /// What it asks of a run.
     pub fn needs(&self) -> Needs {
         match self {
-            Config::Mae(_) | Config::VideoMae(_) => Needs { whole_batch: false, pictures: true },
+            Config::Mae(_) | Config::VideoMae(_) | Config::AudioMae(_) => Needs { whole_batch: false, pictures: true },
             Config::Flip(_) => flip::Config::NEEDS,
         }
     }
@@ -47,6 +50,7 @@ impl Config {
         Ok(match self {
             Config::Mae(config) => Box::new(mae::Mae::new(config, input)?),
             Config::VideoMae(config) => Box::new(videomae::VideoMae::new(config, input)?),
+            Config::AudioMae(config) => Box::new(audio_mae::AudioMae::new(config, input)?),
             Config::Flip(config) => Box::new(flip::Flip::new(config, input)?),
         })
     }

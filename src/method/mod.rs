@@ -1,5 +1,6 @@
 //! What a method is: four functions over the parts. A method knows parts; parts know no method.
 
+pub mod audio_mae;
 pub mod catalog;
 pub mod flip;
 pub mod mae;
@@ -28,14 +29,21 @@ pub struct Batch {
     pub origins: Tensor,
     /// Token ids of the samples' captions, int64 [B, L] beside the pixels, where the config reads captions.
     pub text: Option<Tensor>,
+    /// Of each sample, how many of its Y rows show it, where the feed says so; the rest is padding.
+    pub valid: Option<Vec<u32>>,
     /// The run's seed.
     pub seed: u64,
 }
 
 impl Batch {
-    /// Without captions. The samples' origins are copied to where their pixels are.
+    /// Without captions; nothing is padding. The samples' origins are copied to where their pixels are.
     pub fn new(pixels: Tensor, origins: &[Origin], seed: u64) -> Batch {
-        Batch { origins: Origin::table(origins, pixels.device()), pixels, text: None, seed }
+        Batch { origins: Origin::table(origins, pixels.device()), pixels, text: None, valid: None, seed }
+    }
+
+    /// With as many rows of each sample to read.
+    pub fn with_valid(self, valid: Option<Vec<u32>>) -> Batch {
+        Batch { valid, ..self }
     }
 
     /// With these captions, if any.
@@ -50,6 +58,7 @@ impl Batch {
             pixels: self.pixels.f_narrow(0, first, size)?,
             origins: self.origins.f_narrow(1, first, size)?,
             text: self.text.as_ref().map(|text| text.f_narrow(0, first, size)).transpose()?,
+            valid: self.valid.as_ref().map(|valid| valid[rows].to_vec()),
             seed: self.seed,
         })
     }
@@ -90,6 +99,10 @@ pub trait Method {
     /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
     /// counts are added up over micro-batches and ranks first and each sum is divided once.
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
+    /// As `counts`, for samples of which so many rows are not padding, where that makes a difference.
+    fn counts_of(&self, valid: &[u32]) -> Vec<(&'static str, f64)> {
+        self.counts(valid.len() as i64)
+    }
     /// What a training step over `batch` samples, those of all ranks together, does with one of them.
     fn work(&self, batch: u64) -> Work;
     /// The terms, in the order of `counts`.
@@ -100,7 +113,8 @@ pub trait Method {
         Ok(())
     }
     /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the
-    /// device, waits for nothing, and does the same whatever the values are. Asked once the method has joined.
+    /// device, waits for nothing, and does the same whatever the values are and whatever of them is padding. Asked once the
+    /// method has joined.
     fn capturable(&self) -> Result<(), &'static str> {
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! guesses at the hidden ones. Papers differ in how the parts are made and in the mask.
 
 use crate::fault::Result;
-use crate::part::decoder::vit::{self as decoder, Decoder};
+use crate::part::decoder::{Decode, vit as decoder};
 use crate::part::encoder::Features;
 use crate::part::encoder::vit::{self as encoder, Shape, Vit};
 use crate::part::mask::Mask;
@@ -12,15 +12,16 @@ use crate::part::weights::{Table, Weights};
 use crate::part::work::{self, Op, Work};
 use tch::{Kind, Tensor};
 
-pub struct Autoencoder {
+/// `D` is its decoder.
+pub struct Autoencoder<D = decoder::Decoder> {
     pub pixels: Pixels,
     /// Tensors of the encoder, `encoder.*`, and of the decoder, `decoder.*`.
     pub table: Table,
     pub encoder: Vit,
-    pub decoder: Decoder,
+    pub decoder: D,
     pub target: Pixel,
-    /// The encoder's shape and the decoder's.
-    shapes: [Shape; 2],
+    /// The encoder's.
+    shape: Shape,
     /// Whether a class token stands in front, and whether the encoder sees mask tokens.
     class: bool,
     in_place: bool,
@@ -33,16 +34,33 @@ impl Autoencoder {
         (outside, decoder): (&Shape, decoder::Make),
         target: Pixel,
     ) -> Autoencoder {
+        let grid = pixels.grid;
+        let made = Autoencoder::with(pixels, (inside, encoder), target, |table| {
+            Ok(decoder::Decoder::new(table, "decoder", &grid, inside.width, outside, decoder))
+        });
+        made.expect("nothing that can fail")
+    }
+}
+
+impl<D: Decode> Autoencoder<D> {
+    /// With the decoder that `make` puts into the table.
+    pub fn with(
+        pixels: Pixels,
+        (inside, encoder): (&Shape, encoder::Make),
+        target: Pixel,
+        make: impl FnOnce(&mut Table) -> Result<D>,
+    ) -> Result<Self> {
         let mut table = Table::default();
-        let (shapes, class, in_place) = ([*inside, *outside], encoder.class, encoder.in_place);
+        let (shape, class, in_place) = (*inside, encoder.class, encoder.in_place);
         let encoder = Vit::new(&mut table, "encoder", &pixels.grid, inside, encoder);
-        let decoder = Decoder::new(&mut table, "decoder", &pixels.grid, inside.width, outside, decoder);
-        Autoencoder { pixels, table, encoder, decoder, target, shapes, class, in_place }
+        let decoder = make(&mut table)?;
+        Ok(Autoencoder { pixels, table, encoder, decoder, target, shape, class, in_place })
     }
 
     /// From now on blocks are run again in backward instead of being kept.
     pub fn recompute(&mut self) {
-        (self.encoder.stack.recompute, self.decoder.stack.recompute) = (true, true);
+        self.encoder.stack.recompute = true;
+        self.decoder.recompute();
     }
 
     /// x [B, C, T, Y, X] → guesses at the dropped places, in the target's form [B, M, P].
@@ -59,7 +77,12 @@ impl Autoencoder {
 
     /// The encoder on whole samples, nothing hidden.
     pub fn features(&self, w: &Weights, x: &Tensor) -> Result<Features> {
-        self.encoder.features(w, &self.pixels.all(x, w.kind())?)
+        self.features_of(w, x, self.pixels.grid.tokens())
+    }
+
+    /// The encoder on the first `tokens` of each sample, nothing hidden.
+    pub fn features_of(&self, w: &Weights, x: &Tensor, tokens: i64) -> Result<Features> {
+        self.encoder.features(w, &self.pixels.first(x, tokens, w.kind())?)
     }
 
     /// Pictures of the guesses.
@@ -72,14 +95,12 @@ impl Autoencoder {
     /// What a training step does with one sample of which `kept` tokens are visible.
     pub fn work(&self, kept: i64) -> Work {
         let (tokens, values) = (self.pixels.grid.tokens(), self.pixels.grid.values());
-        let (hidden, class, [inside, outside]) = (tokens - kept, i64::from(self.class), self.shapes);
-        let (all, seen) = (tokens + class, if self.in_place { tokens } else { kept } + class);
+        let (hidden, class, inside) = (tokens - kept, i64::from(self.class), self.shape);
+        let seen = if self.in_place { tokens } else { kept } + class;
         let mut encoder: Vec<Op> = work::embed(kept, values, inside.width).into();
         encoder.push(work::fill(kept, seen, inside.width));
         encoder.extend(inside.work(seen, seen));
-        let mut decoder = vec![work::linear(seen, inside.width, outside.width), work::fill(seen, all, outside.width)];
-        decoder.extend(outside.work(all, hidden));
-        decoder.push(work::linear(hidden, outside.width, values));
+        let decoder = self.decoder.work(kept, hidden, class);
         Work {
             parts: vec![("encoder", encoder), ("decoder", decoder), ("loss", vec![work::pixel_loss(hidden, values)])],
         }

@@ -4,6 +4,8 @@
 pub mod view; // one decoded sample → the views a method asks for
 pub mod work; // what a step has to do: operations and bytes, from shapes
 pub mod weights; // a table of named tensors, and their values
+pub mod again; // what runs again in backward instead of being kept
+pub mod lengths; // samples that do not fill the grid
 pub mod mask; // grid and origin → which tokens are hidden
 pub mod pixels; // samples → rows of patches, and rows → pictures
 pub mod encoder; // tokens → features

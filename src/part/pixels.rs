@@ -3,6 +3,7 @@
 use crate::fault::Result;
 use crate::grid::{Grid, Input};
 use crate::op::patch::{self, Level, Scale};
+use crate::part::lengths::{self, Group};
 use crate::part::mask::Mask;
 use tch::{Kind, Tensor};
 
@@ -13,6 +14,17 @@ pub struct Reconstruction {
     pub masked: Tensor,
     /// The original where visible, the guess where hidden.
     pub guessed: Tensor,
+}
+
+impl Reconstruction {
+    /// Those of each group's samples, in the order of the batch.
+    pub fn in_order(groups: &[Group], of: impl Fn(&Group) -> Result<Reconstruction>) -> Result<Reconstruction> {
+        let parts = groups.iter().map(of).collect::<Result<Vec<_>>>()?;
+        let all = |picture: fn(&Reconstruction) -> &Tensor| {
+            lengths::in_order(groups, &parts.iter().map(|part| picture(part).shallow_clone()).collect::<Vec<_>>())
+        };
+        Ok(Reconstruction { original: all(|p| &p.original), masked: all(|p| &p.masked), guessed: all(|p| &p.guessed) })
+    }
 }
 
 /// How a data set's pixels are cut and scaled. Samples x are uint8 or normalised fp32 [B, C, T, Y, X]; rows are
@@ -35,7 +47,12 @@ impl Pixels {
 
     /// All patches in row-major order, normalised: [B, N, P] of this kind.
     pub fn all(&self, x: &Tensor, kind: Kind) -> Result<Tensor> {
-        self.rows(x, &Mask::none(x.size()[0], self.grid.tokens(), x.device()).keep, kind)
+        self.first(x, self.grid.tokens(), kind)
+    }
+
+    /// As many of them, from the first on: [B, tokens, P].
+    pub fn first(&self, x: &Tensor, tokens: i64, kind: Kind) -> Result<Tensor> {
+        self.rows(x, &Mask::none(x.size()[0], tokens, x.device()).keep, kind)
     }
 
     /// Whole samples, normalised: fp32 [B, C, T, Y, X].
@@ -64,13 +81,16 @@ impl Pixels {
         (rows - self.constants(&self.scale.mean, rows)) / self.constants(&self.scale.std, rows)
     }
 
-    /// Pictures of a guess, normalised rows [B, M, P] at the dropped places.
+    /// Pictures of a guess, normalised rows [B, M, P] at the dropped places. Where the mask is of the first tokens alone,
+    /// those behind them are shown as they are.
     pub fn reconstruction(&self, x: &Tensor, guess: &Tensor, mask: &Mask) -> Result<Reconstruction> {
         let [seen, hidden] = [self.rows(x, &mask.keep, Kind::Float)?, self.rows(x, &mask.drop, Kind::Float)?];
         let restore = mask.restore();
+        let known = restore.size()[1];
+        let rest = self.all(x, Kind::Float)?.narrow(1, known, self.grid.tokens() - known);
         let picture = |at_hidden: &Tensor| {
             let rows = patch::gather(&Tensor::cat(&[&seen, at_hidden], 1), &restore);
-            self.scale.to_unit(&patch::pixels(&rows, &self.grid))
+            self.scale.to_unit(&patch::pixels(&Tensor::cat(&[&rows, &rest], 1), &self.grid))
         };
         let grey = hidden.zeros_like();
         Ok(Reconstruction { original: picture(&hidden), masked: picture(&grey), guessed: picture(guess) })

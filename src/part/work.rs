@@ -169,6 +169,33 @@ pub fn contrast(keys: i64, width: i64) -> Vec<Op> {
     [direction, direction].concat()
 }
 
+/// A normalisation over `rows` tokens.
+pub fn norm(rows: i64, width: i64) -> Op {
+    let moved = Moved { values: [2 * rows * width, 3 * rows * width], ..Moved::default() };
+    Op::Pass { fused: moved, plain: moved }
+}
+
+/// The operations of a block over `all` tokens in windows of `tokens`, normalised behind each half; of its second half for
+/// the `answered` tokens alone.
+pub fn windowed_block([all, answered]: [i64; 2], tokens: i64, width: i64, hidden: i64) -> Vec<Op> {
+    let unit = Moved { values: [2 * answered * hidden, 3 * answered * hidden], ..Moved::default() };
+    // The sum behind a normalisation: two in and one out; its gradient goes both ways as it is.
+    let sum = Moved { values: [3 * answered * width, 0], ..Moved::default() };
+    let sum = Op::Pass { fused: sum, plain: sum };
+    let window = Op::Attention { queries: tokens, keys: tokens, width };
+    let mut ops = vec![linear(all, width, 3 * width)];
+    ops.extend(std::iter::repeat_n(window, (all / tokens) as usize));
+    ops.extend([linear(answered, width, width), norm(answered, width), sum]);
+    ops.extend([
+        // The unit's kernel adds the bias, and sums its gradient.
+        Op::Product { rows: answered, inputs: width, outputs: hidden, onward: true, sums_bias: false },
+        Op::Pass { fused: unit, plain: unit },
+        linear(answered, hidden, width),
+    ]);
+    ops.extend([norm(answered, width), sum]);
+    ops
+}
+
 /// The squared error of `rows` guesses of `values` each against targets made of uint8 samples. The kernel makes its
 /// gradient along with it, which backward scales.
 pub fn pixel_loss(rows: i64, values: i64) -> Op {

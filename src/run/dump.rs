@@ -4,7 +4,8 @@
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
 //! the mask; the captions' ids (`text`) where there are any; the losses and the optimizer's numbers. Micro-batches are
 //! joined along B. Every rank writes its own, all in the same step: where the optimizer is sharded, weights and gradients
-//! are gathered.
+//! are gathered. Where a sample has fewer tokens than others, since it does not fill the grid, its rows of `keep`, `drop`
+//! and `restore` are filled up with −1.
 
 use super::{exchange::official, step::Outcome, step::Stepper};
 use crate::fault::{Fault, Result};

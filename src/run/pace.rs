@@ -29,6 +29,8 @@ pub struct Share {
     pub origins: Vec<Origin>,
     /// Ids of the captions [B, L], where the config reads captions; they lie where the pixels do.
     pub text: Option<Tensor>,
+    /// Of each sample, how many rows show it, as [`Batch`] has it.
+    pub valid: Option<Vec<u32>>,
     /// The run's seed.
     pub seed: u64,
     /// Samples that go through the model at a time.
@@ -40,8 +42,9 @@ impl Share {
     pub fn batches(&self, device: Device) -> Result<Vec<Batch>> {
         let batch = |rows: Range<usize>| {
             let text = self.text.as_ref().map(|text| to_device(text, rows.clone(), device)).transpose()?;
+            let valid = self.valid.as_ref().map(|valid| valid[rows.clone()].to_vec());
             let pixels = to_device(&self.pixels, rows.clone(), device)?;
-            Ok(Batch::new(pixels, &self.origins[rows], self.seed).with_text(text))
+            Ok(Batch::new(pixels, &self.origins[rows], self.seed).with_text(text).with_valid(valid))
         };
         self.cut().map(batch).collect()
     }
@@ -188,10 +191,12 @@ impl Ahead {
         }
         let part = whole.part(rows.clone())?;
         let place = |like: &Tensor| Tensor::empty(like.size().as_slice(), (like.kind(), self.rates.device()));
+        // What is captured does the same whatever is padding.
         let fresh = || Batch {
             pixels: place(&part.pixels),
             origins: place(&part.origins),
             text: part.text.as_ref().map(place),
+            valid: None,
             seed: part.seed,
         };
         let input = self.inputs.entry(rows.len() as i64).or_insert_with(fresh);

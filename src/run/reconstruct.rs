@@ -43,8 +43,8 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
         let Ok(bytes) = shard.read(row, medium.extensions()) else { continue };
         let mut view = vec![0; source.row_bytes()];
         let opened = decoder.open(&bytes, medium, channels);
-        if opened.and_then(|sample| whole.eval(stepper.method.grid(), sample, &mut view)).is_ok() {
-            samples.push((source.set.id(index)?, view));
+        if let Ok(valid) = opened.and_then(|sample| whole.eval(stepper.method.grid(), sample, &mut view)) {
+            samples.push(Shown { id: source.set.id(index)?, view, valid });
         }
     }
     let weights = stepper.buckets.weights(&stepper.flat, stepper.deadline)?;
@@ -62,17 +62,18 @@ pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<Pat
         let bytes = std::fs::read(path).map_err(|error| Fault::usage(format!("{}: {error}", path.display())))?;
         let values = method.grid().pixels().iter().product::<i64>() as usize;
         let mut view = vec![0; values * medium.kind().elt_size_in_bytes()];
-        decoder
+        let valid = decoder
             .open(&bytes, medium, config.input.channels as u32)
             .and_then(|sample| config.view.eval(method.grid(), sample, &mut view))
             .map_err(|fault| Fault::usage(format!("{}: {}", path.display(), fault.message)))?;
-        views.push((path, view));
+        views.push((path, view, valid));
     }
     std::fs::create_dir_all(out).map_err(|error| Fault::disk(out.display(), error))?;
     let mut written = Vec::new();
-    for (number, (path, view)) in views.into_iter().enumerate() {
+    for (number, (path, view, valid)) in views.into_iter().enumerate() {
         let id = rng::id(&[&path.display().to_string()]);
-        let sheet = picture_of(method.as_ref(), &flat.leaves, &[(id, view)], medium.kind(), config.train.seed)?;
+        let sheet =
+            picture_of(method.as_ref(), &flat.leaves, &[Shown { id, view, valid }], medium.kind(), config.train.seed)?;
         let stem = path.file_stem().map_or_else(|| "input".into(), |stem| stem.to_string_lossy());
         let to = out.join(format!("{number:03}-{stem}.png"));
         picture::save_png(&sheet, &to)?;
@@ -81,19 +82,23 @@ pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<Pat
     Ok(written)
 }
 
-/// One row of pictures for each (id, [C, T, Y, X] of `kind`, as bytes).
-fn picture_of(
-    method: &dyn Method,
-    weights: &Weights,
-    samples: &[(u64, Vec<u8>)],
-    kind: Kind,
-    seed: u64,
-) -> Result<RgbImage> {
+/// A sample to be shown.
+struct Shown {
+    id: u64,
+    /// [C, T, Y, X], as bytes.
+    view: Vec<u8>,
+    /// Its rows that are not padding.
+    valid: u32,
+}
+
+/// One row of pictures for each sample, whose values are of `kind`.
+fn picture_of(method: &dyn Method, weights: &Weights, samples: &[Shown], kind: Kind, seed: u64) -> Result<RgbImage> {
     let shape = [&[samples.len() as i64][..], &method.grid().pixels()].concat();
-    let pixels: Vec<u8> = samples.iter().flat_map(|(_, view)| view).copied().collect();
+    let pixels: Vec<u8> = samples.iter().flat_map(|sample| &sample.view).copied().collect();
     let pixels = Tensor::f_from_data_size(&pixels, &shape, kind)?.to_device(weights.0[0].device());
-    let origins: Vec<Origin> = samples.iter().map(|(id, _)| Origin { id: *id, epoch: 0, repeat: 0 }).collect();
-    let batch = Batch::new(pixels, &origins, seed);
+    let origins: Vec<Origin> = samples.iter().map(|sample| Origin { id: sample.id, epoch: 0, repeat: 0 }).collect();
+    let valid = samples.iter().map(|sample| sample.valid).collect();
+    let batch = Batch::new(pixels, &origins, seed).with_valid(Some(valid));
     let Reconstruction { masked, guessed, original } = no_grad(|| method.reconstruct(weights, &batch))?;
     let rows: Vec<Vec<Tile>> = (0..samples.len() as i64)
         .map(|row| [&masked, &guessed, &original].iter().map(|all| tile(&all.get(row))).collect())

@@ -95,8 +95,7 @@ impl Stepper {
         lr: f64,
         before_update: impl FnOnce(&Stepper, &Outcome) -> Result<()>,
     ) -> Result<Outcome> {
-        let samples: i64 = micro.iter().map(|batch| batch.pixels.size()[0]).sum();
-        let own = self.counts(samples);
+        let own = self.counts_of(micro);
         let counts = Counts { all: self.total(&own)?, own };
         self.begin()?;
         for (index, batch) in micro.iter().enumerate() {
@@ -119,6 +118,19 @@ impl Stepper {
     /// What this rank's share of each term is divided by.
     pub fn counts(&self, samples: i64) -> Vec<f64> {
         self.method.counts(samples).into_iter().map(|(_, count)| count).collect()
+    }
+
+    /// The same for these samples: it may depend on how much of each is padding.
+    fn counts_of(&self, micro: &[Batch]) -> Vec<f64> {
+        let mut all = self.counts(0);
+        for batch in micro {
+            let counts = match &batch.valid {
+                Some(valid) => self.method.counts_of(valid),
+                None => self.method.counts(batch.pixels.size()[0]),
+            };
+            all.iter_mut().zip(counts).for_each(|(sum, (_, count))| *sum += count);
+        }
+        all
     }
 
     /// Before a step's first micro-batch.

@@ -132,6 +132,7 @@ fn share(config: &Config, rows: Rows, world: &dyn World) -> Share {
         origins: rows.ids.iter().zip(&rows.epochs).map(origin).collect(),
         pixels: rows.pixels,
         text: rows.text,
+        valid: Some(rows.valid),
         seed: config.train.seed,
         micro: config.train.micro_batch.map_or(own, |most| most as usize),
     }

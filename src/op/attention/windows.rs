@@ -26,6 +26,15 @@ impl Windows {
     /// # Errors
     /// The user's, where windows do not divide the grid or a shift is not less than a window.
     pub fn new(grid: [i64; 2], size: [i64; 2], shift: [i64; 2], device: Device) -> Result<Self> {
+        Windows::cut(grid, grid[0], size, shift, device)
+    }
+
+    /// The same on a grid of which only the first `there` rows are: nobody in them sees the others, whose tokens form
+    /// regions of their own.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn cut(grid: [i64; 2], there: i64, size: [i64; 2], shift: [i64; 2], device: Device) -> Result<Self> {
         for axis in 0..2 {
             let (grid, size, shift) = (grid[axis], size[axis], shift[axis]);
             if size < 1 || grid < 1 || grid % size != 0 || !(0..size).contains(&shift) {
@@ -44,7 +53,8 @@ impl Windows {
                 let row = window / (columns / width) * height + token / width + shift[0];
                 let column = window % (columns / width) * width + token % width + shift[1];
                 let at = row % rows * columns + column % columns;
-                region[at as usize] = i32::from(row >= rows) * 2 + i32::from(column >= columns);
+                let absent = i32::from(row % rows >= there) * 4;
+                region[at as usize] = absent + i32::from(row >= rows) * 2 + i32::from(column >= columns);
                 order.push(at);
             }
         }
@@ -60,6 +70,13 @@ impl Windows {
             order: order.to_device(device),
             mask: (!whole).then(|| mask.to_device(device)),
         })
+    }
+
+    /// Another handle of the same.
+    pub fn shallow_clone(&self) -> Windows {
+        let [index, region, order, places] =
+            [&self.index, &self.region, &self.order, &self.places].map(Tensor::shallow_clone);
+        Windows { index, region, order, places, mask: self.mask.as_ref().map(Tensor::shallow_clone) }
     }
 
     /// How many.

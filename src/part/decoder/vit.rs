@@ -1,5 +1,6 @@
 //! A small transformer over visible and mask tokens (MAE §3, "MAE decoder").
 
+use super::Decode;
 use crate::fault::Result;
 use crate::grid::Grid;
 use crate::op::fill::{Places, fill};
@@ -8,6 +9,7 @@ use crate::part::encoder::position::Positions;
 use crate::part::encoder::stack::{Shape, Stack};
 use crate::part::mask::Mask;
 use crate::part::weights::{Init, Linear, Slot, Table, Weights};
+use crate::part::work::{self, Op};
 use tch::Tensor;
 
 /// What sets one paper's decoder apart from another's, beside its shape.
@@ -29,6 +31,9 @@ pub struct Decoder {
     pred: Linear,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
     pub positions: Positions,
+    /// The encoder's width, and how many values a guess has.
+    ends: [i64; 2],
+    shape: Shape,
 }
 
 impl Decoder {
@@ -42,13 +47,14 @@ impl Decoder {
             stack: Stack::new(table, name, shape, make.biases),
             pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
             positions: make.positions.into(),
+            ends: [inputs, grid.values()],
+            shape: *shape,
         }
     }
+}
 
-    /// Guesses at the dropped places [B, M, P]. The features are those of visible tokens [B, K, D of the encoder], or of
-    /// all [B, N, D] in the order kept, dropped where the encoder has seen mask tokens; behind a class token if the
-    /// encoder has one.
-    pub fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
+impl Decode for Decoder {
+    fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
         let seen = self.embed.forward(w, features)?;
         let positions = self.positions.on(seen.device());
         let token = self.token.map(|token| w[token].view(-1));
@@ -61,5 +67,18 @@ impl Decoder {
         let from = x.size()[1] - mask.drop.size()[1];
         // The last block answers only the hidden tokens, which stand last.
         self.pred.forward(w, &self.stack.forward(w, x, from)?)
+    }
+
+    fn recompute(&mut self) {
+        self.stack.recompute = true;
+    }
+
+    fn work(&self, seen: i64, hidden: i64, class: i64) -> Vec<Op> {
+        let ([inputs, values], width) = (self.ends, self.shape.width);
+        let (read, all) = if self.token.is_some() { (seen, seen + hidden) } else { (seen + hidden, seen + hidden) };
+        let mut ops = vec![work::linear(read + class, inputs, width), work::fill(read + class, all + class, width)];
+        ops.extend(self.shape.work(all + class, hidden));
+        ops.push(work::linear(hidden, width, values));
+        ops
     }
 }

@@ -2,6 +2,8 @@
 
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use tch::{Device, Tensor};
 
@@ -38,6 +40,29 @@ pub fn table(grid: &Grid, width: i64, trained: Option<[i64; 2]>) -> Tensor {
             table.permute([0, 2, 3, 1]).reshape([grid.rows * grid.cols, width])
         }
         _ => sine_cosine(grid, width),
+    }
+}
+
+/// The config's `positions` of spectrograms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Axes {
+    /// A token has the position of its row and column.
+    #[default]
+    Grid,
+    /// Tokens, which stand row by row, have the positions of a grid of as many rows as theirs has columns and as many
+    /// columns as theirs has rows, row by row: the official Audio-MAE code takes one axis for the other, and weights that
+    /// were trained by it know no other table.
+    Swapped,
+}
+
+impl Axes {
+    /// fp32 [N, D].
+    pub fn table(self, grid: &Grid, width: i64) -> Tensor {
+        match self {
+            Axes::Grid => sine_cosine(grid, width),
+            Axes::Swapped => sine_cosine(&Grid { rows: grid.cols, cols: grid.rows, ..*grid }, width),
+        }
     }
 }
 

@@ -1,14 +1,13 @@
 //! A transformer: blocks, one behind the other, and the normalisation behind them.
 
 use super::block::{Biases, Block, Stream};
-use crate::bridge::{self, Forward, node};
 use crate::fault::{Fault, Result};
 use crate::op::bias_gelu::Form;
+use crate::part::again::{Leaves, again};
 use crate::part::weights::{Norm, Table, Weights};
 use crate::part::work::{self, Op};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::sync::{Arc, Mutex, PoisonError};
 use tch::Tensor;
 
 /// The shape of a transformer. Width, depth and heads of the usual ones: Ti 192, 12, 3; S 384, 12, 6; B 768, 12, 12;
@@ -69,8 +68,7 @@ impl Shape {
 pub struct Stack {
     blocks: Vec<Block>,
     norm: Norm,
-    /// Of a block nothing is kept for backward but what flows into it: there it runs once more (Chen, Xu, Zhang and
-    /// Guestrin, "Training deep nets with sublinear memory cost", 2016).
+    /// Of a block nothing is kept for backward but what flows into it: there it runs once more.
     pub recompute: bool,
 }
 
@@ -99,9 +97,7 @@ impl Stack {
 
     /// x [B, S, D] → [B, S − from, D]. The last block answers only the tokens from `from` on.
     pub fn forward(&self, w: &Weights, x: Tensor, from: i64) -> Result<Tensor> {
-        // Handles of the leaves, for the blocks that run again in backward.
-        let leaves = || Arc::new(Mutex::new(Weights::new(w.0.iter().map(Tensor::shallow_clone).collect())));
-        let leaves = (self.recompute && x.requires_grad()).then(leaves);
+        let leaves = (self.recompute && x.requires_grad()).then(|| Leaves::of(w));
         let mut stream = Stream { x, due: None };
         for (i, block) in self.blocks.iter().enumerate() {
             let from = if i + 1 == self.blocks.len() { from } else { 0 };
@@ -114,25 +110,8 @@ impl Stack {
     }
 }
 
-/// A block that keeps its input alone. Backward runs it again, recorded, and goes back through that at once: into the
-/// leaves, whose hooks fire as they would have, and into the input.
-fn forgetful(block: Block, w: &Weights, leaves: &Arc<Mutex<Weights>>, stream: &Stream, from: i64) -> Result<Stream> {
-    let forward = |given: &[Tensor]| {
-        let outputs = block.forward(w, &Stream::of(given), from)?.tensors();
-        Ok(Forward { outputs, saved: given.iter().map(Tensor::shallow_clone).collect() })
-    };
-    let leaves = leaves.clone();
-    let backward = move |saved: &[Tensor], gradients: &[Tensor], wanted: &[bool]| {
-        let inputs: Vec<Tensor> =
-            saved.iter().zip(wanted).map(|(input, wanted)| input.detach().set_requires_grad(*wanted)).collect();
-        let outputs = {
-            let w = leaves.lock().unwrap_or_else(PoisonError::into_inner);
-            tch::with_grad(|| block.forward(&w, &Stream::of(&inputs), from))?.tensors()
-        };
-        bridge::backward(&outputs, gradients)?;
-        Ok(inputs.iter().zip(wanted).map(|(input, wanted)| wanted.then(|| input.grad())).collect())
-    };
-    let given = stream.tensors();
-    let outputs = node(&given.iter().collect::<Vec<_>>(), forward, backward)?;
-    Ok(Stream::of(&outputs))
+/// A block that keeps its input alone.
+fn forgetful(block: Block, w: &Weights, leaves: &Leaves, stream: &Stream, from: i64) -> Result<Stream> {
+    let run = move |w: &Weights, (): &(), given: &[Tensor]| Ok(block.forward(w, &Stream::of(given), from)?.tensors());
+    Ok(Stream::of(&again(w, leaves, (), &stream.tensors(), run)?))
 }

@@ -1,15 +1,18 @@
 //! A mask is a value that walks in front of the encoder: indices, never a float map with a polarity.
 
+mod lines;
 mod random;
 mod ratio;
 mod tube;
 
+pub use lines::Lines;
 pub use random::random;
 pub use ratio::Ratio;
 pub use tube::tube;
 
 use crate::bridge::record::scope;
 use crate::op::shuffle::{Indices, MOST_UNITS, Plan, mask};
+use crate::part::lengths::{Group, in_order};
 use tch::{Device, Kind, Tensor};
 
 /// Whether a GPU draws masks of so many units a sample by itself, or why not.
@@ -55,6 +58,23 @@ impl Mask {
     pub fn none(batch: i64, tokens: i64, device: Device) -> Mask {
         let order = Tensor::arange(tokens, (Kind::Int64, device)).unsqueeze(0).repeat([batch, 1]);
         Mask::from_order(&order, tokens)
+    }
+
+    /// Masks of groups of samples, which need not have as many tokens, in one: as wide as that of a sample of `tokens` tokens
+    /// that keeps `kept`, and −1 where a sample has none.
+    pub fn together(groups: &[Group], masks: &[Mask], [tokens, kept]: [i64; 2]) -> Mask {
+        let wide = |x: &Tensor, width: i64| x.pad([0, width - x.size()[1]], "constant", -1.0);
+        let all = |make: &dyn Fn(&Mask) -> Tensor| in_order(groups, &masks.iter().map(make).collect::<Vec<_>>());
+        let places = |mask: &Mask| {
+            // What is dropped stands behind as many as are kept of a whole sample.
+            let (own, places) = (mask.keep.size()[1], mask.restore());
+            wide(&(&places + places.ge(own).to_kind(Kind::Int64) * (kept - own)), tokens)
+        };
+        Mask {
+            keep: all(&|mask| wide(&mask.keep, kept)),
+            drop: all(&|mask| wide(&mask.drop, tokens - kept)),
+            places: Some(all(&places)),
+        }
     }
 
     /// int64 [B, N]: where each token stands in (keep, drop), so that `cat(keep, drop)` gathered by it is in row-major

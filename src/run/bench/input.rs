@@ -100,6 +100,10 @@ impl Given {
         Share {
             pixels: pixels.shallow_clone(),
             text: text.map(Tensor::shallow_clone),
+            valid: match self {
+                Given::Rows(rows) => Some(rows.valid.clone()),
+                Given::Noise(..) => None,
+            },
             origins: (0..rows).map(|row| self.origin(row)).collect(),
             seed: config.train.seed,
             micro: config.train.micro_batch.map_or(rows, |most| most as usize),

@@ -36,7 +36,7 @@ impl Encoder {
         let mut encoder = Encoder { config, method, flat, feature: Feature::Mean, width: 0 };
         let shape = [&[1][..], &encoder.method.grid().pixels()].concat();
         let (kind, device) = (encoder.config.view.medium().kind(), encoder.flat.master.device());
-        let found = encoder.run(Tensor::f_zeros(&shape, (kind, device))?, &[0])?;
+        let found = encoder.run(Tensor::f_zeros(&shape, (kind, device))?, &[0], None)?;
         encoder.width = found.mean.size()[1];
         encoder.feature = match (asked, found.class) {
             (Some(Feature::Class), None) => {
@@ -56,7 +56,8 @@ impl Encoder {
         let mut parts = vec![self.none()];
         for (number, ids) in rows.ids.chunks(ROWS).enumerate() {
             let first = number * ROWS;
-            let found = self.run(rows.to_device(first..first + ids.len(), self.flat.master.device())?, ids)?;
+            let (range, device) = (first..first + ids.len(), self.flat.master.device());
+            let found = self.run(rows.to_device(range.clone(), device)?, ids, Some(&rows.valid[range]))?;
             let features = match self.feature {
                 Feature::Class => found.class.expect("asked for where there is one alone"),
                 Feature::Mean => found.mean,
@@ -71,9 +72,9 @@ impl Encoder {
         Tensor::zeros([0, self.width], (Kind::Float, Device::Cpu))
     }
 
-    fn run(&self, pixels: Tensor, ids: &[u64]) -> Result<Features> {
+    fn run(&self, pixels: Tensor, ids: &[u64], valid: Option<&[u32]>) -> Result<Features> {
         let origins: Vec<Origin> = ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect();
-        let batch = Batch::new(pixels, &origins, self.config.train.seed);
+        let batch = Batch::new(pixels, &origins, self.config.train.seed).with_valid(valid.map(<[u32]>::to_vec));
         no_grad(|| self.method.features(&self.flat.leaves, &batch))
     }
 }
