@@ -51,6 +51,7 @@ mod listen;
 mod mae;
 mod videomae;
 mod audio_mae;
+mod padding;
 mod speech;
 mod work;
 mod optim;
@@ -154,6 +155,7 @@ fn main() {
     trials.extend(mae::trials());
     trials.extend(videomae::trials());
     trials.extend(audio_mae::trials());
+    trials.extend(padding::trials());
     trials.extend(speech::trials());
     trials.extend(work::trials());
     trials.extend(optim::trials());

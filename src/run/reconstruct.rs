@@ -48,7 +48,7 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
         }
     }
     let weights = stepper.buckets.weights(&stepper.flat, stepper.deadline)?;
-    picture_of(stepper.method.as_ref(), &weights, &samples, medium.kind(), config.train.seed)
+    picture_of(stepper.method.as_ref(), &weights, &samples, medium, config.train.seed)
 }
 
 /// `occlude reconstruct`: a user's own files through a checkpoint's model, a sheet for each into `out`.
@@ -72,8 +72,7 @@ pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<Pat
     let mut written = Vec::new();
     for (number, (path, view, valid)) in views.into_iter().enumerate() {
         let id = rng::id(&[&path.display().to_string()]);
-        let sheet =
-            picture_of(method.as_ref(), &flat.leaves, &[Shown { id, view, valid }], medium.kind(), config.train.seed)?;
+        let sheet = picture_of(method.as_ref(), &flat.leaves, &[Shown { id, view, valid }], medium, config.train.seed)?;
         let stem = path.file_stem().map_or_else(|| "input".into(), |stem| stem.to_string_lossy());
         let to = out.join(format!("{number:03}-{stem}.png"));
         picture::save_png(&sheet, &to)?;
@@ -91,24 +90,34 @@ struct Shown {
     valid: u32,
 }
 
-/// One row of pictures for each sample, whose values are of `kind`.
-fn picture_of(method: &dyn Method, weights: &Weights, samples: &[Shown], kind: Kind, seed: u64) -> Result<RgbImage> {
+/// One row of pictures for each sample.
+fn picture_of(
+    method: &dyn Method,
+    weights: &Weights,
+    samples: &[Shown],
+    medium: Medium,
+    seed: u64,
+) -> Result<RgbImage> {
     let shape = [&[samples.len() as i64][..], &method.grid().pixels()].concat();
     let pixels: Vec<u8> = samples.iter().flat_map(|sample| &sample.view).copied().collect();
-    let pixels = Tensor::f_from_data_size(&pixels, &shape, kind)?.to_device(weights.0[0].device());
+    let pixels = Tensor::f_from_data_size(&pixels, &shape, medium.kind())?.to_device(weights.0[0].device());
     let origins: Vec<Origin> = samples.iter().map(|sample| Origin { id: sample.id, epoch: 0, repeat: 0 }).collect();
     let valid = samples.iter().map(|sample| sample.valid).collect();
     let batch = Batch::new(pixels, &origins, seed).with_valid(Some(valid));
     let Reconstruction { masked, guessed, original } = no_grad(|| method.reconstruct(weights, &batch))?;
     let rows: Vec<Vec<Tile>> = (0..samples.len() as i64)
-        .map(|row| [&masked, &guessed, &original].iter().map(|all| tile(&all.get(row))).collect())
+        .map(|row| [&masked, &guessed, &original].iter().map(|all| tile(&all.get(row), medium)).collect())
         .collect();
     Ok(picture::grid(&HEADINGS, &rows))
 }
 
-/// The first frame of [C, T, Y, X] in 0..1.
-fn tile(x: &Tensor) -> Tile {
-    let frame = (x.select(1, 0) * 255.0).round().to_kind(Kind::Uint8).to_device(Device::Cpu); // [C, Y, X]
+/// The first frame of [C, T, Y, X] in 0..1; of a sound turned, so that time runs to the right and high tones lie high.
+fn tile(x: &Tensor, medium: Medium) -> Tile {
+    let frame = match medium {
+        Medium::Picture => x.select(1, 0),
+        Medium::Sound => x.select(1, 0).transpose(1, 2).flip([1]),
+    };
+    let frame = (frame * 255.0).round().to_kind(Kind::Uint8).to_device(Device::Cpu); // [C, Y, X]
     let [channels, height, width] = crate::op::sizes(&frame);
     let (width, height) = (width as u32, height as u32);
     if channels == 3 {

@@ -2,21 +2,18 @@
 
 usage: audio_mae.py steps REQUEST.safetensors REPLY.safetensors CONFIG_JSON
        audio_mae.py positions ROWS COLS WIDTH REPLY.safetensors
-       audio_mae.py encoder FOLDER REQUEST.safetensors REPLY.safetensors
 steps:     request: weight.<our name>, and for each step i input.<i> [B, 1, Y, X], keep.<i> and drop.<i> int64 [B, ·],
            -1 where a sample has no such token
            reply:   loss.<i>, grad.<our name> (of step 0), weight.<our name> (after the last step)
            config:  encoder and decoder [depth, heads], patch, window and shift (null: every token sees every other),
            swapped, normalize, steps, lr, weight_decay
 positions: the official code's table for tokens that stand row by row: `positions` [N, D]
-encoder:   what `occlude export --format timm` wrote; request: input; reply: class, mean (of all tokens)
 """
 import functools
 import json
 import sys
 
 import numpy
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, window_partition
@@ -134,15 +131,8 @@ def steps(request, reply, text):
     save_file({name: value.contiguous() for name, value in out.items()}, reply)
 
 
-@torch.no_grad()
-def encoder(folder, request, reply):
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    tokens = model.forward_features(load_file(request)["input"])
-    save_file({"class": tokens[:, 0].contiguous(), "mean": tokens[:, 1:].mean(1)}, reply)
-
-
 what, *rest = sys.argv[1:]
 if what == "positions":
     save_file({"positions": positions(*map(int, rest[:3]), True).float()}, rest[3])
 else:
-    {"steps": steps, "encoder": encoder}[what](*rest)
+    steps(*rest)

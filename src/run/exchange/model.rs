@@ -43,11 +43,11 @@ impl Model {
                 in_place: false,
                 trained_grid: None,
             },
-            other => {
-                let name =
-                    serde_json::to_value(other).ok().and_then(|value| Some(value.as_object()?.keys().next()?.clone()));
-                let name = name.unwrap_or_default();
-                return Err(Fault::usage(format!("there is no format for weights of method.{name} yet")));
+            catalog::Config::AudioMae(_) => {
+                return Err(Fault::usage(
+                    "there is no format for weights of method.audio_mae: transformers has no masked autoencoder of \
+                     spectrograms, and the other formats' models are of pictures and videos",
+                ));
             }
         })
     }
