@@ -48,6 +48,7 @@ fn source(set: &Arc<Mix>) -> Source {
         medium: Medium::Picture,
         view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, 11, id, epoch, 0, out)),
         shape: grid.pixels(),
+        stills: Vec::new(),
         limits: Limits::default(),
         seed: 11,
         threads: 2,

@@ -250,7 +250,7 @@ fn the_config_says_which_frames() -> Outcome {
 }
 
 /// Two classes of 6 videos each, of 20 to 31 frames; with what a pack is told.
-fn footage(folder: &Path) -> Result<(), Failed> {
+pub fn footage(folder: &Path) -> Result<(), Failed> {
     let mut videos = videos();
     for number in 0..12 {
         let place = folder.join(format!("class{}", number % 2));
@@ -287,6 +287,7 @@ fn a_feed_of_videos_is_the_same_on_any_number_of_ranks() -> Outcome {
         }),
         medium: Medium::Picture,
         shape: grid.pixels(),
+        stills: Vec::new(),
         limits: Limits::default(),
         seed: 11,
         threads: 2,

@@ -305,6 +305,7 @@ fn any_number_of_ranks_hears_the_same_batch() -> Outcome {
             medium: view.medium(),
             view: Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, 5, id, epoch, 0, out)),
             shape: grid.pixels(),
+            stills: Vec::new(),
             limits: Limits::default(),
             seed: 5,
             threads,

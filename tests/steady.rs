@@ -92,6 +92,7 @@ fn source(url: &str, view: ViewFn, prefetch_bytes: usize) -> Result<Source> {
         medium,
         view,
         shape,
+        stills: Vec::new(),
         limits,
         seed: 3,
         threads: 2,

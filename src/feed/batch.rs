@@ -21,6 +21,8 @@ const STEPS: usize = 1024;
 /// A step under way.
 struct Step {
     step: u64,
+    /// [C, T, Y, X] of its rows.
+    shape: [i64; 4],
     /// What each row will hold; none until it is made, and for a row that is left out.
     rows: Vec<Option<Row>>,
     /// The rows' places, as they come back.
@@ -72,7 +74,7 @@ pub struct Belt {
     waiting: usize,
     /// Memory of steps that are over: its pages are here, and it need not be cleared.
     spare: (Sender<BytesMut>, Receiver<BytesMut>),
-    /// Bytes of the step planned last.
+    /// Bytes of the largest step so far.
     each: usize,
     /// Bad samples by index, and how many there may be.
     bad: BTreeMap<u64, String>,
@@ -144,13 +146,15 @@ impl Belt {
             let step = self.steps.next().expect("a step is left");
             let samples = (self.plan)(step);
             // One run of memory for the step; each worker holds its row's part of it.
-            let each = self.source.row_bytes();
+            let shape = samples.first().map_or(self.source.shape, |(_, index)| self.source.shape_of(*index));
+            let each = self.source.row_bytes(shape);
             let mut room = self.spare.1.try_recv().unwrap_or_default();
             room.resize(samples.len() * each, 0);
-            self.each = room.len();
+            self.each = self.each.max(room.len());
             let pixels = samples.iter().map(|_| BytesMut::new()).collect();
             self.open.push_back(Step {
                 step,
+                shape,
                 rows: samples.iter().map(|_| None).collect(),
                 pixels,
                 missing: samples.len(),
@@ -203,8 +207,8 @@ impl Belt {
     /// The rows' places side by side again, which they are in memory; the gaps that left-out rows leave are closed,
     /// and labels dropped where the set has none.
     fn finished(&self, step: Step) -> Result<Rows> {
-        let Step { step, rows, pixels: places, .. } = step;
-        let bytes = self.source.row_bytes();
+        let Step { step, shape: [c, t, y, x], rows, pixels: places, .. } = step;
+        let bytes = self.source.row_bytes([c, t, y, x]);
         let mut pixels = BytesMut::new();
         places.into_iter().for_each(|place| pixels.unsplit(place));
         let mut kept = 0;
@@ -218,7 +222,6 @@ impl Belt {
         let rows: Vec<Row> = rows.into_iter().flatten().collect();
         // Bytes first, then their element: the innermost side is as many times longer.
         let kind = self.source.medium.kind();
-        let [c, t, y, x] = self.source.shape;
         let shape = [kept as i64, c, t, y, x * kind.elt_size_in_bytes() as i64];
         let pixels = lend(Lent { bytes: pixels, back: self.spare.0.clone() }, &shape)?;
         Ok(Rows {

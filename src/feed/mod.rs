@@ -46,6 +46,9 @@ pub struct Source {
     pub view: ViewFn,
     /// [C, T, Y, X] of what the view returns.
     pub shape: [i64; 4],
+    /// Which sets of a mixture hold still pictures where others hold clips; none where all rows have the same shape. A row
+    /// of theirs is [C, 1, Y, X], and a step has rows of one shape.
+    pub stills: Vec<bool>,
     pub limits: Limits,
     pub seed: u64,
     /// Worker threads; at least one.
@@ -58,9 +61,15 @@ pub struct Source {
 }
 
 impl Source {
-    /// Bytes of one row.
-    pub fn row_bytes(&self) -> usize {
-        self.shape.iter().product::<i64>() as usize * self.medium.kind().elt_size_in_bytes()
+    /// [C, T, Y, X] of the row of sample `index`.
+    pub fn shape_of(&self, index: u64) -> [i64; 4] {
+        let [c, t, y, x] = self.shape;
+        [c, if self.stills.get(self.set.number(index)) == Some(&true) { 1 } else { t }, y, x]
+    }
+
+    /// Bytes of a row of this shape.
+    pub fn row_bytes(&self, shape: [i64; 4]) -> usize {
+        shape.iter().product::<i64>() as usize * self.medium.kind().elt_size_in_bytes()
     }
 }
 

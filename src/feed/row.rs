@@ -137,7 +137,9 @@ impl Reader {
             }
             let id = set.id(index)?;
             let draw = draw.get_or_insert_with(|| Draw::new(self.source.seed, id, epoch, Purpose::Replace, 0));
-            candidate = draw.below(set.len());
+            // One of the same set, which may differ from others in what its samples are.
+            let around = set.around(index);
+            candidate = around.start + draw.below(around.end - around.start);
             raw = Raw::Disk;
         }
         let message = format!("sample {} and {TRIES} drawn in its place cannot be decoded", set.key(index)?);

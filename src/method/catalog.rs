@@ -1,6 +1,6 @@
 //! The only list of methods.
 
-use super::{Method, mae, videomae};
+use super::{Method, mae, omnimae, videomae};
 use crate::fault::Result;
 use crate::grid::{Grid, Input};
 use schemars::JsonSchema;
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub enum Config {
     Mae(mae::Config),
     VideoMae(videomae::Config),
+    OmniMae(omnimae::Config),
 }
 
 impl Config {
@@ -20,7 +21,13 @@ impl Config {
         match self {
             Config::Mae(config) => config.check("method.mae", grid),
             Config::VideoMae(config) => config.check("method.videomae", grid),
+            Config::OmniMae(config) => config.check("method.omnimae", grid),
         }
+    }
+
+    /// Whether it reads still pictures beside clips.
+    pub fn stills(&self) -> bool {
+        matches!(self, Config::OmniMae(_))
     }
 
     /// The method, or what in its numbers or in the input does not fit.
@@ -28,6 +35,7 @@ impl Config {
         Ok(match self {
             Config::Mae(config) => Box::new(mae::Mae::new(config, input)?),
             Config::VideoMae(config) => Box::new(videomae::VideoMae::new(config, input)?),
+            Config::OmniMae(config) => Box::new(omnimae::OmniMae::new(config, input)?),
         })
     }
 }

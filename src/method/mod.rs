@@ -2,6 +2,7 @@
 
 pub mod catalog;
 pub mod mae;
+pub mod omnimae;
 pub mod videomae;
 
 pub use crate::part::encoder::Features;
@@ -56,6 +57,10 @@ pub trait Method {
     fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
     /// What a training step does with one sample.
     fn work(&self) -> Work;
+    /// The grid of still pictures, and what a step does with one, where the method reads them beside clips.
+    fn still(&self) -> Option<(Grid, Work)> {
+        None
+    }
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
     /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the

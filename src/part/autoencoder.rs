@@ -2,6 +2,7 @@
 //! guesses at the hidden ones. Papers differ in how the parts are made and in the mask.
 
 use crate::fault::Result;
+use crate::grid::Grid;
 use crate::part::decoder::vit::{self as decoder, Decoder};
 use crate::part::encoder::Features;
 use crate::part::encoder::vit::{self as encoder, Shape, Vit};
@@ -24,6 +25,8 @@ pub struct Autoencoder {
     /// Whether a class token stands in front, and whether the encoder sees mask tokens.
     class: bool,
     in_place: bool,
+    /// Whether the decoder is filled ahead of its first layer.
+    ahead: bool,
 }
 
 impl Autoencoder {
@@ -35,9 +38,10 @@ impl Autoencoder {
     ) -> Autoencoder {
         let mut table = Table::default();
         let (shapes, class, in_place) = ([*inside, *outside], encoder.class, encoder.in_place);
+        let ahead = decoder.ahead;
         let encoder = Vit::new(&mut table, "encoder", &pixels.grid, inside, encoder);
         let decoder = Decoder::new(&mut table, "decoder", &pixels.grid, inside.width, outside, decoder);
-        Autoencoder { pixels, table, encoder, decoder, target, shapes, class, in_place }
+        Autoencoder { pixels, table, encoder, decoder, target, shapes, class, in_place, ahead }
     }
 
     /// From now on blocks are run again in backward instead of being kept.
@@ -71,7 +75,13 @@ impl Autoencoder {
 
     /// What a training step does with one sample of which `kept` tokens are visible.
     pub fn work(&self, kept: i64) -> Work {
-        let (tokens, values) = (self.pixels.grid.tokens(), self.pixels.grid.values());
+        self.work_of(self.pixels.grid.frames, kept)
+    }
+
+    /// The same with a sample of `slots` time slots.
+    pub fn work_of(&self, slots: i64, kept: i64) -> Work {
+        let grid = Grid { frames: slots, ..self.pixels.grid };
+        let (tokens, values) = (grid.tokens(), grid.values());
         let (hidden, class, [inside, outside]) = (tokens - kept, i64::from(self.class), self.shapes);
         let (all, seen) = (tokens + class, if self.in_place { tokens } else { kept } + class);
         let blocks = |shape: Shape, tokens: i64, answered: i64| {
@@ -82,7 +92,10 @@ impl Autoencoder {
         let mut encoder: Vec<Op> = work::embed(kept, values, inside.width).into();
         encoder.push(work::fill(kept, seen, inside.width));
         encoder.extend(blocks(inside, seen, seen));
-        let mut decoder = vec![work::linear(seen, inside.width, outside.width), work::fill(seen, all, outside.width)];
+        let mut decoder = match self.ahead {
+            true => vec![work::fill(seen, all, inside.width), work::linear(all, inside.width, outside.width)],
+            false => vec![work::linear(seen, inside.width, outside.width), work::fill(seen, all, outside.width)],
+        };
         decoder.extend(blocks(outside, all, hidden));
         decoder.push(work::linear(hidden, outside.width, values));
         Work {

@@ -16,8 +16,9 @@ pub struct Reconstruction {
 }
 
 /// How a data set's pixels are cut and scaled. Samples x are uint8 or normalised fp32 [B, C, T, Y, X]; rows are
-/// [B, .., P] with the channel last.
+/// [B, .., P] with the channel last. A sample may have fewer frames than the grid: a still picture is a clip of one slot.
 pub struct Pixels {
+    /// Of the longest samples.
     pub grid: Grid,
     scale: Scale,
 }
@@ -28,28 +29,34 @@ impl Pixels {
         Ok(Pixels { grid: input.grid()?, scale: Scale { mean, std } })
     }
 
+    /// The grid of samples x, which has as many slots as their frames make.
+    pub fn grid_of(&self, x: &Tensor) -> Grid {
+        Grid { frames: x.size()[2] / self.grid.patch_frames, ..self.grid }
+    }
+
     /// The patches at `at` int64 [B, K], normalised: [B, K, P] of this kind.
     pub fn rows(&self, x: &Tensor, at: &Tensor, kind: Kind) -> Result<Tensor> {
-        patch::patch(x, &self.grid, &self.scale, at, kind)
+        patch::patch(x, &self.grid_of(x), &self.scale, at, kind)
     }
 
     /// All patches in row-major order, normalised: [B, N, P] of this kind.
     pub fn all(&self, x: &Tensor, kind: Kind) -> Result<Tensor> {
-        self.rows(x, &Mask::none(x.size()[0], self.grid.tokens(), x.device()).keep, kind)
+        self.rows(x, &Mask::none(x.size()[0], self.grid_of(x).tokens(), x.device()).keep, kind)
     }
 
     /// Whole samples, normalised: fp32 [B, C, T, Y, X].
     pub fn normalised(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(patch::pixels(&self.all(x, Kind::Float)?, &self.grid))
+        Ok(patch::pixels(&self.all(x, Kind::Float)?, &self.grid_of(x)))
     }
 
     /// Targets: the patches at `at` levelled, as the model receives them, or with `unit` as 0..1: fp32 [B, M, P].
     pub fn target(&self, x: &Tensor, at: &Tensor, level: Level, unit: bool) -> Result<Tensor> {
         let raw = Scale { mean: vec![0.0; self.scale.mean.len()], std: vec![1.0; self.scale.std.len()] };
+        let grid = self.grid_of(x);
         match (unit, x.kind()) {
-            (false, _) => patch::target(x, &self.grid, &self.scale, at, level),
-            (true, Kind::Uint8) => patch::target(x, &self.grid, &raw, at, level),
-            (true, _) => patch::target(&self.to_unit(x), &self.grid, &raw, at, level),
+            (false, _) => patch::target(x, &grid, &self.scale, at, level),
+            (true, Kind::Uint8) => patch::target(x, &grid, &raw, at, level),
+            (true, _) => patch::target(&self.to_unit(x), &grid, &raw, at, level),
         }
     }
 
@@ -70,7 +77,7 @@ impl Pixels {
         let restore = mask.restore();
         let picture = |at_hidden: &Tensor| {
             let rows = patch::gather(&Tensor::cat(&[&seen, at_hidden], 1), &restore);
-            self.scale.to_unit(&patch::pixels(&rows, &self.grid))
+            self.scale.to_unit(&patch::pixels(&rows, &self.grid_of(x)))
         };
         let grey = hidden.zeros_like();
         Ok(Reconstruction { original: picture(&hidden), masked: picture(&grey), guessed: picture(guess) })

@@ -4,7 +4,7 @@ mod random;
 mod ratio;
 mod tube;
 
-pub use random::random;
+pub use random::{keeping, random};
 pub use ratio::Ratio;
 pub use tube::tube;
 

@@ -82,6 +82,19 @@ pub fn still(grid: &Grid) -> Result<()> {
 }
 
 impl View {
+    /// The view of a still picture beside videos. A set is taken for what its first sample is: room for as many `bytes` as
+    /// the other kind has says that this one is not like it.
+    pub(super) fn still(&self, grid: &Grid, picture: &Picture, bytes: usize) -> Result<Option<&View>> {
+        let Some(still) = &self.still else { return Ok(None) };
+        let room = |grid: &Grid| grid.pixels().iter().product::<i64>() as usize;
+        match (picture.video().is_some(), bytes == room(&grid.still())) {
+            (true, false) => Ok(None),
+            (false, true) => Ok(Some(still)),
+            (true, true) => Err(Fault::new(Code::Corrupt, "a video in a data set of still pictures")),
+            (false, false) => Err(Fault::new(Code::Corrupt, "a still picture in a data set of videos")),
+        }
+    }
+
     fn clip(&self) -> Result<&Clip> {
         self.clip.as_ref().ok_or_else(|| {
             Fault::usage("a video, and the config does not say which of its frames to show; give it view.clip, such as {\"sampling\": {\"stride\": 4}}")

@@ -52,6 +52,8 @@ pub struct View {
     pub scaled_decode: bool,
     /// Of videos: which frames are shown, as many as `input.frames` says.
     pub clip: Option<Clip>,
+    /// Of still pictures beside videos.
+    pub still: Option<Box<View>>,
     /// How sounds become spectrograms.
     pub sound: Option<Sound>,
 }
@@ -59,7 +61,7 @@ pub struct View {
 impl Default for View {
     fn default() -> Self {
         let (crop, augment) = (Crop::default(), Augment::default());
-        View { crop, flip: 0.5, center: 0.875, augment, scaled_decode: false, clip: None, sound: None }
+        View { crop, flip: 0.5, center: 0.875, augment, scaled_decode: false, clip: None, still: None, sound: None }
     }
 }
 
@@ -68,6 +70,15 @@ impl View {
         self.crop.check()?;
         self.augment.check()?;
         self.clip.as_ref().map_or(Ok(()), Clip::check)?;
+        if let Some(still) = &self.still {
+            if self.clip.is_none() || still.clip.is_some() || still.still.is_some() || still.sound.is_some() {
+                return Err(Fault::usage(
+                    "view.still is how still pictures are shown beside videos: it stands beside view.clip, and has \
+                     neither clip, still nor sound",
+                ));
+            }
+            still.check().map_err(|fault| fault.at("view.still"))?;
+        }
         if !(0.0..=1.0).contains(&self.flip) {
             return Err(Fault::usage(format!("view.flip is {}; it is a probability, 0 to 1", self.flip)));
         }
@@ -107,6 +118,9 @@ impl View {
             }
             (sample, sound) => picture(sample, sound)?,
         };
+        if let Some(still) = self.still(grid, &picture, out.len())? {
+            return still.train(&grid.still(), picture, seed, id, epoch, repeat, out);
+        }
         let size = size(grid);
         if picture.video().is_some() {
             self.train_clip(grid, picture, stream, out)?;
@@ -134,6 +148,9 @@ impl View {
             (Sample::Sound(clip), Some(sound)) => return sound.eval(grid, &clip, out),
             (sample, sound) => picture(sample, sound)?,
         };
+        if let Some(still) = self.still(grid, &picture, out.len())? {
+            return still.eval(&grid.still(), picture, out);
+        }
         let size = size(grid);
         if picture.video().is_some() {
             self.eval_clip(grid, picture, out)?;

@@ -37,6 +37,11 @@ pub struct Said {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Clip")]
     clip: Option<Clip>,
+    /// Of still pictures beside videos, for a method that reads both: `crop`, `flip`, `center`, `augment` and
+    /// `scaled_decode` as above, which are then those of videos.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "View")]
+    still: Option<Box<View>>,
     /// Samples are sounds, and this is how they become spectrograms. No other key of `view` is given beside it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Sound")]
@@ -47,7 +52,7 @@ impl TryFrom<Said> for View {
     type Error = String;
 
     fn try_from(said: Said) -> Result<View, String> {
-        let Said { crop, flip, center, augment, scaled_decode, clip, sound } = said;
+        let Said { crop, flip, center, augment, scaled_decode, clip, still, sound } = said;
         let given = [
             ("crop", crop.is_some()),
             ("flip", flip.is_some()),
@@ -55,6 +60,7 @@ impl TryFrom<Said> for View {
             ("augment", augment.is_some()),
             ("scaled_decode", scaled_decode.is_some()),
             ("clip", clip.is_some()),
+            ("still", still.is_some()),
         ];
         if let (Some((key, _)), Some(_)) = (given.iter().find(|(_, given)| *given), &sound) {
             return Err(format!(
@@ -70,6 +76,7 @@ impl TryFrom<Said> for View {
             augment: augment.unwrap_or(change),
             scaled_decode: scaled_decode.unwrap_or(scaled),
             clip,
+            still,
             sound,
         })
     }
@@ -77,11 +84,18 @@ impl TryFrom<Said> for View {
 
 impl From<View> for Said {
     fn from(view: View) -> Said {
-        let View { crop, flip, center, augment, scaled_decode, clip, sound } = view;
+        let View { crop, flip, center, augment, scaled_decode, clip, still, sound } = view;
         match sound {
-            Some(_) => {
-                Said { crop: None, flip: None, center: None, augment: None, scaled_decode: None, clip: None, sound }
-            }
+            Some(_) => Said {
+                crop: None,
+                flip: None,
+                center: None,
+                augment: None,
+                scaled_decode: None,
+                clip: None,
+                still: None,
+                sound,
+            },
             None => Said {
                 crop: Some(crop),
                 flip: Some(flip),
@@ -89,6 +103,7 @@ impl From<View> for Said {
                 augment: Some(augment),
                 scaled_decode: Some(scaled_decode),
                 clip,
+                still,
                 sound,
             },
         }

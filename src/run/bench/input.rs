@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::data::medium::Medium;
-use crate::data::order::{self, Order};
+use crate::data::order;
 use crate::device::World;
 use crate::fault::{Fault, Result};
 use crate::feed::{Feed, Rows};
@@ -99,6 +99,6 @@ fn data(config: &Config, world: &dyn World, method: &dyn Method) -> Result<Feed>
     config.data.patience_s = config.data.patience_s.min(PATIENCE_S);
     let set = open::training_set(&config)?;
     let source = open::source(&config, set.clone(), world, *method.grid())?;
-    let order = Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards);
+    let order = open::order(&config, &set)?;
     Feed::train(source, order, config.train.global_batch, world.rank(), world.size(), 0..u64::MAX >> 8)
 }

@@ -11,6 +11,7 @@ use crate::feed::{Feed, Source, ViewFn};
 use crate::grid::Grid;
 use crate::part::view::View;
 use crate::part::view::crop::{Crop, Interpolation};
+use crate::run::open;
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -34,7 +35,11 @@ impl Augmentation {
             Augmentation::Run => config.view.clone(),
             Augmentation::Paper => {
                 let crop = Crop { scale: [0.08, 1.0], interpolation: Interpolation::Bicubic, ..Crop::default() };
-                View { crop, center: config.view.center, ..View::default() }
+                let paper = |view: &View| View { crop: crop.clone(), center: view.center, ..View::default() };
+                match &config.view.still {
+                    Some(still) => View { still: Some(Box::new(paper(still))), ..config.view.clone() },
+                    None => paper(&config.view),
+                }
             }
         }
     }
@@ -59,7 +64,7 @@ pub fn share(set: &Mix, ranks: &Ranks) -> u64 {
 pub fn sweep(set: &Arc<Mix>, batch: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Result<Feed> {
     let view = config.view.clone();
     let view: ViewFn = Arc::new(move |sample, _, _, out| view.eval(&grid, sample, out));
-    Feed::sweep(source(set, view, config.train.seed, config, grid, ranks), batch, ranks.rank(), ranks.size())
+    Feed::sweep(source(set, view, config.train.seed, config, grid, ranks)?, batch, ranks.rank(), ranks.size())
 }
 
 /// This rank's rows of the first `steps` runs of `piece` samples of one epoch, in random order and in random views.
@@ -77,14 +82,15 @@ pub fn epoch(
     let view = augmentation.view(config);
     let view: ViewFn = Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out));
     let order = Order::mixed(&set.sizes(), seed, config.data.open_shards);
-    let source = source(set, view, seed, config, grid, ranks);
+    let source = source(set, view, seed, config, grid, ranks)?;
     Feed::train(source, order, piece, ranks.rank(), ranks.size(), 0..steps)
 }
 
-fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Source {
+fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Result<Source> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Source {
+    Ok(Source {
         set: set.clone(),
+        stills: open::stills(config, set)?,
         cache: None,
         medium: config.view.medium(),
         view,
@@ -94,7 +100,7 @@ fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, 
         threads: (cores / ranks.neighbours()).max(1),
         prefetch_bytes: 64 << 20,
         max_bad_share: config.data.max_bad_share,
-    }
+    })
 }
 
 /// How many classes a set has: as many as it has names for, else one more than the largest label; collective, for

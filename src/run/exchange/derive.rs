@@ -49,13 +49,13 @@ pub fn config(sheet: &Sheet, names: &Names, about: &About, sets: &[String]) -> R
         .to_vec();
     lines.extend_from_slice(sets);
     let config = Config::parse(custom.recipe, &lines)?;
-    let notes = assumed(&config, names, about, method.get("decoder").is_some());
+    let notes = assumed(&config, &Model::of(&config.method)?, names, about, method.get("decoder").is_some());
     Ok((config, notes))
 }
 
 /// What nothing said and no override settled.
-fn assumed(config: &Config, names: &Names, about: &About, decoder: bool) -> Vec<String> {
-    let (custom, model) = (names.custom, Model::of(&config.method));
+fn assumed(config: &Config, model: &Model, names: &Names, about: &About, decoder: bool) -> Vec<String> {
+    let custom = names.custom;
     let key = custom.method;
     let mut notes = Vec::new();
     for ((part, shape), told) in model.heads().into_iter().zip([about.heads, about.decoder_heads]) {

@@ -15,7 +15,7 @@ use tch::{Device, Tensor};
 pub fn export(format: Format, from: &str, out: &Path) -> Result<Vec<String>> {
     let loaded = checkpoint::open(from)?;
     let (config, method, flat) = state::model(&loaded, Device::Cpu)?;
-    let model = Model::of(&config.method);
+    let model = Model::of(&config.method)?;
     let names = written(format, &model)?;
     fits(format, &config, &model)?;
     let mut tensors = Vec::new();

@@ -102,7 +102,7 @@ fn recognise(sheet: &Sheet, format: Format) -> Result<&'static Names> {
 /// The config is of the file's method, and does not contradict what stands beside the file about heads, which shapes
 /// would not show.
 fn agrees(sheet: &Sheet, names: &Names, about: &About, config: &Config) -> Result<()> {
-    let (model, wanted) = (Model::of(&config.method), names.custom.method);
+    let (model, wanted) = (Model::of(&config.method)?, names.custom.method);
     if model.method != wanted {
         return Err(sheet.wrong(format!(
             "the names are {}, of method.{wanted}, and the config has method.{}. Give a config of that method, or none.",

@@ -1,5 +1,6 @@
 //! What the formats need to know of a method's config, and what its makers' custom says where files are silent.
 
+use crate::fault::{Fault, Result};
 use crate::method::catalog;
 use crate::part::encoder::vit::Shape;
 
@@ -20,9 +21,10 @@ pub struct Model {
 }
 
 impl Model {
-    pub fn of(method: &catalog::Config) -> Model {
+    /// Faults with Code::Usage on a method that no format is for.
+    pub fn of(method: &catalog::Config) -> Result<Model> {
         use crate::method::mae::MaskTokens;
-        match method {
+        Ok(match method {
             catalog::Config::Mae(mae) => Model {
                 method: super::mae::CUSTOM.method,
                 encoder: mae.encoder,
@@ -41,7 +43,13 @@ impl Model {
                 in_place: false,
                 trained_grid: None,
             },
-        }
+            other => {
+                let name =
+                    serde_json::to_value(other).ok().and_then(|value| Some(value.as_object()?.keys().next()?.clone()));
+                let name = name.unwrap_or_default();
+                return Err(Fault::usage(format!("there is no format for weights of method.{name} yet")));
+            }
+        })
     }
 
     /// The encoder's and the decoder's heads, which no shape of a tensor shows.
