@@ -303,7 +303,7 @@ fn any_number_of_ranks_hears_the_same_batch() -> Outcome {
             set: set.clone(),
             cache: None,
             medium: view.medium(),
-            view: Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, 5, id, epoch, 0, out)),
+            view: Arc::new(move |sample, id, epoch, _, out| view.train(&grid, sample, 5, id, epoch, 0, out)),
             shape: grid.pixels(),
             stills: Vec::new(),
             limits: Limits::default(),

@@ -41,6 +41,7 @@ mod sound;
 mod sound_speed;
 mod feed;
 mod server;
+mod repeats;
 mod stream;
 mod cloud;
 mod far;
@@ -141,6 +142,7 @@ fn main() {
     trials.extend(sound::trials());
     trials.extend(sound_speed::trials());
     trials.extend(feed::trials());
+    trials.extend(repeats::trials());
     trials.extend(stream::trials());
     trials.extend(cloud::trials());
     trials.extend(far::trials());

@@ -141,7 +141,9 @@ fn source(folder: &Path) -> Result<Source> {
         set: Arc::new(set),
         cache: None,
         medium: Medium::Picture,
-        view: Arc::new(move |picture, id, epoch, out| view.train(&GRID, picture, 11, id, epoch, 0, out)),
+        view: Arc::new(move |picture, id, epoch, repeats, out| {
+            view.train_all(&GRID, picture, 11, id, epoch, repeats, out)
+        }),
         shape: GRID.pixels(),
         limits: Limits::default(),
         seed: 11,
@@ -225,7 +227,7 @@ fn config() -> Value {
     json!({
         "about": {"title": "a test", "source": "none", "measured": "never"},
         "input": {"channels": 1, "frames": 4, "patch_frames": 2, "height": 16, "width": 16, "patch": 4},
-        "view": {"clip": {"sampling": {"stride": 2}}, "still": {"flip": 0.0}},
+        "view": {"clip": {"sampling": {"stride": 2}, "repeats": 2}, "still": {"flip": 0.0}},
         "method": {"omnimae": {"encoder": shape, "decoder": shape}},
         "optim": {"lr": 2e-3, "warmup": {"steps": 10}},
         "data": {"train": [of("stills", 2.0), of("clips", 1.0)], "threads": 1},

@@ -19,14 +19,35 @@ const BLOCK: u64 = 4096;
 /// Of each place of a block who has it, and how many of the block's places before it are theirs.
 type Block = Vec<(u32, u32)>;
 
+/// What stands at a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pick {
+    /// The epoch that its source is in.
+    pub epoch: u64,
+    /// Numbered through the sources.
+    pub sample: u64,
+    /// Which of the sample's showings in this epoch it is.
+    pub repeat: u32,
+}
+
+/// Sources of one kind, whose samples share a batch.
+#[derive(Debug)]
+struct Taker {
+    kind: usize,
+    sources: Vec<usize>,
+    /// How they share positions, or runs of them.
+    shares: Shares,
+    /// Positions in a row that show the same sample.
+    repeats: u64,
+}
+
 /// The order of one data set, or of a mixture, under one seed.
 #[derive(Debug)]
 pub struct Order {
     sources: Vec<Source>,
     /// Samples in front of each source, and at the end all of them.
     starts: Vec<u64>,
-    /// Sources whose samples share a batch, and how they share its positions.
-    kinds: Vec<(Vec<usize>, Shares)>,
+    kinds: Vec<Taker>,
     /// How the kinds share steps, and the positions of a step; none where there is one kind.
     turns: Option<(Shares, u64)>,
 }
@@ -58,11 +79,19 @@ impl Order {
             let shares: Vec<f64> = own.iter().map(|&source| sources[source].1).collect();
             if !own.is_empty() {
                 weights.push(shares.iter().sum());
-                kinds.push((own, Shares::new(&shares, seed, which as u32)));
+                let shares = Shares::new(&shares, seed, which as u32);
+                kinds.push(Taker { kind: which, sources: own, shares, repeats: 1 });
             }
         }
         let turns = (kinds.len() > 1).then(|| (Shares::new(&weights, seed, TURNS), step));
         Order { sources: orders, starts, kinds, turns }
+    }
+
+    /// Each sample of this kind stands at so many positions in a row: a reader opens it once for all of them.
+    pub fn repeating(mut self, kind: usize, repeats: u32) -> Order {
+        let takers = self.kinds.iter_mut().filter(|taker| taker.kind == kind);
+        takers.for_each(|taker| taker.repeats = u64::from(repeats.max(1)));
+        self
     }
 
     /// N, over all sources.
@@ -72,6 +101,12 @@ impl Order {
 
     /// The epoch that a position's source is in, and the sample (numbered through the sources) that stands there.
     pub fn at(&self, position: u64) -> (u64, u64) {
+        let Pick { epoch, sample, .. } = self.pick(position);
+        (epoch, sample)
+    }
+
+    /// What stands at a position.
+    pub fn pick(&self, position: u64) -> Pick {
         let (kind, position) = match &self.turns {
             None => (0, position),
             Some((turns, step)) => {
@@ -79,11 +114,11 @@ impl Order {
                 (kind, before * step + position % step)
             }
         };
-        let (sources, shares) = &self.kinds[kind];
-        let (source, within) = shares.at(position);
+        let Taker { sources, shares, repeats, .. } = &self.kinds[kind];
+        let (source, within) = shares.at(position / repeats);
         let source = sources[source];
         let (epoch, sample) = self.sources[source].at(within);
-        (epoch, self.starts[source] + sample)
+        Pick { epoch, sample: self.starts[source] + sample, repeat: (position % repeats) as u32 }
     }
 }
 

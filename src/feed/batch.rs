@@ -5,6 +5,7 @@ use super::fetch::Fetcher;
 use super::row::{Done, Order, Raw, Row};
 use super::{Plan, Rows, Source};
 use crate::bridge::lend::lend;
+use crate::data::order::Pick;
 use crate::fault::{Code, Fault, Result};
 use bytes::BytesMut;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
@@ -25,7 +26,7 @@ struct Step {
     shape: [i64; 4],
     /// What each row will hold; none until it is made, and for a row that is left out.
     rows: Vec<Option<Row>>,
-    /// The rows' places, as they come back.
+    /// The rows' places, as they come back; of rows that were made together, the first one's is all of theirs.
     pixels: Vec<BytesMut>,
     missing: usize,
 }
@@ -146,7 +147,7 @@ impl Belt {
             let step = self.steps.next().expect("a step is left");
             let samples = (self.plan)(step);
             // One run of memory for the step; each worker holds its row's part of it.
-            let shape = samples.first().map_or(self.source.shape, |(_, index)| self.source.shape_of(*index));
+            let shape = samples.first().map_or(self.source.shape, |pick| self.source.shape_of(pick.sample));
             let each = self.source.row_bytes(shape);
             let mut room = self.spare.1.try_recv().unwrap_or_default();
             room.resize(samples.len() * each, 0);
@@ -159,9 +160,16 @@ impl Belt {
                 pixels,
                 missing: samples.len(),
             });
-            let order =
-                |(row, (epoch, index))| Order { step, row, epoch, index, out: room.split_to(each), raw: Raw::Disk };
-            self.lines.give.fetch(samples.into_iter().enumerate().map(order).collect());
+            let order = |(row, Pick { epoch, sample, repeat }, count): (usize, Pick, u32)| Order {
+                step,
+                row,
+                epoch,
+                index: sample,
+                repeats: repeat..repeat + count,
+                out: room.split_to(each * count as usize),
+                raw: Raw::Disk,
+            };
+            self.lines.give.fetch(together(&samples).into_iter().map(order).collect());
         }
     }
 
@@ -177,9 +185,14 @@ impl Belt {
         let made = done.made?;
         let first = self.open.front().expect("a step under way").step;
         let step = &mut self.open[(done.step - first) as usize];
-        step.missing -= 1;
+        step.missing -= done.count;
         step.pixels[done.row] = done.out;
-        step.rows[done.row] = made;
+        if let Some(made) = made {
+            for at in 1..done.count {
+                step.rows[done.row + at] = Some(Row { repeat: made.repeat + at as u32, ..made.clone() });
+            }
+            step.rows[done.row] = Some(made);
+        }
         Ok(())
     }
 
@@ -228,10 +241,23 @@ impl Belt {
             step,
             ids: rows.iter().map(|row| row.id).collect(),
             epochs: rows.iter().map(|row| row.epoch).collect(),
+            repeats: rows.iter().map(|row| row.repeat).collect(),
             labels: self.labelled.then(|| rows.iter().filter_map(|row| row.label).collect()),
             valid: rows.iter().map(|row| row.valid).collect(),
             pixels: pixels.f_view_dtype(kind)?,
             waited: Duration::ZERO,
         })
     }
+}
+
+/// Rows in a row that show the same sample one time after the other: the first, what it shows, and how many there are.
+fn together(picks: &[Pick]) -> Vec<(usize, Pick, u32)> {
+    let mut runs: Vec<(usize, Pick, u32)> = Vec::with_capacity(picks.len());
+    for (row, pick) in picks.iter().enumerate() {
+        match runs.last_mut() {
+            Some((_, first, count)) if *pick == (Pick { repeat: first.repeat + *count, ..*first }) => *count += 1,
+            _ => runs.push((row, *pick, 1)),
+        }
+    }
+    runs
 }

@@ -172,7 +172,8 @@ pub(super) fn order(config: &Config, set: &Mix) -> Result<Order> {
     let mut kinds: Vec<usize> = stills(config, set)?.into_iter().map(usize::from).collect();
     kinds.resize(set.sets().len(), 0);
     let (seed, open) = (config.train.seed, config.data.open_shards);
-    Ok(Order::by_turns(&set.sizes(), &kinds, config.train.global_batch, seed, open))
+    let order = Order::by_turns(&set.sizes(), &kinds, config.train.global_batch, seed, open);
+    Ok(order.repeating(0, config.view.clip.as_ref().map_or(1, |clip| clip.repeats)))
 }
 
 /// Refuses a set of sounds where pictures are wanted, and the other way round, by its first sample.
@@ -331,7 +332,9 @@ pub(super) fn source(config: &Config, set: Arc<Mix>, world: &dyn World, grid: Gr
         set,
         cache: cache.transpose()?,
         medium: view.medium(),
-        view: Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out)),
+        view: Arc::new(move |sample, id, epoch, repeats, out| {
+            view.train_all(&grid, sample, seed, id, epoch, repeats, out)
+        }),
         shape: grid.pixels(),
         limits: Limits::default(),
         seed,

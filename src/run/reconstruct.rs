@@ -34,7 +34,7 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
         Medium::Sound => config.view.clone(),
         Medium::Picture => {
             // Of a video, frames from all of it.
-            let clip = Clip { sampling: Sampling::Segments, multi_scale: None };
+            let clip = Clip { sampling: Sampling::Segments, multi_scale: None, repeats: 1 };
             let still = config.view.still.as_ref().map(|_| Box::default());
             View { clip: Some(clip), still, ..View::default() }
         }
@@ -124,14 +124,21 @@ fn rows_of(
     Ok(rows)
 }
 
-/// The first frame of [C, T, Y, X] in 0..1.
+/// Frames of a clip that are shown side by side.
+const FRAMES: i64 = 4;
+
+/// Frames of [C, T, Y, X] in 0..1, from all of it.
 fn tile(x: &Tensor) -> Tile {
-    let frame = (x.select(1, 0) * 255.0).round().to_kind(Kind::Uint8).to_device(Device::Cpu); // [C, Y, X]
-    let [channels, height, width] = crate::op::sizes(&frame);
+    let frames = x.size()[1];
+    // A still picture may have been repeated to two.
+    let shown = (frames / 2).clamp(1, FRAMES);
+    let frames: Vec<Tensor> = (0..shown).map(|at| x.select(1, at * frames / shown)).collect();
+    let strip = (Tensor::cat(&frames, 2) * 255.0).round().to_kind(Kind::Uint8).to_device(Device::Cpu); // [C, Y, n·X]
+    let [channels, height, width] = crate::op::sizes(&strip);
     let (width, height) = (width as u32, height as u32);
     if channels == 3 {
-        let interleaved = frame.permute([1, 2, 0]).contiguous();
+        let interleaved = strip.permute([1, 2, 0]).contiguous();
         return Tile::rgb(width, height, crate::bridge::bytes(&interleaved).to_vec());
     }
-    Tile::grey(width, height, crate::bridge::bytes(&frame.get(0).contiguous()))
+    Tile::grey(width, height, crate::bridge::bytes(&strip.get(0).contiguous()))
 }

@@ -15,7 +15,6 @@ use crate::data::order;
 use crate::device::{Phase, Reduce, Request, Requests, World};
 use crate::fault::{Code, Fault, Result};
 use crate::feed::{Feed, Rows};
-use crate::op::shuffle::Origin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Tensor;
@@ -128,9 +127,8 @@ fn agree(channel: &mut dyn crate::device::Channel, requests: &Requests, deadline
 /// This rank's rows as a step takes them.
 fn share(config: &Config, rows: Rows, world: &dyn World) -> Share {
     let own = order::rows(config.train.global_batch, world.rank(), world.size()).count();
-    let origin = |(&id, &epoch): (&u64, &u64)| Origin { id, epoch, repeat: 0 };
     Share {
-        origins: rows.ids.iter().zip(&rows.epochs).map(origin).collect(),
+        origins: rows.origins(),
         pixels: rows.pixels,
         seed: config.train.seed,
         micro: config.train.micro_batch.map_or(own, |most| most as usize),

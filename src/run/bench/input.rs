@@ -80,16 +80,18 @@ impl Given {
         };
         Share {
             pixels: pixels.shallow_clone(),
-            origins: (0..rows).map(|row| self.origin(row)).collect(),
+            origins: self.origins(),
             seed: config.train.seed,
             micro: config.train.micro_batch.map_or(rows, |most| most as usize),
         }
     }
 
-    fn origin(&self, row: usize) -> Origin {
+    fn origins(&self) -> Vec<Origin> {
         match self {
-            Given::Rows(rows) => Origin { id: rows.ids[row], epoch: rows.epochs[row], repeat: 0 },
-            Given::Noise(_, step) => Origin { id: row as u64, epoch: step % 1000, repeat: 0 },
+            Given::Rows(rows) => rows.origins(),
+            Given::Noise(pixels, step) => {
+                (0..pixels.size()[0] as u64).map(|id| Origin { id, epoch: step % 1000, repeat: 0 }).collect()
+            }
         }
     }
 }

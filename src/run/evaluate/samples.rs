@@ -63,7 +63,7 @@ pub fn share(set: &Mix, ranks: &Ranks) -> u64 {
 /// This rank's share of a set in evaluation's view, each sample once, `batch` rows at a time.
 pub fn sweep(set: &Arc<Mix>, batch: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Result<Feed> {
     let view = config.view.clone();
-    let view: ViewFn = Arc::new(move |sample, _, _, out| view.eval(&grid, sample, out));
+    let view: ViewFn = Arc::new(move |sample, _, _, _, out| view.eval(&grid, sample, out));
     Feed::sweep(source(set, view, config.train.seed, config, grid, ranks)?, batch, ranks.rank(), ranks.size())
 }
 
@@ -80,7 +80,7 @@ pub fn epoch(
     ranks: &Ranks,
 ) -> Result<Feed> {
     let view = augmentation.view(config);
-    let view: ViewFn = Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out));
+    let view: ViewFn = Arc::new(move |sample, id, epoch, _, out| view.train(&grid, sample, seed, id, epoch, 0, out));
     let order = Order::mixed(&set.sizes(), seed, config.data.open_shards);
     let source = source(set, view, seed, config, grid, ranks)?;
     Feed::train(source, order, piece, ranks.rank(), ranks.size(), 0..steps)
