@@ -7,7 +7,7 @@ typedef INTO T;
 
 constexpr int fill_width = VEC == 1 ? 1 : 4;  // values written at a time: an even patch has a multiple of four
 // Levels, as src/op/patch.rs numbers them.
-constexpr int raw = 0, by_patch = 1;
+constexpr int raw = 0, by_patch = 1, by_channel = 2;
 
 // Division of small numbers by one that is known early: exact while their product is below 2³².
 struct Divider {
@@ -51,7 +51,7 @@ KERNEL(64) void patch(Global<const S> x, Global<const i64> index, Global<T> out,
       const float mean = block_sum(sum, room) / size;
       for (int at = begin + thread(); at < begin + size; at += 64) squares += (on_chip[at] - mean) * (on_chip[at] - mean);
       const float variance = block_sum(squares, room) / (size - 1);
-      const float deviation = level == by_patch ? sqrtf(variance + 1e-6f) : sqrtf(variance) + 1e-6f;
+      const float deviation = level == by_channel ? sqrtf(variance) + 1e-6f : sqrtf(variance + 1e-6f);
       for (int at = begin + thread(); at < begin + size; at += 64) on_chip.set(at, (on_chip[at] - mean) / deviation);
     }
     barrier();

@@ -301,7 +301,22 @@ impl Config {
         self.input.scale()?;
         self.method.check(&grid)?;
         self.check_captions()?;
+        self.check_stills()?;
         self.check_numbers()
+    }
+
+    /// A method that reads still pictures beside clips is told how, and no other is.
+    fn check_stills(&self) -> Result<()> {
+        match (self.method.stills(), self.view.still.is_some()) {
+            (true, false) => Err(Fault::usage(
+                "the method reads still pictures beside clips, and the config does not say how: give view.still, such as \
+                 {\"crop\": {\"scale\": [0.2, 1.0]}}, and view.clip",
+            )),
+            (false, true) => Err(Fault::usage(
+                "view.still is given, and the method reads samples of one kind; leave it out and say it in view itself",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// A method that reads captions is told how, and no other is.

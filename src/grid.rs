@@ -135,6 +135,14 @@ impl Grid {
     pub fn kept(&self, ratio: f64) -> i64 {
         (self.tokens() as f64 * (1.0 - ratio)) as i64
     }
+    /// K at a ratio where what is hidden is truncated: N − ⌊N·ratio⌋ (1,568 tokens at 0.9 keep 157).
+    pub fn kept_at_least(&self, ratio: f64) -> i64 {
+        self.tokens() - (self.tokens() as f64 * ratio) as i64
+    }
+    /// Of a still picture beside such clips: one frame.
+    pub fn still(&self) -> Grid {
+        Grid { frames: 1, patch_frames: 1, ..*self }
+    }
     /// Of the rows · cols places of a time slot, those kept at a ratio: what is hidden is truncated, as the official
     /// VideoMAE code does (196 places at 0.9 keep 20).
     pub fn kept_places(&self, ratio: f64) -> i64 {

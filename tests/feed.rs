@@ -47,8 +47,9 @@ fn source(set: &Arc<Mix>) -> Source {
         cache: None,
         captions: None,
         medium: Medium::Picture,
-        view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, 11, id, epoch, 0, out)),
+        view: Arc::new(move |picture, id, epoch, _, out| view.train(&grid, picture, 11, id, epoch, 0, out)),
         shape: grid.pixels(),
+        stills: Vec::new(),
         limits: Limits::default(),
         seed: 11,
         threads: 2,
@@ -75,6 +76,7 @@ fn together(ranks: Vec<Vec<Rows>>) -> Vec<Rows> {
             assert_eq!(whole.step, part.step);
             whole.ids.extend(part.ids);
             whole.epochs.extend(part.epochs);
+            whole.repeats.extend(part.repeats);
             whole.valid.extend(part.valid);
             whole.pixels = Tensor::cat(&[&whole.pixels, &part.pixels], 0);
             whole.labels.as_mut().expect("labels").extend(part.labels.expect("labels"));
@@ -123,9 +125,9 @@ fn what_is_under_way_keeps_to_its_bytes() -> Outcome {
     let set = set(folder.path())?;
     let views = Arc::new(AtomicUsize::new(0));
     let (inner, count) = (source(&set).view, views.clone());
-    let view = Arc::new(move |sample: Sample<'_>, id, epoch, out: &mut [u8]| {
+    let view = Arc::new(move |sample: Sample<'_>, id, epoch, repeats, out: &mut [u8]| {
         count.fetch_add(1, Ordering::SeqCst);
-        inner(sample, id, epoch, out)
+        inner(sample, id, epoch, repeats, out)
     });
     // Room for two steps of five rows and a half.
     let narrow = Source { view, prefetch_bytes: 12 * 192, ..source(&set) };
@@ -248,9 +250,9 @@ fn a_panic_of_a_view_names_the_sample() -> Outcome {
     let folder = tempfile::tempdir()?;
     let set = set(folder.path())?;
     let (cursed, inner) = (set.id(7)?, source(&set).view);
-    let view = Arc::new(move |sample: Sample<'_>, id, epoch, out: &mut [u8]| {
+    let view = Arc::new(move |sample: Sample<'_>, id, epoch, repeats, out: &mut [u8]| {
         assert!(id != cursed, "the seventh sample is cursed");
-        inner(sample, id, epoch, out)
+        inner(sample, id, epoch, repeats, out)
     });
     let mut feed = Feed::train(Source { view, ..source(&set) }, order(&set), 5, 0, 1, 0..6)?;
     let fault = loop {
@@ -273,10 +275,10 @@ fn a_dropped_feed_stops_its_threads() -> Outcome {
     let set = set(folder.path())?;
     let held = Arc::new(());
     let (inner, mark) = (source(&set).view, held.clone());
-    let view = Arc::new(move |sample: Sample<'_>, id, epoch, out: &mut [u8]| {
+    let view = Arc::new(move |sample: Sample<'_>, id, epoch, repeats, out: &mut [u8]| {
         let _mark = &mark;
         std::thread::sleep(Duration::from_millis(20));
-        inner(sample, id, epoch, out)
+        inner(sample, id, epoch, repeats, out)
     });
     let slow = Source { view, prefetch_bytes: 1 << 30, ..source(&set) };
     let mut feed = Feed::train(slow, order(&set), 10, 0, 1, 0..1000)?;

@@ -84,7 +84,7 @@ fn segments_give_one_frame_each() -> Outcome {
 }
 
 fn multi_scale_boxes_are_the_official_ones() -> Outcome {
-    let clip = Clip { sampling: Sampling::Segments, multi_scale: Some(vec![1.0, 0.875, 0.75, 0.66]) };
+    let clip = Clip { sampling: Sampling::Segments, multi_scale: Some(vec![1.0, 0.875, 0.75, 0.66]), repeats: 1 };
     for (width, height, sides) in
         [(340, 256, [256, 224, 192, 168]), (320, 240, [240, 210, 180, 158]), (226, 400, [224, 197, 169, 149])]
     {
@@ -118,7 +118,7 @@ fn grid(frames: i64, channels: i64) -> Grid {
 }
 
 fn stride(stride: u32) -> Option<Clip> {
-    Some(Clip { sampling: Sampling::Stride(stride), multi_scale: None })
+    Some(Clip { sampling: Sampling::Stride(stride), multi_scale: None, repeats: 1 })
 }
 
 fn bytes(grid: &Grid) -> Vec<u8> {
@@ -172,7 +172,8 @@ fn evaluation_shows_the_middle() -> Outcome {
     let grid = Grid { frames: 8, rows: 8, cols: 12, channels: 3, patch_frames: 2, patch: 8 };
     let mut decoder = Decoder::new(Limits::default());
     let mut seen = |sampling| -> Result<Vec<u64>, Fault> {
-        let view = View { clip: Some(Clip { sampling, multi_scale: None }), center: 1.0, ..View::default() };
+        let view =
+            View { clip: Some(Clip { sampling, multi_scale: None, repeats: 1 }), center: 1.0, ..View::default() };
         let mut out = bytes(&grid);
         view.eval(&grid, decoder.open(&file, 3)?, &mut out)?;
         Ok(shown(&out, &grid))
@@ -231,7 +232,10 @@ fn the_config_says_which_frames() -> Outcome {
     assert_eq!(with(r#"view.clip={"sampling": {"stride": 4}}"#)?.view.clip, stride(4));
     let official = r#"view.clip={"sampling": "segments", "multi_scale": [1, 0.875]}"#;
     let read = with(official)?;
-    assert_eq!(read.view.clip, Some(Clip { sampling: Sampling::Segments, multi_scale: Some(vec![1.0, 0.875]) }));
+    assert_eq!(
+        read.view.clip,
+        Some(Clip { sampling: Sampling::Segments, multi_scale: Some(vec![1.0, 0.875]), repeats: 1 })
+    );
     assert_eq!(Config::parse(&read.resolved().to_string(), &[])?, read);
     for (wrong, word) in [
         (r#"view.clip={"sampling": {"stride": 0}}"#, "view.clip.sampling.stride is 0"),
@@ -250,7 +254,7 @@ fn the_config_says_which_frames() -> Outcome {
 }
 
 /// Two classes of 6 videos each, of 20 to 31 frames; with what a pack is told.
-fn footage(folder: &Path) -> Result<(), Failed> {
+pub fn footage(folder: &Path) -> Result<(), Failed> {
     let mut videos = videos();
     for number in 0..12 {
         let place = folder.join(format!("class{}", number % 2));
@@ -283,11 +287,12 @@ fn a_feed_of_videos_is_the_same_on_any_number_of_ranks() -> Outcome {
         cache: None,
         view: Arc::new({
             let view = view.clone();
-            move |picture, id, epoch, out| view.train(&grid, picture, 11, id, epoch, 0, out)
+            move |picture, id, epoch, _, out| view.train(&grid, picture, 11, id, epoch, 0, out)
         }),
         captions: None,
         medium: Medium::Picture,
         shape: grid.pixels(),
+        stills: Vec::new(),
         limits: Limits::default(),
         seed: 11,
         threads: 2,

@@ -162,8 +162,8 @@ fn patches_agree(grid: &Grid, batch: i64, kept: i64) -> Outcome {
     let column = |values: &[f64]| Tensor::from_slice(values).view([1, -1, 1, 1, 1]);
     let exact = (bytes.to_kind(Kind::Double) / 255.0 - column(&constants.mean)) / column(&constants.std);
     for ground in grounds() {
-        for (x, level) in [(0, Level::Raw), (0, Level::Patch), (0, Level::Channel), (1, Level::Raw), (1, Level::Patch)]
-        {
+        let levels = [Level::Raw, Level::Patch, Level::Channel, Level::ChannelInside];
+        for (x, level) in levels.map(|level| (0, level)).into_iter().chain([(1, Level::Raw), (1, Level::Patch)]) {
             // Floats are taken as they come.
             let floats = exact.to_kind(Kind::Float);
             let (x, exact) = if x == 0 { (&bytes, &exact) } else { (&floats, &floats.to_kind(Kind::Double)) };

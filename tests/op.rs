@@ -289,7 +289,7 @@ fn targets_are_levelled_by_patch_or_by_channel() -> Outcome {
     let scale = Scale { mean: vec![0.0; 2], std: vec![1.0; 2] };
     let (x, index) = (bytes(2), Tensor::from_slice2(&[[29i64, 0, 7], [3, 28, 1]]));
     let raw = target(&x, &GRID, &scale, &index, Level::Raw)?;
-    for (level, stride) in [(Level::Patch, 1), (Level::Channel, 2)] {
+    for (level, stride) in [(Level::Patch, 1), (Level::Channel, 2), (Level::ChannelInside, 2)] {
         let ours = target(&x, &GRID, &scale, &index, level)?;
         for channel in 0..stride {
             let own =
@@ -297,7 +297,7 @@ fn targets_are_levelled_by_patch_or_by_channel() -> Outcome {
             let (raw, ours) = (own(&raw), own(&ours));
             let mean = raw.iter().sum::<f64>() / raw.len() as f64;
             let variance = raw.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (raw.len() - 1) as f64;
-            let deviation = if level == Level::Patch { (variance + 1e-6).sqrt() } else { variance.sqrt() + 1e-6 };
+            let deviation = if level == Level::Channel { variance.sqrt() + 1e-6 } else { (variance + 1e-6).sqrt() };
             for (raw, ours) in raw.iter().zip(ours) {
                 assert!((ours - (raw - mean) / deviation).abs() < 1e-5, "{level:?}: {ours} from {raw}");
             }

@@ -379,7 +379,7 @@ fn late_outcomes_are_those_of_their_steps_and_too_many_bad_ones_end_the_training
     };
     for late in [0, 1] {
         let mut ledger = Ledger::new(3, false);
-        let taken = |step| Taken { step, lr: 0.1, began: Instant::now(), waited: Duration::ZERO };
+        let taken = |step| Taken { step, lr: 0.1, began: Instant::now(), waited: Duration::ZERO, frames: 1 };
         let bad = [true, true, false, true, true, true];
         let mut told = Vec::new();
         for step in 0..bad.len() + late {
@@ -404,7 +404,7 @@ fn late_outcomes_are_those_of_their_steps_and_too_many_bad_ones_end_the_training
     let mut ledger = Ledger::new(3, false);
     let long_ago = Instant::now() - Duration::from_secs(60);
     for step in [0, 1] {
-        ledger.taken(Taken { step, lr: 0.1, began: long_ago, waited: Duration::ZERO });
+        ledger.taken(Taken { step, lr: 0.1, began: long_ago, waited: Duration::ZERO, frames: 1 });
     }
     assert!(ledger.told(&outcome(false))?.1 >= Duration::from_secs(60));
     assert!(ledger.told(&outcome(false))?.1 < Duration::from_secs(30), "counted from the outcome before");

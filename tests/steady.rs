@@ -93,6 +93,7 @@ fn source(url: &str, view: ViewFn, prefetch_bytes: usize) -> Result<Source> {
         medium,
         view,
         shape,
+        stills: Vec::new(),
         limits,
         seed: 3,
         threads: 2,
@@ -104,7 +105,7 @@ fn source(url: &str, view: ViewFn, prefetch_bytes: usize) -> Result<Source> {
 /// Requests for memory a step, by the whole process, in steps of 32 samples and of 256, once a few have gone by.
 fn rows(url: &str) -> Result<String> {
     // No view of ours: what a view needs of its own is not the feed's.
-    let view: ViewFn = Arc::new(|sample: Sample, _, _, out: &mut [u8]| {
+    let view: ViewFn = Arc::new(|sample: Sample, _, _, _, out: &mut [u8]| {
         let Sample::Picture(picture) = sample else { panic!("a picture") };
         out.copy_from_slice(&picture.whole()?.pixels[..out.len()]);
         Ok(64)
@@ -157,7 +158,8 @@ fn status(what: &str) -> u64 {
 const ROOM: usize = 16 << 20;
 
 fn feed(url: &str) -> Result<()> {
-    let view: ViewFn = Arc::new(|picture, id, epoch, out| View::default().train(&GRID, picture, 3, id, epoch, 0, out));
+    let view: ViewFn =
+        Arc::new(|picture, id, epoch, _, out| View::default().train(&GRID, picture, 3, id, epoch, 0, out));
     let source = source(url, view, ROOM)?;
     let order = Order::mixed(&source.set.sizes(), 3, 4);
     Feed::train(source, order, 16, 0, 1, 0..24)?.try_for_each(|rows| rows.map(drop))

@@ -76,8 +76,9 @@ fn source(set: Arc<Mix>) -> Source {
         cache: None,
         captions: None,
         medium: Medium::Picture,
-        view: Arc::new(move |picture, id, epoch, out| view.train(&grid, picture, 11, id, epoch, 0, out)),
+        view: Arc::new(move |picture, id, epoch, _, out| view.train(&grid, picture, 11, id, epoch, 0, out)),
         shape: grid.pixels(),
+        stills: Vec::new(),
         limits: Limits::default(),
         seed: 11,
         threads: 2,
@@ -306,9 +307,9 @@ fn what_was_fetched_keeps_to_its_bytes() -> Outcome {
     rows(source(set.clone()), 1)?;
     // Views that take their time: what was fetched piles up in front of them, up to the limit.
     let inner = source(set.clone()).view;
-    let view = Arc::new(move |sample: Sample<'_>, id, epoch, out: &mut [u8]| {
+    let view = Arc::new(move |sample: Sample<'_>, id, epoch, repeats, out: &mut [u8]| {
         std::thread::sleep(Duration::from_millis(3));
-        inner(sample, id, epoch, out)
+        inner(sample, id, epoch, repeats, out)
     });
     let narrow = Source { view, prefetch_bytes: 6000, ..source(set) };
     both.server.faults(|faults| faults.latency = Duration::from_millis(5));

@@ -48,7 +48,7 @@ struct Case {
     normalize: bool,
 }
 
-fn shape([width, depth, heads]: [i64; 3]) -> Shape {
+pub fn shape([width, depth, heads]: [i64; 3]) -> Shape {
     Shape { width, depth, heads, mlp_ratio: 4 }
 }
 
@@ -191,7 +191,7 @@ fn stepper(method: Box<dyn Method>, flat: Flat) -> Result<Stepper, occlude::faul
     Stepper::new(method, flat, updater, Arc::new(Solo::new(Device::Cpu)), 1 << 16, Duration::from_secs(5))
 }
 
-fn blank(batch: i64, epoch: u64) -> Batch {
+pub fn blank(batch: i64, epoch: u64) -> Batch {
     let origins: Vec<Origin> = (0..batch as u64).map(|id| Origin { id, epoch, repeat: 0 }).collect();
     Batch { pixels: Tensor::new(), origins: Origin::table(&origins, Device::Cpu), text: None, valid: None, seed: 9 }
 }
@@ -209,7 +209,7 @@ fn positions_are_the_official_table() -> Outcome {
     Ok(())
 }
 
-fn rows(tokens: &Tensor, row: i64) -> BTreeSet<i64> {
+pub fn rows(tokens: &Tensor, row: i64) -> BTreeSet<i64> {
     Vec::<i64>::try_from(tokens.get(row)).expect("numbers").into_iter().collect()
 }
 
@@ -351,7 +351,7 @@ fn features_are_the_mean_where_there_is_no_class_token() -> Outcome {
 
 /// Grey clips of 8 frames of 32 × 32 in which a square, bright on dark, moves up, down, left or right or stands still;
 /// uint8 [n, 1, 8, 32, 32] and int64 [n], which of these.
-fn clips(first: u64, n: u64) -> (Tensor, Tensor) {
+pub fn clips(first: u64, n: u64) -> (Tensor, Tensor) {
     let (mut pixels, mut labels) = (Vec::new(), Vec::new());
     for id in first..first + n {
         let mut draw = Draw::new(5, id, 0, Purpose::Order, 0);

@@ -6,6 +6,7 @@ use super::shard::Shard;
 use crate::fault::{Fault, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -78,11 +79,22 @@ impl Mix {
         self.sets.iter().map(|set| set.name.as_str()).collect::<Vec<_>>().join(" + ")
     }
 
+    /// Which set sample `index` of 0..len is in.
+    pub fn number(&self, index: u64) -> usize {
+        assert!(index < self.len(), "sample {index} of {}", self.len());
+        self.starts.partition_point(|&start| start <= index) - 1
+    }
+
     /// The set of sample `index` of 0..len, and its number there.
     pub fn set(&self, index: u64) -> (&DataSet, u64) {
-        assert!(index < self.len(), "sample {index} of {}", self.len());
-        let set = self.starts.partition_point(|&start| start <= index) - 1;
+        let set = self.number(index);
         (&self.sets[set], index - self.starts[set])
+    }
+
+    /// The samples of the set that sample `index` is in.
+    pub fn around(&self, index: u64) -> Range<u64> {
+        let set = self.number(index);
+        self.starts[set]..self.starts[set + 1]
     }
 
     /// Where sample `index` lies: its shard, and its row there.

@@ -4,18 +4,42 @@
 //! another one in every epoch. Shards come in random order; each run of `open_shards` of them is a window, and the
 //! samples of a window are mixed among each other, so that at most that many shards are read at a time (twice as many
 //! where one window gives way to the next). Of several sources each has its own order and counts its own epochs; of
-//! every 4,096 positions each source has its share by weight, to within one, in random places. Nothing depends on what
-//! was asked before: a training resumes at any position, on any number of ranks, by asking for that position.
+//! every 4,096 positions each source has its share by weight, to within one, in random places. Sources of samples that
+//! do not go into one batch take turns instead: a whole step is of one kind, and of every 4,096 steps each kind has its
+//! share by the weights of its sources. Nothing depends on what was asked before: a training resumes at any position, on
+//! any number of ranks, by asking for that position.
 
 use crate::rng::{Draw, Purpose};
 use std::ops::Range;
 use std::sync::Mutex;
 
-/// Positions that are shared out among the sources at a time.
+/// Positions, or steps, that are shared out at a time.
 const BLOCK: u64 = 4096;
 
-/// Of each position of a block its source, and how many of that source's positions lie before it in the block.
+/// Of each place of a block who has it, and how many of the block's places before it are theirs.
 type Block = Vec<(u32, u32)>;
+
+/// What stands at a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pick {
+    /// The epoch that its source is in.
+    pub epoch: u64,
+    /// Numbered through the sources.
+    pub sample: u64,
+    /// Which of the sample's showings in this epoch it is.
+    pub repeat: u32,
+}
+
+/// Sources of one kind, whose samples share a batch.
+#[derive(Debug)]
+struct Taker {
+    kind: usize,
+    sources: Vec<usize>,
+    /// How they share positions, or runs of them.
+    shares: Shares,
+    /// Positions in a row that show the same sample.
+    repeats: u64,
+}
 
 /// The order of one data set, or of a mixture, under one seed.
 #[derive(Debug)]
@@ -23,11 +47,9 @@ pub struct Order {
     sources: Vec<Source>,
     /// Samples in front of each source, and at the end all of them.
     starts: Vec<u64>,
-    seed: u64,
-    /// The part of each source and of those before it; the last is 1.
-    shares: Vec<f64>,
-    /// The block last worked out, and its number. It changes the speed of an answer, never the answer.
-    block: Mutex<Option<(u64, Block)>>,
+    kinds: Vec<Taker>,
+    /// How the kinds share steps, and the positions of a step; none where there is one kind.
+    turns: Option<(Shares, u64)>,
 }
 
 impl Order {
@@ -39,18 +61,37 @@ impl Order {
 
     /// The order of several sources: the sizes of their shards, and their weights, each at least 1/4096 of the sum.
     pub fn mixed(sources: &[(Vec<u64>, f64)], seed: u64, open_shards: usize) -> Order {
-        let whole: f64 = sources.iter().map(|(_, weight)| weight).sum();
-        let (mut shares, mut starts) = (Vec::new(), vec![0]);
+        Self::by_turns(sources, &vec![0; sources.len()], 1, seed, open_shards)
+    }
+
+    /// As `mixed`, where each source's samples are of a kind, a small number: each run of `step` positions is of one kind.
+    pub fn by_turns(sources: &[(Vec<u64>, f64)], kind: &[usize], step: u64, seed: u64, open_shards: usize) -> Order {
+        let mut starts = vec![0];
         let mut orders = Vec::new();
-        for (number, (sizes, weight)) in sources.iter().enumerate() {
-            assert!(*weight >= whole / BLOCK as f64, "a source of weight {weight} among {whole}");
+        for (number, (sizes, _)) in sources.iter().enumerate() {
             let order = Source::new(sizes, seed, number as u32, open_shards);
-            shares.push(shares.last().copied().unwrap_or(0.0) + weight / whole);
             starts.push(starts.last().expect("a start") + order.samples());
             orders.push(order);
         }
-        *shares.last_mut().expect("a source") = 1.0;
-        Order { sources: orders, starts, seed, shares, block: Mutex::new(None) }
+        let (mut kinds, mut weights) = (Vec::new(), Vec::new());
+        for which in 0..=kind.iter().copied().max().expect("a source") {
+            let own: Vec<usize> = (0..sources.len()).filter(|&source| kind[source] == which).collect();
+            let shares: Vec<f64> = own.iter().map(|&source| sources[source].1).collect();
+            if !own.is_empty() {
+                weights.push(shares.iter().sum());
+                let shares = Shares::new(&shares, seed, which as u32);
+                kinds.push(Taker { kind: which, sources: own, shares, repeats: 1 });
+            }
+        }
+        let turns = (kinds.len() > 1).then(|| (Shares::new(&weights, seed, TURNS), step));
+        Order { sources: orders, starts, kinds, turns }
+    }
+
+    /// Each sample of this kind stands at so many positions in a row: a reader opens it once for all of them.
+    pub fn repeating(mut self, kind: usize, repeats: u32) -> Order {
+        let takers = self.kinds.iter_mut().filter(|taker| taker.kind == kind);
+        takers.for_each(|taker| taker.repeats = u64::from(repeats.max(1)));
+        self
     }
 
     /// N, over all sources.
@@ -60,40 +101,86 @@ impl Order {
 
     /// The epoch that a position's source is in, and the sample (numbered through the sources) that stands there.
     pub fn at(&self, position: u64) -> (u64, u64) {
-        let (source, within) = if self.sources.len() == 1 { (0, position) } else { self.shared(position) };
-        let (epoch, sample) = self.sources[source].at(within);
-        (epoch, self.starts[source] + sample)
+        let Pick { epoch, sample, .. } = self.pick(position);
+        (epoch, sample)
     }
 
-    /// The source of a position, and how many of that source's positions lie before it.
-    fn shared(&self, position: u64) -> (usize, u64) {
-        let (number, at) = (position / BLOCK, (position % BLOCK) as usize);
+    /// What stands at a position.
+    pub fn pick(&self, position: u64) -> Pick {
+        let (kind, position) = match &self.turns {
+            None => (0, position),
+            Some((turns, step)) => {
+                let (kind, before) = turns.at(position / step);
+                (kind, before * step + position % step)
+            }
+        };
+        let Taker { sources, shares, repeats, .. } = &self.kinds[kind];
+        let (source, within) = shares.at(position / repeats);
+        let source = sources[source];
+        let (epoch, sample) = self.sources[source].at(within);
+        Pick { epoch, sample: self.starts[source] + sample, repeat: (position % repeats) as u32 }
+    }
+}
+
+/// The stream of who takes which step, apart from those of a kind's own mixture.
+const TURNS: u32 = 4095;
+
+/// Places shared out by weight.
+#[derive(Debug)]
+struct Shares {
+    /// The part of each and of those before it; the last is 1.
+    until: Vec<f64>,
+    seed: u64,
+    /// Tells the streams of several of these apart.
+    stream: u32,
+    /// The block last worked out, and its number. It changes the speed of an answer, never the answer.
+    block: Mutex<Option<(u64, Block)>>,
+}
+
+impl Shares {
+    fn new(weights: &[f64], seed: u64, stream: u32) -> Shares {
+        let whole: f64 = weights.iter().sum();
+        let mut until: Vec<f64> = Vec::new();
+        for weight in weights {
+            assert!(*weight >= whole / BLOCK as f64, "a share of weight {weight} among {whole}");
+            until.push(until.last().copied().unwrap_or(0.0) + weight / whole);
+        }
+        *until.last_mut().expect("a share") = 1.0;
+        Shares { until, seed, stream, block: Mutex::new(None) }
+    }
+
+    /// Who has a place, and how many places before it are theirs.
+    fn at(&self, place: u64) -> (usize, u64) {
+        if self.until.len() == 1 {
+            return (0, place);
+        }
+        let (number, at) = (place / BLOCK, (place % BLOCK) as usize);
         let mut cache = self.block.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if cache.as_ref().is_none_or(|(cached, _)| *cached != number) {
             *cache = Some((number, self.share_out(number)));
         }
-        let (source, before) = cache.as_ref().expect("a block").1[at];
-        (source as usize, self.before(source as usize, number) + u64::from(before))
+        let (who, before) = cache.as_ref().expect("a block").1[at];
+        (who as usize, self.before(who as usize, number) + u64::from(before))
     }
 
-    /// Positions of a source in the blocks before `block`.
-    fn before(&self, source: usize, block: u64) -> u64 {
+    /// Somebody's places in the blocks before `block`.
+    fn before(&self, who: usize, block: u64) -> u64 {
         let until = |share: f64| (share * (block * BLOCK) as f64).floor() as u64;
-        until(self.shares[source]) - if source == 0 { 0 } else { until(self.shares[source - 1]) }
+        until(self.until[who]) - if who == 0 { 0 } else { until(self.until[who - 1]) }
     }
 
     fn share_out(&self, block: u64) -> Block {
         let mut slots = Vec::with_capacity(BLOCK as usize);
-        for source in 0..self.sources.len() {
-            let count = self.before(source, block + 1) - self.before(source, block);
-            slots.extend(std::iter::repeat_n(source as u32, count as usize));
+        for who in 0..self.until.len() {
+            let count = self.before(who, block + 1) - self.before(who, block);
+            slots.extend(std::iter::repeat_n(who as u32, count as usize));
         }
-        let order = Draw::new(self.seed, block, 0, Purpose::Mixture, 0).order(slots.len());
-        let mut before = vec![0; self.sources.len()];
+        let order = Draw::new(self.seed, block, 0, Purpose::Mixture, self.stream).order(slots.len());
+        let mut before = vec![0; self.until.len()];
         let taken = order.into_iter().map(|slot| {
-            let source = slots[slot as usize];
-            before[source as usize] += 1;
-            (source, before[source as usize] - 1)
+            let who = slots[slot as usize];
+            before[who as usize] += 1;
+            (who, before[who as usize] - 1)
         });
         taken.collect()
     }

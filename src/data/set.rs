@@ -2,7 +2,7 @@
 //! index is read when a sample of the shard is first asked for, and forgotten again when other shards are open.
 
 use super::index::Digest;
-use super::shard::{Found, Shard};
+use super::shard::{Found, IMAGE, Shard, VIDEO};
 use super::store::Store;
 use crate::fault::{Code, Fault, Result};
 use serde::{Deserialize, Serialize};
@@ -189,6 +189,13 @@ impl DataSet {
     pub fn labelled(&self) -> Result<bool> {
         let (shard, row) = self.sample(0)?;
         Ok(shard.has(row, "cls"))
+    }
+
+    /// Whether samples are videos: whether the first one is.
+    pub fn moving(&self) -> Result<bool> {
+        let (shard, row) = self.sample(0)?;
+        let moves = |extension: &str| VIDEO.iter().any(|video| extension.eq_ignore_ascii_case(video));
+        Ok(shard.member(row, IMAGE).is_some_and(|member| moves(member.split().1)))
     }
 
     /// Whether its bytes travel over a network.

@@ -5,6 +5,7 @@ use super::fetch::Fetcher;
 use super::row::{Done, Order, Raw, Row};
 use super::{Plan, Rows, Source};
 use crate::bridge::lend::lend;
+use crate::data::order::Pick;
 use crate::fault::{Code, Fault, Result};
 use bytes::BytesMut;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
@@ -21,9 +22,11 @@ const STEPS: usize = 128;
 /// A step under way.
 struct Step {
     step: u64,
+    /// [C, T, Y, X] of its rows.
+    shape: [i64; 4],
     /// What each row will hold; none until it is made, and for a row that is left out.
     rows: Vec<Option<Row>>,
-    /// The rows' places, as they come back.
+    /// The rows' places, as they come back; of rows that were made together, the first one's is all of theirs.
     pixels: Vec<BytesMut>,
     missing: usize,
 }
@@ -72,7 +75,7 @@ pub struct Belt {
     waiting: usize,
     /// Memory of steps that are over: its pages are here, and it need not be cleared.
     spare: (Sender<BytesMut>, Receiver<BytesMut>),
-    /// Bytes of the step planned last.
+    /// Bytes of the largest step so far.
     each: usize,
     /// Bad samples by index, and how many there may be.
     bad: BTreeMap<u64, String>,
@@ -144,20 +147,29 @@ impl Belt {
             let step = self.steps.next().expect("a step is left");
             let samples = (self.plan)(step);
             // One run of memory for the step; each worker holds its row's part of it.
-            let each = self.source.row_bytes();
+            let shape = samples.first().map_or(self.source.shape, |pick| self.source.shape_of(pick.sample));
+            let each = self.source.row_bytes(shape);
             let mut room = self.spare.1.try_recv().unwrap_or_default();
             room.resize(samples.len() * each, 0);
-            self.each = room.len();
+            self.each = self.each.max(room.len());
             let pixels = samples.iter().map(|_| BytesMut::new()).collect();
             self.open.push_back(Step {
                 step,
+                shape,
                 rows: samples.iter().map(|_| None).collect(),
                 pixels,
                 missing: samples.len(),
             });
-            let order =
-                |(row, (epoch, index))| Order { step, row, epoch, index, out: room.split_to(each), raw: Raw::Disk };
-            self.lines.give.fetch(samples.into_iter().enumerate().map(order).collect());
+            let order = |(row, Pick { epoch, sample, repeat }, count): (usize, Pick, u32)| Order {
+                step,
+                row,
+                epoch,
+                index: sample,
+                repeats: repeat..repeat + count,
+                out: room.split_to(each * count as usize),
+                raw: Raw::Disk,
+            };
+            self.lines.give.fetch(together(&samples).into_iter().map(order).collect());
         }
     }
 
@@ -173,9 +185,14 @@ impl Belt {
         let made = done.made?;
         let first = self.open.front().expect("a step under way").step;
         let step = &mut self.open[(done.step - first) as usize];
-        step.missing -= 1;
+        step.missing -= done.count;
         step.pixels[done.row] = done.out;
-        step.rows[done.row] = made;
+        if let Some(made) = made {
+            for at in 1..done.count {
+                step.rows[done.row + at] = Some(Row { repeat: made.repeat + at as u32, ..made.clone() });
+            }
+            step.rows[done.row] = Some(made);
+        }
         Ok(())
     }
 
@@ -203,8 +220,8 @@ impl Belt {
     /// The rows' places side by side again, which they are in memory; the gaps that left-out rows leave are closed,
     /// and labels dropped where the set has none.
     fn finished(&self, step: Step) -> Result<Rows> {
-        let Step { step, rows, pixels: places, .. } = step;
-        let bytes = self.source.row_bytes();
+        let Step { step, shape: [c, t, y, x], rows, pixels: places, .. } = step;
+        let bytes = self.source.row_bytes([c, t, y, x]);
         let mut pixels = BytesMut::new();
         places.into_iter().for_each(|place| pixels.unsplit(place));
         let mut kept = 0;
@@ -218,7 +235,6 @@ impl Belt {
         let rows: Vec<Row> = rows.into_iter().flatten().collect();
         // Bytes first, then their element: the innermost side is as many times longer.
         let kind = self.source.medium.kind();
-        let [c, t, y, x] = self.source.shape;
         let shape = [kept as i64, c, t, y, x * kind.elt_size_in_bytes() as i64];
         let pixels = lend(Lent { bytes: pixels, back: self.spare.0.clone() }, &shape)?;
         let length = self.source.captions.as_ref().map(|captions| captions.length() as i64);
@@ -231,10 +247,23 @@ impl Belt {
             text: length.map(ids).transpose()?,
             ids: rows.iter().map(|row| row.id).collect(),
             epochs: rows.iter().map(|row| row.epoch).collect(),
+            repeats: rows.iter().map(|row| row.repeat).collect(),
             labels: self.labelled.then(|| rows.iter().filter_map(|row| row.label).collect()),
             valid: rows.iter().map(|row| row.valid).collect(),
             pixels: pixels.f_view_dtype(kind)?,
             waited: Duration::ZERO,
         })
     }
+}
+
+/// Rows in a row that show the same sample one time after the other: the first, what it shows, and how many there are.
+fn together(picks: &[Pick]) -> Vec<(usize, Pick, u32)> {
+    let mut runs: Vec<(usize, Pick, u32)> = Vec::with_capacity(picks.len());
+    for (row, pick) in picks.iter().enumerate() {
+        match runs.last_mut() {
+            Some((_, first, count)) if *pick == (Pick { repeat: first.repeat + *count, ..*first }) => *count += 1,
+            _ => runs.push((row, *pick, 1)),
+        }
+    }
+    runs
 }

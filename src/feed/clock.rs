@@ -38,8 +38,8 @@ impl Clock {
         self.stages[part as usize].fetch_add(nanoseconds, Ordering::Relaxed);
     }
 
-    pub fn row(&self) {
-        self.rows.fetch_add(1, Ordering::Relaxed);
+    pub fn rows_made(&self, count: u64) {
+        self.rows.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Rows made so far.

@@ -17,8 +17,9 @@ use crate::data::caption::Tokenizer;
 use crate::data::decode::Limits;
 use crate::data::medium::{Medium, Sample};
 use crate::data::mix::Mix;
-use crate::data::order::{self, Order};
+use crate::data::order::{self, Order, Pick};
 use crate::fault::{Fault, Result};
+use crate::op::shuffle::Origin;
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use fetch::Fetcher;
 use std::ops::Range;
@@ -29,12 +30,12 @@ use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 use tokio::sync::Semaphore;
 
-/// A sample's view: (sample, id, epoch) → [C, T, Y, X] as bytes into the last argument; how many of its Y rows, from the
-/// top, show the sample.
-pub type ViewFn = Arc<dyn Fn(Sample, u64, u64, &mut [u8]) -> Result<u32> + Send + Sync>;
+/// A sample's views: (sample, id, epoch, repeats) → one [C, T, Y, X] for each repeat, as bytes into the last argument; how
+/// many of the Y rows of each, from the top, show the sample.
+pub type ViewFn = Arc<dyn Fn(Sample, u64, u64, Range<u32>, &mut [u8]) -> Result<u32> + Send + Sync>;
 
-/// Which (epoch, sample) pairs this rank reads in a step, in the order of its rows.
-pub type Plan = Box<dyn Fn(u64) -> Vec<(u64, u64)> + Send>;
+/// What this rank reads in a step, in the order of its rows.
+pub type Plan = Box<dyn Fn(u64) -> Vec<Pick> + Send>;
 
 /// What every feed needs.
 #[derive(Clone)]
@@ -49,6 +50,9 @@ pub struct Source {
     pub captions: Option<Arc<Tokenizer>>,
     /// [C, T, Y, X] of what the view returns.
     pub shape: [i64; 4],
+    /// Which sets of a mixture hold still pictures where others hold clips; none where all rows have the same shape. A row
+    /// of theirs is [C, 1, Y, X], and a step has rows of one shape.
+    pub stills: Vec<bool>,
     pub limits: Limits,
     pub seed: u64,
     /// Worker threads; at least one.
@@ -61,9 +65,15 @@ pub struct Source {
 }
 
 impl Source {
-    /// Bytes of one row.
-    pub fn row_bytes(&self) -> usize {
-        self.shape.iter().product::<i64>() as usize * self.medium.kind().elt_size_in_bytes()
+    /// [C, T, Y, X] of the row of sample `index`.
+    pub fn shape_of(&self, index: u64) -> [i64; 4] {
+        let [c, t, y, x] = self.shape;
+        [c, if self.stills.get(self.set.number(index)) == Some(&true) { 1 } else { t }, y, x]
+    }
+
+    /// Bytes of a row of this shape.
+    pub fn row_bytes(&self, shape: [i64; 4]) -> usize {
+        shape.iter().product::<i64>() as usize * self.medium.kind().elt_size_in_bytes()
     }
 }
 
@@ -73,6 +83,8 @@ pub struct Rows {
     pub step: u64,
     pub ids: Vec<u64>,
     pub epochs: Vec<u64>,
+    /// Tell several views of one sample in an epoch apart.
+    pub repeats: Vec<u32>,
     /// Classes; none where the data set has none.
     pub labels: Option<Vec<i64>>,
     /// Of each view, how many of its Y rows show the sample; the rest, of a short sound, is padding.
@@ -87,6 +99,12 @@ pub struct Rows {
 }
 
 impl Rows {
+    /// Where each row's randomness comes from.
+    pub fn origins(&self) -> Vec<Origin> {
+        let places = self.ids.iter().zip(&self.epochs).zip(&self.repeats);
+        places.map(|((&id, &epoch), &repeat)| Origin { id, epoch, repeat }).collect()
+    }
+
     /// Pixels of some of the rows, [rows, C, T, Y, X] on a device.
     pub fn to_device(&self, rows: Range<usize>, device: Device) -> Result<Tensor> {
         to_device(&self.pixels, rows, device)
@@ -129,7 +147,7 @@ impl Feed {
         steps: Range<u64>,
     ) -> Result<Feed> {
         let rows = order::rows(global_batch, rank, world);
-        let plan = move |step: u64| rows.clone().map(|row| order.at(step * global_batch + row)).collect();
+        let plan = move |step: u64| rows.clone().map(|row| order.pick(step * global_batch + row)).collect();
         Feed::start(source, Box::new(plan), (rank, world), steps, true)
     }
 
@@ -141,7 +159,7 @@ impl Feed {
         let steps = 0..(share.end - share.start).div_ceil(batch);
         let plan = move |step: u64| {
             let first = share.start + step * batch;
-            (first..(first + batch).min(share.end)).map(|index| (0, index)).collect()
+            (first..(first + batch).min(share.end)).map(|sample| Pick { epoch: 0, sample, repeat: 0 }).collect()
         };
         Feed::start(source, Box::new(plan), (rank, world), steps, false)
     }

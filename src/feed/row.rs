@@ -10,19 +10,23 @@ use crate::data::shard::Shard;
 use crate::fault::{Code, Fault, Result};
 use crate::rng::{Draw, Purpose};
 use bytes::BytesMut;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// How often a replacement may itself be undecodable.
 const TRIES: usize = 16;
 
-/// A row to be made.
+/// A row to be made, or several in a row that show the same sample.
 pub struct Order {
     pub step: u64,
+    /// The first of them.
     pub row: usize,
     pub epoch: u64,
     pub index: u64,
-    /// Its place in the step: the view is written there.
+    /// Which of the sample's showings each is.
+    pub repeats: Range<u32>,
+    /// Their place in the step: the views are written there.
     pub out: BytesMut,
     pub raw: Raw,
 }
@@ -35,25 +39,36 @@ pub enum Raw {
     Fetched(Result<Fetched>),
 }
 
-/// A row that was made, or left out (none).
+/// Rows that were made, or left out (none).
 pub struct Done {
     pub step: u64,
+    /// The first of them, and how many there are.
     pub row: usize,
+    pub count: usize,
     pub out: BytesMut,
+    /// The first of them; the others differ in `repeat` alone.
     pub made: Result<Option<Row>>,
     /// Samples that could not be decoded on the way, and why.
     pub bad: Vec<(u64, Fault)>,
 }
 
 /// What a row holds beside its pixels.
+#[derive(Clone)]
 pub struct Row {
     pub id: u64,
     pub epoch: u64,
+    pub repeat: u32,
     pub label: Option<i64>,
     /// Rows of the view that show the sample.
     pub valid: u32,
     /// Ids of its caption, where captions are wanted.
     pub text: Option<Vec<i64>>,
+}
+
+/// What is shown of a sample.
+struct Shown {
+    epoch: u64,
+    repeats: Range<u32>,
 }
 
 /// A sample's bytes, and where they came from.
@@ -111,19 +126,20 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Makes a row. Only Code::Corrupt makes a sample bad; a disk that fails is no reason to train on other samples.
+    /// Makes an order's rows. Only Code::Corrupt makes a sample bad; a disk that fails is no reason to train on other samples.
     pub fn row(&self, desk: &mut Desk, order: Order) -> Done {
-        let Order { step, row, epoch, index, mut out, raw } = order;
-        let mut bad = Vec::new();
-        let made = self.with_replacement(desk, epoch, index, raw, &mut out, &mut bad);
-        self.clock.row();
-        Done { step, row, out, made, bad }
+        let Order { step, row, epoch, index, repeats, mut out, raw } = order;
+        let (mut bad, count) = (Vec::new(), repeats.len());
+        let shown = Shown { epoch, repeats };
+        let made = self.with_replacement(desk, &shown, index, raw, &mut out, &mut bad);
+        self.clock.rows_made(count as u64);
+        Done { step, row, count, out, made, bad }
     }
 
     fn with_replacement(
         &self,
         desk: &mut Desk,
-        epoch: u64,
+        shown: &Shown,
         index: u64,
         raw: Raw,
         out: &mut [u8],
@@ -133,7 +149,7 @@ impl Reader {
         let (mut candidate, mut raw) = (index, raw);
         let mut draw = None;
         for _ in 0..=TRIES {
-            match self.guarded(desk, epoch, candidate, raw, out) {
+            match self.guarded(desk, shown, candidate, raw, out) {
                 Err(fault) if fault.code == Code::Corrupt => bad.push((candidate, fault)),
                 made => return made.map(Some),
             }
@@ -141,8 +157,10 @@ impl Reader {
                 return Ok(None);
             }
             let id = set.id(index)?;
-            let draw = draw.get_or_insert_with(|| Draw::new(self.source.seed, id, epoch, Purpose::Replace, 0));
-            candidate = draw.below(set.len());
+            let draw = draw.get_or_insert_with(|| Draw::new(self.source.seed, id, shown.epoch, Purpose::Replace, 0));
+            // One of the same set, which may differ from others in what its samples are.
+            let around = set.around(index);
+            candidate = around.start + draw.below(around.end - around.start);
             raw = Raw::Disk;
         }
         let message = format!("sample {} and {TRIES} drawn in its place cannot be decoded", set.key(index)?);
@@ -150,20 +168,22 @@ impl Reader {
     }
 
     /// A panic in a decoder or a view ends the training with the sample's name, not the thread without a word.
-    fn guarded(&self, desk: &mut Desk, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
-        catch_unwind(AssertUnwindSafe(|| self.make(desk, epoch, index, raw, out))).unwrap_or_else(|panic| {
+    fn guarded(&self, desk: &mut Desk, shown: &Shown, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+        catch_unwind(AssertUnwindSafe(|| self.make(desk, shown, index, raw, out))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             let set = &self.source.set;
             Err(Fault::failed(format!(
-                "a worker panicked on sample {} (id {:016x}, epoch {epoch}): {}; this is a defect, please report it",
+                "a worker panicked on sample {} (id {:016x}, epoch {}): {}; this is a defect, please report it",
                 set.key(index)?,
                 set.id(index)?,
+                shown.epoch,
                 text.unwrap_or("no message")
             )))
         })
     }
 
-    fn make(&self, desk: &mut Desk, epoch: u64, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+    fn make(&self, desk: &mut Desk, shown: &Shown, index: u64, raw: Raw, out: &mut [u8]) -> Result<Row> {
+        let Shown { epoch, ref repeats } = *shown;
         let Source { set, medium, view, shape, .. } = &self.source;
         let Desk { decoder, files } = desk;
         let Sample { shard, row, coded, label, text } = self.clock.of(Stage::Fetch, || self.read(index, raw, files))?;
@@ -175,10 +195,10 @@ impl Reader {
         let opened = self.clock.of(Stage::Decode, || decoder.open(coded.bytes(), *medium, shape[0] as u32));
         let opened = opened.map_err(|fault| fault.at(place()))?;
         // A view says which part of the picture it shows, and so decodes inside: the decoder keeps its own time.
-        let viewed = self.clock.of(Stage::View, || view(opened, id, epoch, out));
+        let viewed = self.clock.of(Stage::View, || view(opened, id, epoch, repeats.clone(), out));
         self.clock.part_of(Stage::View, Stage::Decode, decoder.spent());
         let valid = viewed.map_err(|fault| fault.at(place()))?;
-        Ok(Row { id, epoch, label, valid, text })
+        Ok(Row { id, epoch, repeat: repeats.start, label, valid, text })
     }
 
     /// The bytes of a sample, as its index says that they are.

@@ -1,6 +1,6 @@
 //! The only list of methods.
 
-use super::{Method, Needs, audio_mae, flip, mae, videomae};
+use super::{Method, Needs, audio_mae, flip, mae, omnimae, videomae};
 use crate::fault::Result;
 use crate::grid::{Grid, Input};
 use crate::part::encoder::text;
@@ -16,6 +16,7 @@ pub enum Config {
     #[serde(rename = "audio_mae")]
     AudioMae(audio_mae::Config),
     Flip(flip::Config),
+    OmniMae(omnimae::Config),
 }
 
 impl Config {
@@ -25,6 +26,7 @@ impl Config {
             Config::Mae(config) => config.check("method.mae", grid),
             Config::VideoMae(config) => config.check("method.videomae", grid),
             Config::AudioMae(config) => config.check("method.audio_mae", grid),
+            Config::OmniMae(config) => config.check("method.omnimae", grid),
             Config::Flip(config) => config.check("method.flip", grid),
         }
     }
@@ -32,8 +34,8 @@ impl Config {
     /// What it asks of a run.
     pub fn needs(&self) -> Needs {
         match self {
-            Config::Mae(_) | Config::VideoMae(_) | Config::AudioMae(_) => Needs { whole_batch: false, pictures: true },
             Config::Flip(_) => flip::Config::NEEDS,
+            _ => Needs { whole_batch: false, pictures: true },
         }
     }
 
@@ -45,6 +47,11 @@ impl Config {
         }
     }
 
+    /// Whether it reads still pictures beside clips.
+    pub fn stills(&self) -> bool {
+        matches!(self, Config::OmniMae(_))
+    }
+
     /// The method, or what in its numbers or in the input does not fit.
     pub fn build(&self, input: &Input) -> Result<Box<dyn Method>> {
         Ok(match self {
@@ -52,6 +59,7 @@ impl Config {
             Config::VideoMae(config) => Box::new(videomae::VideoMae::new(config, input)?),
             Config::AudioMae(config) => Box::new(audio_mae::AudioMae::new(config, input)?),
             Config::Flip(config) => Box::new(flip::Flip::new(config, input)?),
+            Config::OmniMae(config) => Box::new(omnimae::OmniMae::new(config, input)?),
         })
     }
 }

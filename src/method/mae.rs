@@ -88,7 +88,14 @@ impl Mae {
         let encoder =
             encoder::Make { class: true, in_place, embed: Init::Xavier, biases, positions: positions(config.encoder) };
         let token = (!in_place).then_some(Init::Normal(0.02));
-        let decoder = decoder::Make { token, embed_bias: true, biases, positions: positions(config.decoder) };
+        let decoder = decoder::Make {
+            token,
+            embed_bias: true,
+            ahead: false,
+            head: Init::Xavier,
+            biases,
+            positions: positions(config.decoder),
+        };
         let target = if config.target.normalize { Pixel::PerPatch } else { Pixel::Received };
         let model = Autoencoder::new(pixels, (&config.encoder, encoder), (&config.decoder, decoder), target);
         Ok(Mae { model, ratio: config.mask.ratio })

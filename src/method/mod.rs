@@ -4,6 +4,7 @@ pub mod audio_mae;
 pub mod catalog;
 pub mod flip;
 pub mod mae;
+pub mod omnimae;
 pub mod videomae;
 
 pub use crate::part::encoder::Features;
@@ -105,6 +106,10 @@ pub trait Method {
     }
     /// What a training step over `batch` samples, those of all ranks together, does with one of them.
     fn work(&self, batch: u64) -> Work;
+    /// The grid of still pictures, and what a step does with one, where the method reads them beside clips.
+    fn still(&self) -> Option<(Grid, Work)> {
+        None
+    }
     /// The terms, in the order of `counts`.
     fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
     /// Opens what a method needs to talk with other ranks inside of its loss; collective, once, before the first step. One

@@ -67,7 +67,14 @@ impl VideoMae {
         let encoder =
             encoder::Make { class: false, in_place: false, embed, biases, positions: positions(config.encoder) };
         let token = Some(Init::Truncated(0.02));
-        let decoder = decoder::Make { token, embed_bias: false, biases, positions: positions(config.decoder) };
+        let decoder = decoder::Make {
+            token,
+            embed_bias: false,
+            ahead: false,
+            head: Init::Xavier,
+            biases,
+            positions: positions(config.decoder),
+        };
         let target = if config.target.normalize { Pixel::PerChannel } else { Pixel::Unit };
         let mut model = Autoencoder::new(pixels, (&config.encoder, encoder), (&config.decoder, decoder), target);
         // Official `no_weight_decay`.

@@ -65,6 +65,8 @@ pub enum Level {
     /// Each channel of a patch less its mean, over √variance + 1e-6 (VideoMAE). The variance is that of the values as
     /// `Scale` gives them; VideoMAE takes it of pixels in 0..1.
     Channel,
+    /// The same over √(variance + 1e-6) (OmniMAE), which tells flat patches apart from noise.
+    ChannelInside,
 }
 
 /// The patches of x uint8 or fp32 [B, C, T, Y, X] at `index` int64 [B, K], with the data set's mean and deviation taken
@@ -96,12 +98,16 @@ pub fn formula(x: &Tensor, grid: &Grid, scale: &Scale, index: &Tensor, level: Le
             let variance = rows.var_dim(-1, true, true);
             (&rows - rows.mean_dim(-1, true, rows.kind())) / (variance + 1e-6).sqrt()
         }
-        Level::Channel => {
+        Level::Channel | Level::ChannelInside => {
             let [batch, count, values] = sizes(&rows);
             let by_pixel = rows.view([batch, count, values / grid.channels, grid.channels]);
             let variance = by_pixel.var_dim(2, true, true);
             let mean = by_pixel.mean_dim(2, true, rows.kind());
-            ((by_pixel - mean) / (variance.sqrt() + 1e-6)).view([batch, count, values])
+            let deviation = match level {
+                Level::Channel => variance.sqrt() + 1e-6,
+                _ => (variance + 1e-6).sqrt(),
+            };
+            ((by_pixel - mean) / deviation).view([batch, count, values])
         }
     }
     .to_kind(kind)

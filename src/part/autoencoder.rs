@@ -2,6 +2,7 @@
 //! guesses at the hidden ones. Papers differ in how the parts are made and in the mask.
 
 use crate::fault::Result;
+use crate::grid::Grid;
 use crate::part::decoder::{Decode, vit as decoder};
 use crate::part::encoder::Features;
 use crate::part::encoder::vit::{self as encoder, Shape, Vit};
@@ -25,6 +26,8 @@ pub struct Autoencoder<D = decoder::Decoder> {
     /// Whether a class token stands in front, and whether the encoder sees mask tokens.
     class: bool,
     in_place: bool,
+    /// Whether the decoder is filled ahead of its first layer.
+    ahead: bool,
 }
 
 impl Autoencoder {
@@ -77,7 +80,7 @@ impl<D: Decode> Autoencoder<D> {
 
     /// The encoder on whole samples, nothing hidden.
     pub fn features(&self, w: &Weights, x: &Tensor) -> Result<Features> {
-        self.features_of(w, x, self.pixels.grid.tokens())
+        self.features_of(w, x, self.pixels.grid_of(x).tokens())
     }
 
     /// The encoder on the first `tokens` of each sample, nothing hidden.
@@ -94,7 +97,13 @@ impl<D: Decode> Autoencoder<D> {
 
     /// What a training step does with one sample of which `kept` tokens are visible.
     pub fn work(&self, kept: i64) -> Work {
-        let (tokens, values) = (self.pixels.grid.tokens(), self.pixels.grid.values());
+        self.work_of(self.pixels.grid.frames, kept)
+    }
+
+    /// The same with a sample of `slots` time slots.
+    pub fn work_of(&self, slots: i64, kept: i64) -> Work {
+        let grid = Grid { frames: slots, ..self.pixels.grid };
+        let (tokens, values) = (grid.tokens(), grid.values());
         let (hidden, class, inside) = (tokens - kept, i64::from(self.class), self.shape);
         let seen = if self.in_place { tokens } else { kept } + class;
         let mut encoder: Vec<Op> = work::embed(kept, values, inside.width).into();

@@ -28,8 +28,9 @@ impl Reconstruction {
 }
 
 /// How a data set's pixels are cut and scaled. Samples x are uint8 or normalised fp32 [B, C, T, Y, X]; rows are
-/// [B, .., P] with the channel last.
+/// [B, .., P] with the channel last. A sample may have fewer frames than the grid: a still picture is a clip of one slot.
 pub struct Pixels {
+    /// Of the longest samples.
     pub grid: Grid,
     scale: Scale,
 }
@@ -40,14 +41,19 @@ impl Pixels {
         Ok(Pixels { grid: input.grid()?, scale: Scale { mean, std } })
     }
 
+    /// The grid of samples x, which has as many slots as their frames make.
+    pub fn grid_of(&self, x: &Tensor) -> Grid {
+        Grid { frames: x.size()[2] / self.grid.patch_frames, ..self.grid }
+    }
+
     /// The patches at `at` int64 [B, K], normalised: [B, K, P] of this kind.
     pub fn rows(&self, x: &Tensor, at: &Tensor, kind: Kind) -> Result<Tensor> {
-        patch::patch(x, &self.grid, &self.scale, at, kind)
+        patch::patch(x, &self.grid_of(x), &self.scale, at, kind)
     }
 
     /// All patches in row-major order, normalised: [B, N, P] of this kind.
     pub fn all(&self, x: &Tensor, kind: Kind) -> Result<Tensor> {
-        self.first(x, self.grid.tokens(), kind)
+        self.first(x, self.grid_of(x).tokens(), kind)
     }
 
     /// As many of them, from the first on: [B, tokens, P].
@@ -57,16 +63,17 @@ impl Pixels {
 
     /// Whole samples, normalised: fp32 [B, C, T, Y, X].
     pub fn normalised(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(patch::pixels(&self.all(x, Kind::Float)?, &self.grid))
+        Ok(patch::pixels(&self.all(x, Kind::Float)?, &self.grid_of(x)))
     }
 
     /// Targets: the patches at `at` levelled, as the model receives them, or with `unit` as 0..1: fp32 [B, M, P].
     pub fn target(&self, x: &Tensor, at: &Tensor, level: Level, unit: bool) -> Result<Tensor> {
         let raw = Scale { mean: vec![0.0; self.scale.mean.len()], std: vec![1.0; self.scale.std.len()] };
+        let grid = self.grid_of(x);
         match (unit, x.kind()) {
-            (false, _) => patch::target(x, &self.grid, &self.scale, at, level),
-            (true, Kind::Uint8) => patch::target(x, &self.grid, &raw, at, level),
-            (true, _) => patch::target(&self.to_unit(x), &self.grid, &raw, at, level),
+            (false, _) => patch::target(x, &grid, &self.scale, at, level),
+            (true, Kind::Uint8) => patch::target(x, &grid, &raw, at, level),
+            (true, _) => patch::target(&self.to_unit(x), &grid, &raw, at, level),
         }
     }
 
@@ -87,10 +94,11 @@ impl Pixels {
         let [seen, hidden] = [self.rows(x, &mask.keep, Kind::Float)?, self.rows(x, &mask.drop, Kind::Float)?];
         let restore = mask.restore();
         let known = restore.size()[1];
-        let rest = self.all(x, Kind::Float)?.narrow(1, known, self.grid.tokens() - known);
+        let grid = self.grid_of(x);
+        let rest = self.all(x, Kind::Float)?.narrow(1, known, grid.tokens() - known);
         let picture = |at_hidden: &Tensor| {
             let rows = patch::gather(&Tensor::cat(&[&seen, at_hidden], 1), &restore);
-            self.scale.to_unit(&patch::pixels(&Tensor::cat(&[&rows, &rest], 1), &self.grid))
+            self.scale.to_unit(&patch::pixels(&Tensor::cat(&[&rows, &rest], 1), &grid))
         };
         let grey = hidden.zeros_like();
         Ok(Reconstruction { original: picture(&hidden), masked: picture(&grey), guessed: picture(guess) })

@@ -2,7 +2,6 @@
 
 use super::open;
 use crate::config::Config;
-use crate::data::order::Order;
 use crate::device::World;
 use crate::fault::{Fault, Result};
 use crate::feed::{Feed, Stage, process_seconds};
@@ -31,7 +30,7 @@ pub fn data(config: &Config, world: &Arc<dyn World>, seconds: f64) -> Result<()>
     let grid = config.method.build(&config.input)?.grid().to_owned();
     let source = open::source(config, set.clone(), open::tokenizer(config)?, world.as_ref(), grid)?;
     let (threads, remote) = (source.threads, set.remote());
-    let order = Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards);
+    let order = open::order(config, &set)?;
     let feed = Feed::train(source, order, config.train.global_batch, world.rank(), world.size(), 0..u64::MAX >> 8)?;
     let spent = measure(feed, world, seconds)?;
     if world.rank() == 0 {

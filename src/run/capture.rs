@@ -5,7 +5,8 @@
 //! looks at the end of each launch that holds collectives.
 //!
 //! NCCL wants a collective captured on every rank or on none, and launched alike. So what decides is how often a part has
-//! run, which is the same on every rank as long as the last part of every step is the same part.
+//! run, which is the same on every rank as long as the last part of every step is the same part, or one of several whose
+//! turns come alike on every rank.
 
 use crate::bridge::cuda::{Graph, Pool, Stream, empty_cache};
 use crate::device::World;
@@ -19,8 +20,8 @@ use tch::Tensor;
 /// does most of it; the second begins where the first left the allocator.
 const WARM: u32 = 3;
 
-/// Which part of a step: its number of samples, and whether it is the last, which reduces and updates.
-pub type Part = (i64, bool);
+/// Which part of a step: its number of samples and of their frames, and whether it is the last, which reduces and updates.
+pub type Part = ([i64; 2], bool);
 
 /// The parts of a step by their shapes, one after the other on one stream.
 pub struct Graphs {

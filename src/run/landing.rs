@@ -5,13 +5,13 @@ use crate::bridge::cuda::{Event, Priority, Stream};
 use crate::fault::Result;
 use tch::{Device, Tensor};
 
-/// A place for one step's tensors. They are brought, taken from there by what is queued on the stream that computes, and
+/// A place for one step's tensors, one for each shape that they come in. They are brought, taken from there by what is queued on the stream that computes, and
 /// the place is [freed](Landing::free) for the next step's, which may come while that stream is busy with the rest.
 pub struct Landing {
     /// The stream that computes, and the one that copies.
     stream: Stream,
     copies: Stream,
-    place: Option<Vec<Tensor>>,
+    places: Vec<Vec<Tensor>>,
     /// When all is here, and when all has been taken.
     arrived: Event,
     taken: Event,
@@ -21,23 +21,26 @@ impl Landing {
     /// For what is queued on `stream`.
     pub fn new(stream: Stream) -> Result<Landing> {
         let copies = Stream::new(stream.device(), Priority::High)?;
-        Ok(Landing { stream, copies, place: None, arrived: Event::new()?, taken: Event::new()? })
+        Ok(Landing { stream, copies, places: Vec::new(), arrived: Event::new()?, taken: Event::new()? })
     }
 
-    /// Copies a step's tensors, as many and of the same shapes in every step, from the CPU; what is queued on the stream
-    /// from now on finds them in what is returned. Those that are on the GPU stay where they are.
+    /// Copies a step's tensors, of one of a few sets of shapes, from the CPU; what is queued on the stream from now on
+    /// finds them in what is returned. Those that are on the GPU stay where they are.
     pub fn bring(&mut self, load: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let device = Device::Cuda(self.stream.device());
-        if self.place.is_none() {
+        let alike = |place: &Vec<Tensor>| place.iter().zip(&load).all(|(place, like)| place.size() == like.size());
+        let mut at = self.places.iter().position(alike);
+        if at.is_none() {
             let place = |like: &Tensor| match like.device() {
                 Device::Cpu => Tensor::empty(like.size().as_slice(), (like.kind(), device)),
                 _ => like.shallow_clone(),
             };
-            self.place = Some(load.iter().map(place).collect());
+            at = Some(self.places.len());
+            self.places.push(load.iter().map(place).collect());
             // The memory may still be in use by what was queued before.
             self.free()?;
         }
-        let place = self.place.as_ref().expect("made above");
+        let place = &self.places[at.expect("made above")];
         let copying = self.copies.enter()?;
         self.copies.wait(&self.taken)?;
         let mut here = load;

@@ -16,6 +16,8 @@ pub struct Taken {
     pub began: Instant,
     /// How long it had to wait for its samples.
     pub waited: Duration,
+    /// Frames of its samples.
+    pub frames: i64,
 }
 
 pub struct Ledger {

@@ -24,6 +24,7 @@ use crate::optim::bucket::Wire;
 use crate::optim::flat::Flat;
 use crate::optim::schedule::Schedule;
 use crate::optim::update::Updater;
+use crate::part::work::Work;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -69,6 +70,8 @@ pub struct Opened {
     pub deadline: Duration,
     /// Rank 0 only.
     pub log: Option<Log>,
+    /// Still pictures a second at full use of the devices, where the method reads those beside clips.
+    pub still: Option<f64>,
     /// Rank 0 of a run in an object store.
     pub spool: Option<Spool>,
     /// Rank 0 only.
@@ -124,7 +127,9 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
     let spool = if world.rank() == 0 { Spool::open(&store, first)? } else { None };
     let peak = Peak::here(world.as_ref(), config.train.dtype.kind())?;
     tracing::debug!("model FLOP utilisation is told of {:.2} TFLOP/s a rank: {}", peak.flops / 1e12, peak.source);
-    let ceiling = peak.samples_per_s(stepper.method.work(config.train.global_batch).training_flops(), world.size());
+    let ceiling = |work: Work| peak.samples_per_s(work.training_flops(), world.size());
+    let still = stepper.method.still().map(|(_, work)| ceiling(work));
+    let ceiling = ceiling(stepper.method.work(config.train.global_batch));
     let log = match world.rank() {
         0 => Some(begin_log(config, &folder, first, steps)?.with_ceiling(ceiling)),
         _ => None,
@@ -132,7 +137,7 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
     Ok(Opened {
         schedule,
         source: source(config, set.clone(), captions, world.as_ref(), *stepper.method.grid())?,
-        order: Some(Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards)),
+        order: Some(order(config, &set)?),
         samples: set.len(),
         store,
         folder,
@@ -141,6 +146,7 @@ pub fn open(config: &Config, run: &str, resume: &Resume, world: &Arc<dyn World>)
         steps,
         deadline,
         log,
+        still,
         spool,
         lease,
         beat,
@@ -156,6 +162,23 @@ pub(super) fn training_set(config: &Config) -> Result<Arc<Mix>> {
     set.sets().iter().try_for_each(|set| fits(set, config.view.medium()))?;
     set.sets().iter().try_for_each(|set| captioned(set, config.view.caption.is_some()))?;
     Ok(Arc::new(set))
+}
+
+/// Which sets of a mixture hold still pictures; none where the method reads samples of one kind.
+pub(super) fn stills(config: &Config, set: &Mix) -> Result<Vec<bool>> {
+    match config.view.still {
+        None => Ok(Vec::new()),
+        Some(_) => set.sets().iter().map(|set| set.moving().map(|moving| !moving)).collect(),
+    }
+}
+
+/// The order of training's samples; of still pictures and clips, whole steps of either.
+pub(super) fn order(config: &Config, set: &Mix) -> Result<Order> {
+    let mut kinds: Vec<usize> = stills(config, set)?.into_iter().map(usize::from).collect();
+    kinds.resize(set.sets().len(), 0);
+    let (seed, open) = (config.train.seed, config.data.open_shards);
+    let order = Order::by_turns(&set.sizes(), &kinds, config.train.global_batch, seed, open);
+    Ok(order.repeating(0, config.view.clip.as_ref().map_or(1, |clip| clip.repeats)))
 }
 
 /// Refuses a set of sounds where pictures are wanted, and the other way round, by its first sample.
@@ -356,10 +379,13 @@ pub(super) fn source(
     let cache = config.data.cache.as_ref();
     let cache = cache.map(|cache| Cache::open(Path::new(&cache.folder), (cache.limit_gb * 1e9) as u64).map(Arc::new));
     Ok(Source {
+        stills: stills(config, &set)?,
         set,
         cache: cache.transpose()?,
         medium: view.medium(),
-        view: Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out)),
+        view: Arc::new(move |sample, id, epoch, repeats, out| {
+            view.train_all(&grid, sample, seed, id, epoch, repeats, out)
+        }),
         captions,
         shape: grid.pixels(),
         limits: Limits::default(),

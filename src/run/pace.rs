@@ -112,8 +112,8 @@ pub struct Ahead {
     counts: Counts,
     /// What changes from step to step beside the samples, f64 [3] on the device.
     rates: Tensor,
-    /// Where a micro-batch of so many samples lies.
-    inputs: HashMap<i64, Batch>,
+    /// Where a micro-batch of so many samples of so many frames lies.
+    inputs: HashMap<[i64; 2], Batch>,
     /// The step before, not told yet: which of `slots` its numbers come to, and when they are there.
     late: Option<(usize, Option<Event>)>,
     /// Numbers on the host, f64, pinned for a GPU.
@@ -173,7 +173,7 @@ impl Ahead {
             if let (Some(gpu), true) = (&mut self.gpu, last) {
                 gpu.landing.free()?;
             }
-            numbers = self.part(stepper, rows.len() as i64, last)?;
+            numbers = self.part(stepper, [rows.len() as i64, pixels.size()[2]], last)?;
         }
         let numbers = numbers.expect("the last part's");
         let slot = self.late.as_ref().map_or(0, |(slot, _)| 1 - slot);
@@ -199,7 +199,7 @@ impl Ahead {
             valid: None,
             seed: part.seed,
         };
-        let input = self.inputs.entry(rows.len() as i64).or_insert_with(fresh);
+        let input = self.inputs.entry([rows.len() as i64, part.pixels.size()[2]]).or_insert_with(fresh);
         let [got, before] = [&part, &*input].map(described);
         if got != before {
             return Err(Fault::failed(format!(
@@ -215,7 +215,7 @@ impl Ahead {
     }
 
     /// Queues a part of the step; the last gives its numbers.
-    fn part(&mut self, stepper: &mut Stepper, size: i64, last: bool) -> Result<Option<Tensor>> {
+    fn part(&mut self, stepper: &mut Stepper, size: [i64; 2], last: bool) -> Result<Option<Tensor>> {
         let _part = scope("part");
         let (input, counts, rates) = (self.inputs.get(&size), &self.counts, &self.rates);
         let mut body = || {

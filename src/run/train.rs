@@ -15,7 +15,6 @@ use crate::data::order;
 use crate::device::{Phase, Reduce, Request, Requests, World};
 use crate::fault::{Code, Fault, Result};
 use crate::feed::{Feed, Rows};
-use crate::op::shuffle::Origin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Tensor;
@@ -52,7 +51,8 @@ pub fn train(config: &Config, order: &Order, world: &Arc<dyn World>, requests: &
         let rows = feed.next().expect("rows for every step")?;
         run.beat(step, Phase::Compute);
         let lr = run.schedule.at(step * config.train.global_batch);
-        ledger.taken(Taken { step, lr, began, waited: rows.waited });
+        let frames = rows.pixels.size()[2];
+        ledger.taken(Taken { step, lr, began, waited: rows.waited, frames });
         let share = share(config, rows, world.as_ref());
         let outcome = match step < dump_until {
             true => Some(dumped(&mut run, step, &share, lr, config, world.rank())?),
@@ -127,9 +127,8 @@ fn agree(channel: &mut dyn crate::device::Channel, requests: &Requests, deadline
 /// This rank's rows as a step takes them.
 fn share(config: &Config, rows: Rows, world: &dyn World) -> Share {
     let own = order::rows(config.train.global_batch, world.rank(), world.size()).count();
-    let origin = |(&id, &epoch): (&u64, &u64)| Origin { id, epoch, repeat: 0 };
     Share {
-        origins: rows.ids.iter().zip(&rows.epochs).map(origin).collect(),
+        origins: rows.origins(),
         pixels: rows.pixels,
         text: rows.text,
         valid: Some(rows.valid),
@@ -151,12 +150,19 @@ fn told(outcome: Option<Outcome>, ledger: &mut Ledger, run: &mut Opened, config:
     let Some(outcome) = outcome else { return Ok(()) };
     let (taken, took) = ledger.told(&outcome)?;
     match &mut run.log {
-        Some(log) => log.step(&line(config, &taken, run.samples, &outcome, took)),
+        Some(log) => log.step(&line(config, &taken, (run.samples, run.still), &outcome, took)),
         None => Ok(()),
     }
 }
 
-fn line(config: &Config, taken: &Taken, samples: u64, outcome: &Outcome, took: Duration) -> Line {
+/// `still` is the most still pictures a second that the devices could take, where there are some beside clips.
+fn line(
+    config: &Config,
+    taken: &Taken,
+    (samples, still): (u64, Option<f64>),
+    outcome: &Outcome,
+    took: Duration,
+) -> Line {
     let seconds = took.as_secs_f64();
     let seen = (taken.step + 1) * config.train.global_batch;
     Line {
@@ -171,7 +177,7 @@ fn line(config: &Config, taken: &Taken, samples: u64, outcome: &Outcome, took: D
         samples_per_s: config.train.global_batch as f64 / seconds,
         data_wait: taken.waited.as_secs_f64() / seconds,
         comm_wait: outcome.comm_wait.as_secs_f64() / seconds,
-        mfu: None,
+        mfu: still.filter(|_| taken.frames == 1).map(|most| config.train.global_batch as f64 / seconds / most),
         seconds,
     }
 }

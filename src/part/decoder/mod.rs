@@ -49,7 +49,8 @@ impl Attention {
     ) -> Result<Box<dyn Decode>> {
         match self {
             Attention::Global => {
-                let make = vit::Make { token: Some(token), embed_bias: true, biases: Biases::All, positions };
+                let (biases, head) = (Biases::All, Init::Xavier);
+                let make = vit::Make { token: Some(token), embed_bias: true, ahead: false, head, biases, positions };
                 Ok(Box::new(vit::Decoder::new(table, "decoder", grid, inputs, shape, make)))
             }
             Attention::Windows(windows) => {

@@ -18,8 +18,12 @@ pub struct Make {
     pub token: Option<Init>,
     /// The layer that brings features to its width has a bias.
     pub embed_bias: bool,
+    /// Mask tokens and positions have the encoder's width and come in ahead of that layer (OmniMAE), not behind it.
+    pub ahead: bool,
+    /// How the weight of the last layer, which guesses, begins.
+    pub head: Init,
     pub biases: Biases,
-    /// fp32 [N, D], fixed.
+    /// fp32 [N, D], fixed; D is the encoder's width where they come in ahead.
     pub positions: Tensor,
 }
 
@@ -27,6 +31,7 @@ pub struct Decoder {
     embed: Linear,
     /// Not there where the encoder has seen mask tokens.
     pub token: Option<Slot>,
+    ahead: bool,
     pub stack: Stack,
     pred: Linear,
     /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
@@ -41,11 +46,13 @@ impl Decoder {
     pub fn new(table: &mut Table, name: &str, grid: &Grid, inputs: i64, shape: &Shape, make: Make) -> Self {
         let width = shape.width;
         let embed = if make.embed_bias { Linear::new } else { Linear::bare };
+        let token = [1, 1, if make.ahead { inputs } else { width }];
         Decoder {
             embed: embed(table, &format!("{name}.embed"), inputs, width),
-            token: make.token.map(|init| table.add(format!("{name}.mask_token"), &[1, 1, width], init)),
+            token: make.token.map(|init| table.add(format!("{name}.mask_token"), &token, init)),
+            ahead: make.ahead,
             stack: Stack::new(table, name, shape, make.biases),
-            pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
+            pred: Linear::begun(table, &format!("{name}.pred"), width, grid.values(), [make.head, Init::Zero]),
             positions: make.positions.into(),
             ends: [inputs, grid.values()],
             shape: *shape,
@@ -55,7 +62,8 @@ impl Decoder {
 
 impl Decode for Decoder {
     fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let seen = self.embed.forward(w, features)?;
+        let embedded = (!self.ahead).then(|| self.embed.forward(w, features)).transpose()?;
+        let seen = embedded.as_ref().unwrap_or(features);
         let positions = self.positions.on(seen.device());
         let token = self.token.map(|token| w[token].view(-1));
         let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
@@ -63,7 +71,8 @@ impl Decode for Decoder {
             Some(token) => (&mask.keep, Some((token, &mask.drop))),
             None => (&order, None),
         };
-        let x = fill(&seen, None, Places { positions: &positions, keep, hidden })?; // class, visible, hidden
+        let x = fill(seen, None, Places { positions: &positions, keep, hidden })?; // class, visible, hidden
+        let x = if self.ahead { self.embed.forward(w, &x)? } else { x };
         let from = x.size()[1] - mask.drop.size()[1];
         // The last block answers only the hidden tokens, which stand last.
         self.pred.forward(w, &self.stack.forward(w, x, from)?)
@@ -76,8 +85,12 @@ impl Decode for Decoder {
     fn work(&self, seen: i64, hidden: i64, class: i64) -> Vec<Op> {
         let ([inputs, values], width) = (self.ends, self.shape.width);
         let (read, all) = if self.token.is_some() { (seen, seen + hidden) } else { (seen + hidden, seen + hidden) };
-        let mut ops = vec![work::linear(read + class, inputs, width), work::fill(read + class, all + class, width)];
-        ops.extend(self.shape.work(all + class, hidden));
+        let (read, all) = (read + class, all + class);
+        let mut ops = match self.ahead {
+            true => vec![work::fill(read, all, inputs), work::linear(all, inputs, width)],
+            false => vec![work::linear(read, inputs, width), work::fill(read, all, width)],
+        };
+        ops.extend(self.shape.work(all, hidden));
         ops.push(work::linear(hidden, width, values));
         ops
     }

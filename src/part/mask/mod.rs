@@ -6,7 +6,7 @@ mod ratio;
 mod tube;
 
 pub use lines::Lines;
-pub use random::random;
+pub use random::{keeping, random};
 pub use ratio::Ratio;
 pub use tube::tube;
 

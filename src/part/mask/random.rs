@@ -7,6 +7,11 @@ use tch::Tensor;
 
 /// Hides the share `ratio` of the tokens of each sample of `origins`, int64 [3, B].
 pub fn random(grid: &Grid, ratio: f64, seed: u64, origins: &Tensor) -> Mask {
-    let plan = Plan::random(grid, [1, 1, 1], grid.kept(ratio)).expect("no more tokens kept than there are");
+    keeping(grid, grid.kept(ratio), seed, origins)
+}
+
+/// Hides all but `kept` tokens of each sample of `origins`, int64 [3, B].
+pub fn keeping(grid: &Grid, kept: i64, seed: u64, origins: &Tensor) -> Mask {
+    let plan = Plan::random(grid, [1, 1, 1], kept).expect("no more tokens kept than there are");
     Mask::drawn(&plan, seed, origins)
 }

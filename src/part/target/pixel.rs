@@ -26,6 +26,8 @@ pub enum Pixel {
     Unit,
     /// The same with mean and deviation of each channel of each patch taken out (VideoMAE).
     PerChannel,
+    /// The same with 1e-6 inside of the root (OmniMAE).
+    PerChannelInside,
 }
 
 impl Pixel {
@@ -36,6 +38,7 @@ impl Pixel {
             Pixel::PerPatch => (Level::Patch, false),
             Pixel::Unit => (Level::Raw, true),
             Pixel::PerChannel => (Level::Channel, true),
+            Pixel::PerChannelInside => (Level::ChannelInside, true),
         };
         pixels.target(x, drop, level, unit)
     }
@@ -48,7 +51,7 @@ impl Pixel {
             Pixel::Received => return guess,
             Pixel::Unit => return pixels.from_unit(&guess),
             Pixel::PerPatch => 1,
-            Pixel::PerChannel => pixels.grid.channels,
+            Pixel::PerChannel | Pixel::PerChannelInside => pixels.grid.channels,
         };
         let seen = by_group(seen, groups);
         let mean = seen.mean_dim([1, 2].as_slice(), true, Kind::Float); // [B, 1, 1, groups]

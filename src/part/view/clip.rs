@@ -11,6 +11,8 @@ use crate::grid::Grid;
 use crate::rng::{Draw, Purpose};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// How a video becomes a clip of `input.frames` frames: the config's `view.clip`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -23,18 +25,33 @@ pub struct Clip {
     /// interpolation in any case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multi_scale: Option<Vec<f64>>,
+    /// Clips of each video that is opened, each with a place, box and mask of its own; their frames are decoded in one run
+    /// forward ("repeated augmentation"; Feichtenhofer et al., 2022, 4). An epoch stays as many clips as there are videos, so
+    /// that in as many epochs as there are repeats each video is opened once.
+    #[serde(default = "Clip::once")]
+    pub repeats: u32,
 }
 
 /// The greatest stride; at 30 frames a second, a frame every 34 seconds.
 const STRIDES: u32 = 1024;
 
+/// The most clips of a video.
+const REPEATS: u32 = 64;
+
 impl Clip {
+    fn once() -> u32 {
+        1
+    }
+
     /// Refuses strides and shares that cannot be.
     pub fn check(&self) -> Result<()> {
         if let Sampling::Stride(stride) = self.sampling
             && !(1..=STRIDES).contains(&stride)
         {
             return Err(Fault::usage(format!("view.clip.sampling.stride is {stride}; it must lie in 1..={STRIDES}")));
+        }
+        if !(1..=REPEATS).contains(&self.repeats) {
+            return Err(Fault::usage(format!("view.clip.repeats is {}; it must lie in 1..={REPEATS}", self.repeats)));
         }
         match &self.multi_scale {
             Some(shares) if shares.is_empty() || !shares.iter().all(|share| *share > 0.0 && *share <= 1.0) => {
@@ -73,46 +90,79 @@ impl Clip {
 const PLACES: [[u32; 2]; 13] =
     [[0, 0], [4, 0], [0, 4], [4, 4], [2, 2], [0, 2], [4, 2], [2, 4], [2, 0], [1, 1], [3, 1], [1, 3], [3, 3]];
 
-/// Refuses a still picture where the model takes clips.
-pub fn still(grid: &Grid) -> Result<()> {
+/// Refuses a still picture where the model takes clips, or several of one video.
+pub fn still(grid: &Grid, repeats: &Range<u32>) -> Result<()> {
     match grid.pixels()[1] {
-        1 => Ok(()),
+        1 if repeats.len() == 1 => Ok(()),
         frames => Err(Fault::new(Code::Corrupt, format!("a still picture where clips of {frames} frames are wanted"))),
     }
 }
 
 impl View {
+    /// The view of a still picture beside videos. A set is taken for what its first sample is: room for as many `bytes` as
+    /// the other kind has says that this one is not like it.
+    pub(super) fn still(&self, grid: &Grid, picture: &Picture, bytes: usize) -> Result<Option<&View>> {
+        let Some(still) = &self.still else { return Ok(None) };
+        let room = |grid: &Grid| grid.pixels().iter().product::<i64>() as usize;
+        match (picture.video().is_some(), bytes == room(&grid.still())) {
+            (true, false) => Ok(None),
+            (false, true) => Ok(Some(still)),
+            (true, true) => Err(Fault::new(Code::Corrupt, "a video in a data set of still pictures")),
+            (false, false) => Err(Fault::new(Code::Corrupt, "a still picture in a data set of videos")),
+        }
+    }
+
     fn clip(&self) -> Result<&Clip> {
         self.clip.as_ref().ok_or_else(|| {
             Fault::usage("a video, and the config does not say which of its frames to show; give it view.clip, such as {\"sampling\": {\"stride\": 4}}")
         })
     }
 
-    /// Training's view of a video into `out`, [C, T, Y, X]; `stream` gives the sample's streams.
-    pub(super) fn train_clip(
+    /// Training's views of a video into `out`, [C, T, Y, X] each: one for each of `repeats`, whose streams `streams` gives.
+    /// What is decoded is decoded once, in one run forward. All that may be shown of the video in this epoch decides which
+    /// part of its frames that is, so that a clip is the same whichever others are made along with it.
+    pub(super) fn train_clips<S: Fn(Purpose) -> Draw>(
         &self,
         grid: &Grid,
         picture: Picture,
-        stream: impl Fn(Purpose) -> Draw,
+        streams: impl Fn(u32) -> S,
+        repeats: Range<u32>,
         out: &mut [u8],
     ) -> Result<()> {
         let (clip, size, video) = (self.clip()?, size(grid), picture.video().expect("a video"));
-        let count = grid.pixels()[1] as usize;
-        let indices = clip.sampling.draw(video.frames, count, &mut stream(Purpose::Clip));
-        let (width, height) = (picture.width(), picture.height());
-        let mut draw = stream(Purpose::Crop);
-        let region = clip.region([width, height], size, &mut draw);
-        let region = region.unwrap_or_else(|| self.crop.region(width, height, &mut draw));
-        let least = if self.scaled_decode { size } else { [region.width, region.height] };
-        let mirror = stream(Purpose::Flip).uniform() < self.flip;
-        picture.clip(&indices, region, least, |at, part| {
-            let made = |pixels: &mut [u8]| {
-                crop::resize(part, size, self.crop.interpolation, pixels);
-                // The same streams for each frame: what is drawn for one is drawn for all.
-                let shape = [size[1] as usize, size[0] as usize, part.image.channels as usize];
-                self.augment.apply(pixels, shape, self.crop.interpolation, &stream);
-            };
-            lay(part, at, count, size, mirror, out, made);
+        let (count, whole) = (grid.pixels()[1] as usize, [picture.width(), picture.height()]);
+        let drawn = |repeat| {
+            let mut draw = streams(repeat)(Purpose::Crop);
+            let region = clip.region(whole, size, &mut draw);
+            region.unwrap_or_else(|| self.crop.region(whole[0], whole[1], &mut draw))
+        };
+        let regions: Vec<Region> = (0..clip.repeats.max(repeats.end)).map(drawn).collect();
+        let around = around(&regions);
+        let least = if self.scaled_decode { least(&regions, around, size) } else { [around.width, around.height] };
+        let clips: Vec<_> = repeats
+            .map(|repeat| {
+                let stream = streams(repeat);
+                let indices = clip.sampling.draw(video.frames, count, &mut stream(Purpose::Clip));
+                let mirror = stream(Purpose::Flip).uniform() < self.flip;
+                (stream, indices, regions[repeat as usize], mirror)
+            })
+            .collect();
+        let frames: Vec<u64> =
+            clips.iter().flat_map(|(_, indices, ..)| indices).copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let room = out.len() / clips.len();
+        picture.clip(&frames, around, least, |number, part| {
+            for ((stream, indices, region, mirror), out) in clips.iter().zip(out.chunks_exact_mut(room)) {
+                let part = inside(part, around, *region);
+                for (at, _) in indices.iter().enumerate().filter(|(_, index)| **index == frames[number]) {
+                    let made = |pixels: &mut [u8]| {
+                        crop::resize(&part, size, self.crop.interpolation, pixels);
+                        // The same streams for each frame: what is drawn for one is drawn for all.
+                        let shape = [size[1] as usize, size[0] as usize, part.image.channels as usize];
+                        self.augment.apply(pixels, shape, self.crop.interpolation, stream);
+                    };
+                    lay(&part, at, count, size, *mirror, out, made);
+                }
+            }
         })
     }
 
@@ -129,6 +179,38 @@ impl View {
             let made = |pixels: &mut [u8]| crop::resize_box(part, inside, size, self.crop.interpolation, pixels);
             lay(part, at, count, size, false, out, made);
         })
+    }
+}
+
+/// The smallest box around all of them.
+fn around(regions: &[Region]) -> Region {
+    let ends = |one: &Region| [one.left, one.top, one.left + one.width, one.top + one.height];
+    let both = |a: [u32; 4], b: [u32; 4]| [a[0].min(b[0]), a[1].min(b[1]), a[2].max(b[2]), a[3].max(b[3])];
+    let [left, top, right, bottom] = regions.iter().map(ends).reduce(both).expect("a box");
+    Region { left, top, width: right - left, height: bottom - top }
+}
+
+/// The least size of `around` at which each of the regions in it still has `size` pixels, as far as it has them at all.
+fn least(regions: &[Region], around: Region, size: [u32; 2]) -> [u32; 2] {
+    let side = |all: u32, size: u32, own: fn(&Region) -> u32| {
+        let scaled = |one: &Region| (u64::from(all) * u64::from(size)).div_ceil(u64::from(own(one)));
+        regions.iter().map(scaled).max().expect("a box") as u32
+    };
+    [side(around.width, size[0], |one| one.width), side(around.height, size[1], |one| one.height)]
+}
+
+/// The part of `part`, which shows `around`, that shows `region`.
+fn inside<'a>(part: &Part<'a>, around: Region, region: Region) -> Part<'a> {
+    if region == around {
+        return *part;
+    }
+    let (x, y) = (part.width / f64::from(around.width), part.height / f64::from(around.height));
+    Part {
+        image: part.image,
+        left: part.left + f64::from(region.left - around.left) * x,
+        top: part.top + f64::from(region.top - around.top) * y,
+        width: f64::from(region.width) * x,
+        height: f64::from(region.height) * y,
     }
 }
 

@@ -32,6 +32,7 @@ use said::Said;
 use serde::{Deserialize, Serialize};
 use spectrogram::Sound;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// How a sample becomes a view: the config's `view`. With `sound` its samples are sounds, and the other keys, which are
 /// for pictures, say nothing.
@@ -54,6 +55,8 @@ pub struct View {
     pub scaled_decode: bool,
     /// Of videos: which frames are shown, as many as `input.frames` says.
     pub clip: Option<Clip>,
+    /// Of still pictures beside videos.
+    pub still: Option<Box<View>>,
     /// How sounds become spectrograms.
     pub sound: Option<Sound>,
     /// Captions are read along with pictures.
@@ -63,7 +66,8 @@ pub struct View {
 impl Default for View {
     fn default() -> Self {
         let (crop, augment) = (Crop::default(), Augment::default());
-        View { crop, flip: 0.5, center: 0.875, augment, scaled_decode: false, clip: None, sound: None, caption: None }
+        let (flip, center, scaled_decode) = (0.5, 0.875, false);
+        View { crop, flip, center, augment, scaled_decode, clip: None, still: None, sound: None, caption: None }
     }
 }
 
@@ -73,6 +77,16 @@ impl View {
         self.augment.check()?;
         self.clip.as_ref().map_or(Ok(()), Clip::check)?;
         self.caption.as_ref().map_or(Ok(()), Caption::check)?;
+        if let Some(still) = &self.still {
+            let more = [still.clip.is_some(), still.still.is_some(), still.sound.is_some(), still.caption.is_some()];
+            if self.clip.is_none() || more.contains(&true) {
+                return Err(Fault::usage(
+                    "view.still is how still pictures are shown beside videos: it stands beside view.clip, and has \
+                     neither clip, still, sound nor caption",
+                ));
+            }
+            still.check().map_err(|fault| fault.at("view.still"))?;
+        }
         if !(0.0..=1.0).contains(&self.flip) {
             return Err(Fault::usage(format!("view.flip is {}; it is a probability, 0 to 1", self.flip)));
         }
@@ -90,11 +104,8 @@ impl View {
         if self.sound.is_some() { Medium::Sound } else { Medium::Picture }
     }
 
-    /// Training's view of sample `id` in `epoch` into `out`: of a picture [C, T, Y, X], 8 bits: random frames of a video,
-    /// random box, random flip, the same for all frames; of a sound as [`Sound::train`] says. How many of its rows show
-    /// the sample. `repeat` tells several views of one sample apart. The box is drawn from the header; no pixel outside
-    /// of it is decoded for nothing. Faults as [`Picture::region`] does.
-    #[allow(clippy::too_many_arguments)] // a sample's place in the training, and where it goes
+    /// Training's view of sample `id` in `epoch` into `out`, as [`View::train_all`] makes several; `repeat` says which.
+    #[allow(clippy::too_many_arguments)] // as below
     pub fn train<'a>(
         &self,
         grid: &Grid,
@@ -105,19 +116,42 @@ impl View {
         repeat: u32,
         out: &mut [u8],
     ) -> Result<u32> {
-        let stream = |purpose| Draw::new(seed, id, epoch, purpose, repeat);
+        self.train_all(grid, sample, seed, id, epoch, repeat..repeat + 1, out)
+    }
+
+    /// Training's views of sample `id` in `epoch` into `out`, one after another: of a picture [C, T, Y, X], 8 bits: random frames of a video,
+    /// random box, random flip, the same for all frames; of a sound as [`Sound::train`] says. How many of a view's rows
+    /// show the sample. `repeats` tell several views of one sample apart: of a video as many as there are, of anything else
+    /// one. The box is drawn from the header; no pixel outside of it is decoded for nothing. Faults as [`Picture::region`]
+    /// does.
+    #[allow(clippy::too_many_arguments)] // a sample's place in the training, and where it goes
+    pub fn train_all<'a>(
+        &self,
+        grid: &Grid,
+        sample: impl Into<Sample<'a>>,
+        seed: u64,
+        id: u64,
+        epoch: u64,
+        repeats: Range<u32>,
+        out: &mut [u8],
+    ) -> Result<u32> {
+        let streams = |repeat| move |purpose| Draw::new(seed, id, epoch, purpose, repeat);
+        let stream = streams(repeats.start);
         let picture = match (sample.into(), &self.sound) {
             (Sample::Sound(clip), Some(sound)) => {
                 return sound.train(grid, &clip, &mut stream(Purpose::Crop), out);
             }
             (sample, sound) => picture(sample, sound)?,
         };
+        if let Some(still) = self.still(grid, &picture, out.len() / repeats.len())? {
+            return still.train_all(&grid.still(), picture, seed, id, epoch, repeats, out);
+        }
         let size = size(grid);
         if picture.video().is_some() {
-            self.train_clip(grid, picture, stream, out)?;
+            self.train_clips(grid, picture, streams, repeats, out)?;
             return Ok(size[1]);
         }
-        clip::still(grid)?;
+        clip::still(grid, &repeats)?;
         let region = self.crop.region(picture.width(), picture.height(), &mut stream(Purpose::Crop));
         let least = if self.scaled_decode { size } else { [region.width, region.height] };
         let part = picture.region(region, least)?;
@@ -139,12 +173,15 @@ impl View {
             (Sample::Sound(clip), Some(sound)) => return sound.eval(grid, &clip, out),
             (sample, sound) => picture(sample, sound)?,
         };
+        if let Some(still) = self.still(grid, &picture, out.len())? {
+            return still.eval(&grid.still(), picture, out);
+        }
         let size = size(grid);
         if picture.video().is_some() {
             self.eval_clip(grid, picture, out)?;
             return Ok(size[1]);
         }
-        clip::still(grid)?;
+        clip::still(grid, &(0..1))?;
         let (width, height) = (picture.width(), picture.height());
         let [left, top, w, h] = crop::center(width, height, size, self.center);
         let region = self.crop.interpolation.sees([left, top, w, h], size, width, height);

@@ -42,6 +42,11 @@ pub struct Said {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Caption")]
     caption: Option<Caption>,
+    /// Of still pictures beside videos, for a method that reads both: `crop`, `flip`, `center`, `augment` and
+    /// `scaled_decode` as above, which are then those of videos.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "View")]
+    still: Option<Box<View>>,
     /// Samples are sounds, and this is how they become spectrograms. No other key of `view` is given beside it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Sound")]
@@ -52,7 +57,7 @@ impl TryFrom<Said> for View {
     type Error = String;
 
     fn try_from(said: Said) -> Result<View, String> {
-        let Said { crop, flip, center, augment, scaled_decode, clip, caption, sound } = said;
+        let Said { crop, flip, center, augment, scaled_decode, clip, caption, still, sound } = said;
         let given = [
             ("crop", crop.is_some()),
             ("flip", flip.is_some()),
@@ -61,6 +66,7 @@ impl TryFrom<Said> for View {
             ("scaled_decode", scaled_decode.is_some()),
             ("clip", clip.is_some()),
             ("caption", caption.is_some()),
+            ("still", still.is_some()),
         ];
         if let (Some((key, _)), Some(_)) = (given.iter().find(|(_, given)| *given), &sound) {
             return Err(format!(
@@ -76,6 +82,7 @@ impl TryFrom<Said> for View {
             augment: augment.unwrap_or(change),
             scaled_decode: scaled_decode.unwrap_or(scaled),
             clip,
+            still,
             sound,
             caption,
         })
@@ -84,12 +91,19 @@ impl TryFrom<Said> for View {
 
 impl From<View> for Said {
     fn from(view: View) -> Said {
-        let View { crop, flip, center, augment, scaled_decode, clip, sound, caption } = view;
+        let View { crop, flip, center, augment, scaled_decode, clip, still, sound, caption } = view;
         match sound {
-            Some(_) => {
-                let (crop, flip, center, augment, scaled_decode) = (None, None, None, None, None);
-                Said { crop, flip, center, augment, scaled_decode, clip: None, caption: None, sound }
-            }
+            Some(_) => Said {
+                crop: None,
+                flip: None,
+                center: None,
+                augment: None,
+                scaled_decode: None,
+                clip: None,
+                caption: None,
+                still: None,
+                sound,
+            },
             None => Said {
                 crop: Some(crop),
                 flip: Some(flip),
@@ -98,6 +112,7 @@ impl From<View> for Said {
                 scaled_decode: Some(scaled_decode),
                 clip,
                 caption,
+                still,
                 sound,
             },
         }

@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::data::medium::Medium;
-use crate::data::order::{self, Order};
+use crate::data::order;
 use crate::device::World;
 use crate::fault::{Fault, Result};
 use crate::feed::{Feed, Rows};
@@ -104,16 +104,18 @@ impl Given {
                 Given::Rows(rows) => Some(rows.valid.clone()),
                 Given::Noise(..) => None,
             },
-            origins: (0..rows).map(|row| self.origin(row)).collect(),
+            origins: self.origins(),
             seed: config.train.seed,
             micro: config.train.micro_batch.map_or(rows, |most| most as usize),
         }
     }
 
-    fn origin(&self, row: usize) -> Origin {
+    fn origins(&self) -> Vec<Origin> {
         match self {
-            Given::Rows(rows) => Origin { id: rows.ids[row], epoch: rows.epochs[row], repeat: 0 },
-            Given::Noise(_, step) => Origin { id: row as u64, epoch: step % 1000, repeat: 0 },
+            Given::Rows(rows) => rows.origins(),
+            Given::Noise(pixels, step) => {
+                (0..pixels.size()[0] as u64).map(|id| Origin { id, epoch: step % 1000, repeat: 0 }).collect()
+            }
         }
     }
 }
@@ -123,6 +125,6 @@ fn data(config: &Config, world: &dyn World, method: &dyn Method) -> Result<Feed>
     config.data.patience_s = config.data.patience_s.min(PATIENCE_S);
     let set = open::training_set(&config)?;
     let source = open::source(&config, set.clone(), open::tokenizer(&config)?, world, *method.grid())?;
-    let order = Order::mixed(&set.sizes(), config.train.seed, config.data.open_shards);
+    let order = open::order(&config, &set)?;
     Feed::train(source, order, config.train.global_batch, world.rank(), world.size(), 0..u64::MAX >> 8)
 }

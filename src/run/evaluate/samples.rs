@@ -12,6 +12,7 @@ use crate::feed::{Feed, Source, ViewFn};
 use crate::grid::Grid;
 use crate::part::view::View;
 use crate::part::view::crop::{Crop, Interpolation};
+use crate::run::open;
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -35,7 +36,11 @@ impl Augmentation {
             Augmentation::Run => config.view.clone(),
             Augmentation::Paper => {
                 let crop = Crop { scale: [0.08, 1.0], interpolation: Interpolation::Bicubic, ..Crop::default() };
-                View { crop, center: config.view.center, ..View::default() }
+                let paper = |view: &View| View { crop: crop.clone(), center: view.center, ..View::default() };
+                match &config.view.still {
+                    Some(still) => View { still: Some(Box::new(paper(still))), ..config.view.clone() },
+                    None => paper(&config.view),
+                }
             }
         }
     }
@@ -71,8 +76,8 @@ pub fn captioned(
     ranks: &Ranks,
 ) -> Result<Feed> {
     let view = config.view.clone();
-    let view: ViewFn = Arc::new(move |sample, _, _, out| view.eval(&grid, sample, out));
-    let source = Source { captions, ..source(set, view, config.train.seed, config, grid, ranks) };
+    let view: ViewFn = Arc::new(move |sample, _, _, _, out| view.eval(&grid, sample, out));
+    let source = Source { captions, ..source(set, view, config.train.seed, config, grid, ranks)? };
     Feed::sweep(source, batch, ranks.rank(), ranks.size())
 }
 
@@ -89,16 +94,17 @@ pub fn epoch(
     ranks: &Ranks,
 ) -> Result<Feed> {
     let view = augmentation.view(config);
-    let view: ViewFn = Arc::new(move |sample, id, epoch, out| view.train(&grid, sample, seed, id, epoch, 0, out));
+    let view: ViewFn = Arc::new(move |sample, id, epoch, _, out| view.train(&grid, sample, seed, id, epoch, 0, out));
     let order = Order::mixed(&set.sizes(), seed, config.data.open_shards);
-    let source = source(set, view, seed, config, grid, ranks);
+    let source = source(set, view, seed, config, grid, ranks)?;
     Feed::train(source, order, piece, ranks.rank(), ranks.size(), 0..steps)
 }
 
-fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Source {
+fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, ranks: &Ranks) -> Result<Source> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Source {
+    Ok(Source {
         set: set.clone(),
+        stills: open::stills(config, set)?,
         cache: None,
         medium: config.view.medium(),
         view,
@@ -109,7 +115,7 @@ fn source(set: &Arc<Mix>, view: ViewFn, seed: u64, config: &Config, grid: Grid, 
         threads: (cores / ranks.neighbours()).max(1),
         prefetch_bytes: 64 << 20,
         max_bad_share: config.data.max_bad_share,
-    }
+    })
 }
 
 /// How many classes a set has: as many as it has names for, else one more than the largest label; collective, for

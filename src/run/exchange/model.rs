@@ -49,6 +49,12 @@ impl Model {
                      spectrograms, and the other formats' models are of pictures and videos",
                 ));
             }
+            other => {
+                let name =
+                    serde_json::to_value(other).ok().and_then(|value| Some(value.as_object()?.keys().next()?.clone()));
+                let name = name.unwrap_or_default();
+                return Err(Fault::usage(format!("there is no format for weights of method.{name} yet")));
+            }
         })
     }
 
