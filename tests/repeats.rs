@@ -99,6 +99,7 @@ fn source(folder: &Path, opened: &Arc<AtomicU32>) -> Result<Source> {
     Ok(Source {
         set: Arc::new(Mix::one(DataSet::open(&text(&folder.join("out")))?)),
         cache: None,
+        captions: None,
         medium: Medium::Picture,
         view: Arc::new(move |picture, id, epoch, repeats, out| {
             opened.fetch_add(1, Ordering::Relaxed);

@@ -158,7 +158,7 @@ impl Ahead {
         }
         let mut load = load.into_iter();
         let [rates, pixels, origins] = std::array::from_fn(|_| load.next().expect("loaded above"));
-        let whole = Batch { pixels, origins, text: load.next(), seed: share.seed };
+        let whole = Batch { pixels, origins, text: load.next(), valid: None, seed: share.seed };
         copy(&self.rates, &rates)?;
         stepper.begin()?;
         let mut cuts: Vec<Range<usize>> = share.cut().collect();
