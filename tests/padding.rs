@@ -100,6 +100,7 @@ fn trained(world: Arc<dyn World>, micro: usize) -> (Vec<f64>, Tensor) {
                 pixels: whole.pixels.narrow(0, own[0], own.len() as i64),
                 origins: whole.origins.narrow(1, own[0], own.len() as i64),
                 valid: Some(own.iter().map(|&row| valid[row as usize]).collect()),
+                text: None,
                 seed: 9,
             })
             .collect();

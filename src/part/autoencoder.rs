@@ -26,8 +26,6 @@ pub struct Autoencoder<D = decoder::Decoder> {
     /// Whether a class token stands in front, and whether the encoder sees mask tokens.
     class: bool,
     in_place: bool,
-    /// Whether the decoder is filled ahead of its first layer.
-    ahead: bool,
 }
 
 impl Autoencoder {

@@ -173,7 +173,7 @@ impl Ahead {
             if let (Some(gpu), true) = (&mut self.gpu, last) {
                 gpu.landing.free()?;
             }
-            numbers = self.part(stepper, [rows.len() as i64, pixels.size()[2]], last)?;
+            numbers = self.part(stepper, [rows.len() as i64, whole.pixels.size()[2]], last)?;
         }
         let numbers = numbers.expect("the last part's");
         let slot = self.late.as_ref().map_or(0, |(slot, _)| 1 - slot);

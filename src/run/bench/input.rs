@@ -113,8 +113,8 @@ impl Given {
     fn origins(&self) -> Vec<Origin> {
         match self {
             Given::Rows(rows) => rows.origins(),
-            Given::Noise(pixels, step) => {
-                (0..pixels.size()[0] as u64).map(|id| Origin { id, epoch: step % 1000, repeat: 0 }).collect()
+            Given::Noise(noise, step) => {
+                (0..noise.pixels.size()[0] as u64).map(|id| Origin { id, epoch: step % 1000, repeat: 0 }).collect()
             }
         }
     }
