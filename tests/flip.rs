@@ -210,7 +210,7 @@ pub fn share(step: u64, world: &dyn World) -> Share {
     let own = world.rank() * rows..(world.rank() + 1) * rows;
     let part = all.part(own.clone()).expect("rows");
     let origins = own.map(|id| Origin { id: id as u64, epoch: step, repeat: 0 }).collect();
-    Share { pixels: part.pixels, origins, text: part.text, seed: 9, micro: rows }
+    Share { pixels: part.pixels, origins, text: part.text, valid: None, seed: 9, micro: rows }
 }
 
 pub fn stepper(towers: &'static str, world: Arc<dyn World>) -> Stepper {

@@ -151,6 +151,7 @@ fn each_clip_has_a_mask_of_its_own() -> Outcome {
         ids: vec![7; 4],
         epochs: vec![2; 4],
         repeats: vec![0, 1, 2, 3],
+        text: None,
         labels: None,
         valid: vec![32; 4],
         pixels: Tensor::zeros([4, 1, 8, 32, 32], (Kind::Uint8, Device::Cpu)),

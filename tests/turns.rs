@@ -140,6 +140,7 @@ fn source(folder: &Path) -> Result<Source> {
         stills: set.sets().iter().map(|set| set.moving().map(|moving| !moving)).collect::<Result<_>>()?,
         set: Arc::new(set),
         cache: None,
+        captions: None,
         medium: Medium::Picture,
         view: Arc::new(move |picture, id, epoch, repeats, out| {
             view.train_all(&GRID, picture, 11, id, epoch, repeats, out)
@@ -347,7 +348,7 @@ impl Method for Heads {
         let sum = (&w[self.slots[0]] * &w[own]).square().sum(Kind::Float) * batch.pixels.size()[0] as f64;
         Ok(vec![Term { name: "heads", sum }])
     }
-    fn work(&self) -> Work {
+    fn work(&self, _: u64) -> Work {
         unreachable!("nobody times it")
     }
     fn mask(&self, _: &Batch) -> Mask {
@@ -370,7 +371,7 @@ fn load(step: u64, still: bool, world: &dyn World) -> Share {
     let origins: Vec<Origin> = rows.map(|id| Origin { id, epoch: step, repeat: 0 }).collect();
     let shape = [origins.len() as i64, 3, if still { 1 } else { 4 }, 16, 24];
     let pixels = Tensor::full(shape, (step * 9 % 256) as i64, (Kind::Uint8, Device::Cpu));
-    Share { pixels, origins, seed: 5, micro: 2 }
+    Share { pixels, origins, text: None, valid: None, seed: 5, micro: 2 }
 }
 
 /// All that a training keeps of one tensor.
