@@ -66,10 +66,11 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
 fn kinds(source: &Source) -> Vec<Range<u64>> {
     let first = |kind: bool| source.stills.iter().position(|&still| still == kind);
     let samples = |set: usize| source.set.around(source.set.sets()[..set].iter().map(DataSet::len).sum());
-    match [true, false].into_iter().filter_map(first).map(samples).collect::<Vec<_>>() {
-        none if none.is_empty() => vec![0..source.set.len()],
-        kinds => kinds,
+    let mut kinds: Vec<Range<u64>> = [true, false].into_iter().filter_map(first).map(samples).collect();
+    if kinds.is_empty() {
+        kinds.push(0..source.set.len());
     }
+    kinds
 }
 
 /// `occlude reconstruct`: a user's own files through a checkpoint's model, a sheet for each into `out`.
