@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Bytes of a piece. A shard's last one is shorter.
 const PIECE: u64 = 1 << 20;
@@ -30,6 +31,8 @@ pub struct Cache {
     written: AtomicU64,
     /// Names files that are being written.
     count: AtomicU64,
+    /// Held by the thread that removes pieces: none may look away while another writes one too many.
+    turn: Mutex<()>,
     /// The user has been told that the folder cannot be written.
     told: AtomicBool,
 }
@@ -45,6 +48,7 @@ impl Cache {
             limit,
             written: AtomicU64::new(0),
             count: AtomicU64::new(0),
+            turn: Mutex::default(),
             told: AtomicBool::new(false),
         };
         cache.evict();
@@ -108,8 +112,10 @@ impl Cache {
         }
     }
 
-    /// Removes pieces, in the random order of their names, until 15/16 of the limit are left. One process at a time.
+    /// Removes pieces, in the random order of their names, until 15/16 of the limit are left. One process at a time, of
+    /// which one thread after the other.
     fn evict(&self) {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let Ok(lock) = File::create(self.folder.join("lock")) else { return };
         if lock.try_lock().is_err() {
             return;

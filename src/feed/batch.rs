@@ -242,13 +242,18 @@ impl Belt {
             let ids: Vec<i64> = rows.iter().flat_map(|row| row.text.iter().flatten()).copied().collect();
             Ok(tch::Tensor::from_slice(&ids).f_view([rows.len() as i64, length])?)
         };
+        let labels = || {
+            let mut labels = Vec::with_capacity(rows.len());
+            labels.extend(rows.iter().filter_map(|row| row.label));
+            labels
+        };
         Ok(Rows {
             step,
             text: length.map(ids).transpose()?,
             ids: rows.iter().map(|row| row.id).collect(),
             epochs: rows.iter().map(|row| row.epoch).collect(),
             repeats: rows.iter().map(|row| row.repeat).collect(),
-            labels: self.labelled.then(|| rows.iter().filter_map(|row| row.label).collect()),
+            labels: self.labelled.then(labels),
             valid: rows.iter().map(|row| row.valid).collect(),
             pixels: pixels.f_view_dtype(kind)?,
             waited: Duration::ZERO,

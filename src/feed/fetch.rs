@@ -86,10 +86,15 @@ impl Fetcher {
 
     /// Sends each order of a step on to the decoders, its sample's bytes fetched where they lie in a store.
     pub fn fetch(&self, step: Vec<Order>) {
-        let (far, near): (Vec<Order>, Vec<Order>) =
-            step.into_iter().partition(|order| self.set.set(order.index).0.remote());
-        // Workers only go when the feed stops, which the belt sees.
-        near.into_iter().for_each(|order| drop(self.out.send(order)));
+        let mut far = Vec::new();
+        for order in step {
+            if self.set.set(order.index).0.remote() {
+                far.push(order);
+            } else {
+                // Workers only go when the feed stops, which the belt sees.
+                let _ = self.out.send(order);
+            }
+        }
         if !far.is_empty() {
             let _ = self.steps.unbounded_send(far);
         }
