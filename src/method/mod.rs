@@ -118,8 +118,7 @@ pub trait Method {
         Ok(())
     }
     /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the
-    /// device, waits for nothing, and does the same whatever the values are and whatever of them is padding. Asked once the
-    /// method has joined.
+    /// device, waits for nothing, and does the same whatever the values and the padding are. Asked after `join`.
     fn capturable(&self) -> Result<(), &'static str> {
         Ok(())
     }
