@@ -30,6 +30,7 @@ crate::trials![
     a_stalled_read_is_noticed,
     a_slow_link_is_no_fault,
     damaged_bytes_are_fetched_again,
+    a_damaged_index_is_fetched_again,
     bytes_that_stay_damaged_are_a_bad_sample,
     a_lost_answer_to_a_write_is_settled,
     large_objects_travel_in_parts,
@@ -244,6 +245,19 @@ fn damaged_bytes_are_fetched_again() -> Outcome {
     both.server.faults(|faults| (faults.flips, faults.halves) = (2, 1));
     assert!(rows(source(set), 12)? == rows(source(open(&both.disk, PATIENCE)?), 12)?);
     both.server.faults(|faults| assert_eq!((faults.flips, faults.halves), (0, 0), "nothing was damaged"));
+    Ok(())
+}
+
+fn a_damaged_index_is_fetched_again() -> Outcome {
+    let both = Both::new()?;
+    let set = open(&both.url(), PATIENCE)?;
+    // The first that is asked for is the index of one of its shards.
+    both.server.faults(|faults| (faults.flips, faults.halves) = (2, 1));
+    set.sets()[0].shard(1)?;
+    both.server.faults(|faults| assert_eq!((faults.flips, faults.halves), (0, 0), "nothing was damaged"));
+    both.server.faults(|faults| faults.flips = 1000);
+    let fault = set.sets()[0].shard(2).err().expect("an index that stays damaged");
+    assert_eq!(fault.code, Code::Corrupt, "{fault}");
     Ok(())
 }
 

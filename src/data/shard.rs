@@ -12,6 +12,9 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// How often an index that came damaged is fetched again.
+const AGAIN: usize = 3;
+
 /// The extensions of pictures that `decode` reads, still and moving.
 pub const IMAGE: &[&str] = &["jpg", "jpeg", "png", "webp", "mp4", "webm", "mkv", "avi", "mov", "m4v"];
 /// Those of them that move.
@@ -55,7 +58,8 @@ impl Found {
         }
         let beside = Self::index_of(file);
         let at = |fault: Fault| fault.at(store.name(&beside));
-        let header = store.get_range(&beside, 0..HEADER as u64).and_then(|bytes| Header::read(&bytes)).map_err(at)?;
+        let read = || store.get_range(&beside, 0..HEADER as u64).and_then(|bytes| Header::read(&bytes));
+        let header = whole(store, read).map_err(at)?;
         if header.shard_bytes != bytes {
             return Err(Fault::usage(format!(
                 "{} was made for a tar of {} bytes, {} has {bytes}; pack again, or delete the index to have the tar \
@@ -89,7 +93,7 @@ impl Found {
             Place::Here(index) => index.clone(),
             Place::Beside => {
                 let beside = Self::index_of(&self.file);
-                let read = self.store.get(&beside).and_then(Index::from_bytes);
+                let read = whole(&self.store, || self.store.get(&beside).and_then(Index::from_bytes));
                 Arc::new(read.map_err(|fault| fault.at(self.store.name(&beside)))?)
             }
             Place::Scanned(path) => {
@@ -106,6 +110,21 @@ impl Found {
         let path = self.store.local().map(|folder| folder.join(&self.file));
         Ok(Shard { store: self.store.clone(), file: self.file.clone(), path, index })
     }
+}
+
+/// What is read of an index. Bits flip on the way from a store: what came damaged is fetched again.
+fn whole<T>(store: &Store, read: impl Fn() -> Result<T>) -> Result<T> {
+    let mut got = read();
+    for _ in 0..AGAIN {
+        match got {
+            Err(fault) if fault.code == Code::Corrupt && store.remote() => {
+                tracing::warn!("{fault}; fetching it again");
+                got = read();
+            }
+            done => return done,
+        }
+    }
+    got
 }
 
 /// The index of a tar that has none: from the cache of scans, or by a scan, which is then kept there. A tar's scan is
