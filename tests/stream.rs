@@ -256,7 +256,7 @@ fn a_damaged_index_is_fetched_again() -> Outcome {
     set.sets()[0].shard(1)?;
     both.server.faults(|faults| assert_eq!((faults.flips, faults.halves), (0, 0), "nothing was damaged"));
     both.server.faults(|faults| faults.flips = 1000);
-    let fault = set.sets()[0].shard(2).err().expect("an index that stays damaged");
+    let fault = set.sets()[0].shard(2).expect_err("an index that stays damaged");
     assert_eq!(fault.code, Code::Corrupt, "{fault}");
     Ok(())
 }
