@@ -1,22 +1,19 @@
 //! Audio-MAE against timm's blocks put together: losses, gradients and weights after three AdamW steps; its
 //! masks and positions.
 
-use crate::step::{LR, SOON};
-use crate::support::{Outcome, Tensors, distance, normal, oracle, read, root, write};
+use crate::parity::{self, LR, stepper};
+use crate::support::{Outcome, normal, oracle, read, root};
 use libtest_mimic::Failed;
 use occlude::config::Config;
-use occlude::device::solo::Solo;
 use occlude::fault::{Code, Fault};
 use occlude::grid::{Grid, Input};
 use occlude::method::audio_mae::{self, AudioMae};
 use occlude::method::{Batch, Method};
 use occlude::op::shuffle::Origin;
-use occlude::optim::{flat::Flat, update, update::Updater};
+use occlude::optim::flat::Flat;
 use occlude::part::encoder::position::Axes;
-use occlude::run::step::Stepper;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 crate::trials![
@@ -32,7 +29,6 @@ crate::trials![
 ];
 
 const STEPS: usize = 3;
-const DECAY: f64 = 0.05;
 
 /// A spectrogram of one channel in patches of `patch`.
 pub fn input(height: i64, width: i64, patch: i64) -> Input {
@@ -105,88 +101,32 @@ fn padding_as_good_as_sound_agrees() -> Outcome {
 impl Case {
     fn check(&self) -> Outcome {
         let method = method(&self.input, &self.config)?;
-        let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
-        // Biases and scales begin at 0 and 1, which would hide a mistake: move everything a little.
-        let _ = flat.master.shallow_clone().g_add_(&(normal(1, &flat.master.size()) * 0.02));
+        let flat = parity::moved(&method)?;
         let batches: Vec<Batch> = (0..STEPS as u64).map(|step| sounds(&self.input, &self.valid, step)).collect();
-        let parts = flat.specs.iter().enumerate();
-        let mut asked: Vec<(String, Tensor)> =
-            parts.map(|(i, spec)| (format!("weight.{}", spec.name), flat.part(&flat.master, i))).collect();
+        let mut asked = Vec::new();
         for (step, batch) in batches.iter().enumerate() {
             let mask = method.mask(batch);
             asked.push((format!("input.{step}"), batch.pixels.squeeze_dim(2)));
             asked.push((format!("keep.{step}"), mask.keep));
             asked.push((format!("drop.{step}"), mask.drop));
         }
-        let folder = tempfile::tempdir()?;
-        let (request, reply) = (folder.path().join("request.safetensors"), folder.path().join("reply.safetensors"));
-        write(&request, &asked)?;
-        let words = ["steps", request.to_str().unwrap(), reply.to_str().unwrap(), &self.theirs()];
-        oracle("audio_mae.py", &words)?;
-        let reply = read(&reply)?;
-
-        let mut stepper = stepper(Box::new(method), flat)?;
-        for (step, batch) in batches.into_iter().enumerate() {
-            let outcome = stepper.step(&[batch], LR, |stepper, _| {
-                if step == 0 {
-                    check_gradients(stepper, &reply);
-                }
-                Ok(())
-            })?;
-            let theirs = reply[&format!("loss.{step}")].double_value(&[0]);
-            let off = (outcome.loss - theirs).abs() / theirs;
-            assert!(off <= 1e-5, "loss of step {step}: {} against {theirs}, off by {off:e}", outcome.loss);
-        }
-        for (index, spec) in stepper.flat.specs.iter().enumerate() {
-            let name = &spec.name;
-            let off = stepper.flat.part(&stepper.flat.master, index) - &reply[&format!("weight.{name}")];
-            // Softmax sees neither a bias of all keys nor one of all scores: gradients of pure rounding, which AdamW blows
-            // up to ±lr.
-            if name.ends_with("qkv.bias") {
-                let _ = off.chunk(3, 0)[1].zero_();
-            } else if name.ends_with("meta_mlp.fc2.bias") {
-                continue;
-            }
-            let off = off.abs().max().double_value(&[]);
-            assert!(off <= 0.1 * LR * STEPS as f64, "{name} is off by {off:e} after {STEPS} steps");
-        }
-        Ok(())
+        let reply = parity::reply(&["audio_mae.py", "steps"], &flat, &parity::ours, asked, &self.theirs())?;
+        parity::agree(Box::new(method), flat, batches, &reply, &parity::ours)
     }
 
-    fn theirs(&self) -> String {
+    fn theirs(&self) -> Value {
         let numbers = |part: &str| json!([self.config[part]["depth"], self.config[part]["heads"]]);
         let windows = match &self.config["attention"] {
             Value::Null => json!({"size": [4, 4], "shift": [2, 0]}),
             other => other["windows"].clone(),
         };
-        json!({
+        let numbers = json!({
             "encoder": numbers("encoder"), "decoder": numbers("decoder"), "patch": self.input.patch,
             "window": windows["size"], "shift": windows["shift"], "swapped": self.config["positions"] == "swapped",
-            "normalize": self.config["target"]["normalize"] != false, "steps": STEPS, "lr": LR, "weight_decay": DECAY,
-        })
-        .to_string()
+            "normalize": self.config["target"]["normalize"] != false,
+        });
+        parity::training(STEPS, numbers)
     }
-}
-
-fn check_gradients(stepper: &Stepper, reply: &Tensors) {
-    let theirs: Vec<&Tensor> = reply.iter().filter(|(name, _)| name.starts_with("grad.")).map(|(_, t)| t).collect();
-    assert_eq!(theirs.len(), stepper.flat.specs.len(), "as many gradients as tensors");
-    let greatest = theirs.iter().map(|t| t.abs().max().double_value(&[])).fold(0.0, f64::max);
-    for (index, spec) in stepper.flat.specs.iter().enumerate() {
-        let (name, ours) = (&spec.name, stepper.flat.part(&stepper.flat.gradient, index).to_kind(Kind::Double));
-        let wanted = &reply[&format!("grad.{name}")];
-        assert_eq!(ours.size(), wanted.size(), "{name}");
-        let (off, norm) = (distance(&ours, wanted), wanted.norm().double_value(&[]));
-        let within = 1e-5 * norm + 1e-7 * greatest;
-        assert!(off <= within, "gradient of {name}: ‖Δ‖ = {off:e}, ‖g‖ = {norm:e}, allowed {within:e}");
-    }
-}
-
-fn stepper(method: Box<dyn Method>, flat: Flat) -> Result<Stepper, Fault> {
-    let optim = json!({"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.95]});
-    let optim: update::Config = serde_json::from_value(optim).expect("numbers");
-    let updater = Updater::new(&flat, &optim);
-    Stepper::new(method, flat, updater, Arc::new(Solo::new(Device::Cpu)), 1 << 16, SOON)
 }
 
 pub fn origins(samples: usize, epoch: u64) -> Vec<Origin> {

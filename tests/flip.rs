@@ -1,7 +1,8 @@
 //! FLIP against open_clip: loss and gradients; and against itself on several ranks.
 
+use crate::parity;
 use crate::step::{LR, SOON};
-use crate::support::{Outcome, distance, normal, oracle, read, write};
+use crate::support::{Outcome, distance, normal};
 use occlude::device::World;
 use occlude::device::solo::{Solo, threads};
 use occlude::grid::Input;
@@ -12,7 +13,7 @@ use occlude::part::encoder::position;
 use occlude::rng::{Draw, Purpose};
 use occlude::run::pace::{Ahead, Share};
 use occlude::run::step::Stepper;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -94,37 +95,21 @@ impl Case {
     fn check(&self) -> Outcome {
         let method = self.method();
         let grid = *method.grid();
-        let flat = moved(&method)?;
+        let flat = parity::moved(&method)?;
         let batch = batch(&normal(1, &[self.batch, 3, 1, self.size.0, self.size.1]));
         let mask = method.mask(&batch);
-        let mut asked: Vec<(String, Tensor)> = (0..flat.specs.len())
-            .map(|i| (format!("weight.{}", flat.specs[i].name), flat.part(&flat.master, i)))
-            .collect();
-        asked.push(("input".into(), batch.pixels.squeeze_dim(2)));
-        asked.push(("text".into(), batch.text.as_ref().expect("captions").shallow_clone()));
-        asked.push(("order".into(), Tensor::cat(&[&mask.keep, &mask.drop], 1)));
-        asked.push(("positions".into(), position::sine_cosine(&grid, self.image[0])));
-        let folder = tempfile::tempdir()?;
-        let (request, reply) = (folder.path().join("request.safetensors"), folder.path().join("reply.safetensors"));
-        write(&request, &asked)?;
-        oracle("flip.py", &[request.to_str().unwrap(), reply.to_str().unwrap(), &self.theirs()])?;
-        let reply = read(&reply)?;
+        let asked = vec![
+            ("input".into(), batch.pixels.squeeze_dim(2)),
+            ("text".into(), batch.text.as_ref().expect("captions").shallow_clone()),
+            ("order".into(), Tensor::cat(&[&mask.keep, &mask.drop], 1)),
+            ("positions".into(), position::sine_cosine(&grid, self.image[0])),
+        ];
+        let reply = parity::reply(&["flip.py"], &flat, &parity::ours, asked, &self.theirs())?;
 
         let loss = &method.loss(&flat.leaves, &batch)?[0].sum / self.batch;
-        let theirs = reply["loss"].double_value(&[0]);
-        let off = (loss.double_value(&[]) - theirs).abs() / theirs;
-        assert!(off <= 1e-5, "loss {} against {theirs}, off by {off:e}", loss.double_value(&[]));
+        parity::loss(loss.double_value(&[]), &reply["loss.0"], 0);
         loss.backward();
-        let gradients: Vec<&Tensor> =
-            reply.iter().filter(|(name, _)| name.starts_with("grad.")).map(|(_, t)| t).collect();
-        assert_eq!(gradients.len(), flat.specs.len(), "as many gradients as tensors");
-        let greatest = gradients.iter().map(|t| t.abs().max().double_value(&[])).fold(0.0, f64::max);
-        for (index, spec) in flat.specs.iter().enumerate() {
-            let (ours, wanted) = (flat.part(&flat.gradient, index), &reply[&format!("grad.{}", spec.name)]);
-            let (off, norm) = (distance(&ours, wanted), wanted.norm().double_value(&[]));
-            let within = 1e-5 * norm + 1e-7 * greatest;
-            assert!(off <= within, "gradient of {}: ‖Δ‖ = {off:e}, ‖g‖ = {norm:e}, allowed {within:e}", spec.name);
-        }
+        parity::gradients(&flat, "grad.0.", &reply, &parity::ours);
         let image = no_grad(|| method.match_images(&flat.leaves, &batch))?;
         let caption = no_grad(|| method.match_captions(&flat.leaves, batch.captions().expect("captions")))?;
         for (what, ours) in [("image", image), ("caption", caption)] {
@@ -134,23 +119,14 @@ impl Case {
         Ok(())
     }
 
-    fn theirs(&self) -> String {
+    fn theirs(&self) -> Value {
         let ([width, depth, heads], [text_width, text_depth, text_heads]) = (self.image, self.text);
         json!({
             "size": [self.size.0, self.size.1], "patch": self.patch, "width": width, "depth": depth, "heads": heads,
             "text_width": text_width, "text_depth": text_depth, "text_heads": text_heads, "embed": self.embed,
             "ratio": self.ratio, "towers": self.towers, "vocabulary": VOCABULARY, "length": LENGTH,
         })
-        .to_string()
     }
-}
-
-/// Weights with biases and scales moved away from 0 and 1, which would hide a mistake.
-fn moved(method: &flip::Flip) -> Result<Flat, occlude::fault::Fault> {
-    let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
-    let noise = normal(2, &flat.master.size()) * 0.02;
-    let _ = flat.master.shallow_clone().g_add_(&noise);
-    Ok(flat)
 }
 
 /// Pixels [B, C, 1, Y, X] with a caption each, of which one token is the greatest.
@@ -170,7 +146,7 @@ fn seen_from(world: Arc<dyn World>) -> (f64, Tensor) {
     let (image, text) = ([24, 2, 2], [20, 2, 2]);
     let case = Case { size: (20, 24), patch: 4, image, text, embed: 12, ratio: 0.5, towers: "plain", batch: 12 };
     let method = case.method();
-    let flat = moved(&method).expect("weights");
+    let flat = parity::moved(&method).expect("weights");
     let optim: update::Config = serde_json::from_value(json!({"lr": 1e-3})).expect("numbers");
     let updater = Updater::new(&flat, &optim);
     let all = batch(&normal(6, &[case.batch, 3, 1, 20, 24]));

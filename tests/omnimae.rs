@@ -1,20 +1,17 @@
 //! OmniMAE against layers of other people's code, on pictures and on clips: losses, gradients and weights after AdamW steps
 //! of either; what it hides; and that it learns both.
 
-use crate::support::{Outcome, Tensors, distance, normal, oracle, read, root, write};
+use crate::parity::{self, LR, stepper};
+use crate::support::{Outcome, normal, root};
 use crate::videomae::{blank, clips, rows, shape};
 use occlude::config::Config;
-use occlude::device::solo::Solo;
 use occlude::fault::{Code, Fault};
 use occlude::grid::Input;
 use occlude::method::{Batch, Method, omnimae};
-use occlude::optim::{flat::Flat, update, update::Updater};
+use occlude::optim::flat::Flat;
 use occlude::part::weights::Init;
-use occlude::run::step::Stepper;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::time::Duration;
 use tch::{Device, Kind, Tensor, no_grad};
 
 crate::trials![
@@ -31,9 +28,6 @@ crate::trials![
     a_config_that_cannot_be_is_refused,
     it_learns_pictures_and_clips,
 ];
-
-const LR: f64 = 1e-3;
-const DECAY: f64 = 0.05;
 
 struct Case {
     batch: i64,
@@ -89,43 +83,15 @@ impl Case {
             "image_mask": {"ratio": 0.75}, "clip_mask": {"ratio": 0.9},
         });
         let method = omnimae::OmniMae::new(&serde_json::from_value(numbers)?, &self.input)?;
-        let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
-        // Biases, scales and the mask token begin at 0 and 1, which would hide a mistake: move everything a little.
-        let _ = flat.master.shallow_clone().g_add_(&(normal(1, &flat.master.size()) * 0.02));
+        let flat = parity::moved(&method)?;
         let batches: Vec<Batch> = (0..).zip(self.steps).map(|(step, &still)| self.batch(step, still)).collect();
-        let weights = flat.specs.iter().enumerate();
-        let weights = weights.map(|(index, spec)| (format!("weight.{}", spec.name), flat.part(&flat.master, index)));
-        let mut asked: Vec<(String, Tensor)> = weights.collect();
+        let mut asked = Vec::new();
         for (step, batch) in batches.iter().enumerate() {
             asked.push((format!("input.{step}"), batch.pixels.shallow_clone()));
             asked.push((format!("drop.{step}"), method.mask(batch).drop));
         }
-        let folder = tempfile::tempdir()?;
-        let (request, reply) = (folder.path().join("request.safetensors"), folder.path().join("reply.safetensors"));
-        write(&request, &asked)?;
-        oracle("omnimae.py", &[request.to_str().unwrap(), reply.to_str().unwrap(), &self.theirs()])?;
-        let reply = read(&reply)?;
-
-        let mut stepper = stepper(Box::new(method), flat)?;
-        for (step, batch) in batches.into_iter().enumerate() {
-            let outcome = stepper.step(&[batch], LR, |stepper, _| {
-                if step < 2 {
-                    check_gradients(stepper, &reply, step);
-                }
-                Ok(())
-            })?;
-            let theirs = reply[&format!("loss.{step}")].double_value(&[0]);
-            let off = (outcome.loss - theirs).abs() / theirs;
-            assert!(off <= 1e-5, "loss of step {step}: {} against {theirs}, off by {off:e}", outcome.loss);
-        }
-        for (index, spec) in stepper.flat.specs.iter().enumerate() {
-            let (ours, theirs) =
-                (stepper.flat.part(&stepper.flat.master, index), &reply[&format!("weight.{}", spec.name)]);
-            let off =
-                (without_keys(&spec.name, &ours) - without_keys(&spec.name, theirs)).abs().max().double_value(&[]);
-            assert!(off <= 0.1 * LR * self.steps.len() as f64, "{} is off by {off:e}", spec.name);
-        }
-        Ok(())
+        let reply = parity::reply(&["omnimae.py"], &flat, &parity::ours, asked, &self.theirs())?;
+        parity::agree(Box::new(method), flat, batches, &reply, &parity::ours)
     }
 
     fn batch(&self, step: u64, still: bool) -> Batch {
@@ -134,49 +100,17 @@ impl Case {
         Batch { pixels: normal(step, &[self.batch, channels, frames, height, width]), ..blank(self.batch, step) }
     }
 
-    fn theirs(&self) -> String {
+    fn theirs(&self) -> Value {
         let (input, [width, depth, heads], [narrow, short, few]) = (&self.input, self.encoder, self.decoder);
-        json!({
-            "steps": self.steps.len(), "lr": LR, "weight_decay": DECAY, "image_size": [input.height, input.width],
+        let numbers = json!({
+            "image_size": [input.height, input.width],
             "patch_size": input.patch, "num_channels": input.channels, "num_frames": input.frames,
             "tubelet_size": input.patch_frames, "hidden_size": width, "num_hidden_layers": depth,
             "num_attention_heads": heads, "intermediate_size": 4 * width, "decoder_hidden_size": narrow,
             "decoder_num_hidden_layers": short, "decoder_num_attention_heads": few, "decoder_intermediate_size": 4 * narrow,
-        })
-        .to_string()
+        });
+        parity::training(self.steps.len(), numbers)
     }
-}
-
-/// The biases of keys, which no softmax sees and transformers' layers do not have, taken out.
-fn without_keys(name: &str, tensor: &Tensor) -> Tensor {
-    let third = tensor.size()[0] / 3;
-    match name.ends_with("attn.qkv.bias") {
-        true => Tensor::cat(&[tensor.narrow(0, 0, third), tensor.narrow(0, 2 * third, third)], 0),
-        false => tensor.shallow_clone(),
-    }
-}
-
-fn check_gradients(stepper: &Stepper, reply: &Tensors, step: usize) {
-    let prefix = format!("grad.{step}.");
-    let theirs: Vec<&Tensor> = reply.iter().filter(|(name, _)| name.starts_with(&prefix)).map(|(_, t)| t).collect();
-    assert_eq!(theirs.len(), stepper.flat.specs.len(), "as many gradients as tensors");
-    let greatest = theirs.iter().map(|t| t.abs().max().double_value(&[])).fold(0.0, f64::max);
-    for (index, spec) in stepper.flat.specs.iter().enumerate() {
-        let ours = stepper.flat.part(&stepper.flat.gradient, index);
-        let wanted = &reply[&format!("{prefix}{}", spec.name)];
-        assert_eq!(ours.size(), wanted.size(), "{}", spec.name);
-        let (off, norm) = (distance(&ours, wanted), wanted.norm().double_value(&[]));
-        let within = 1e-5 * norm + 1e-7 * greatest;
-        let name = &spec.name;
-        assert!(off <= within, "gradient of {name}, step {step}: ‖Δ‖ = {off:e}, ‖g‖ = {norm:e}, allowed {within:e}");
-    }
-}
-
-fn stepper(method: Box<dyn Method>, flat: Flat) -> Result<Stepper, Fault> {
-    let optim = json!({"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.95]});
-    let optim: update::Config = serde_json::from_value(optim).expect("numbers");
-    let updater = Updater::new(&flat, &optim);
-    Stepper::new(method, flat, updater, Arc::new(Solo::new(Device::Cpu)), 1 << 16, Duration::from_secs(5))
 }
 
 fn tiny(overrides: &[&str]) -> Result<Config, Fault> {

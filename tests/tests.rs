@@ -3,6 +3,7 @@
 mod bar;
 mod heap;
 mod job;
+mod parity;
 mod support;
 
 mod rng;

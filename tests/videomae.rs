@@ -1,24 +1,22 @@
 //! VideoMAE against other people's code: losses, gradients and weights after three AdamW steps; its tubes; and that it
 //! learns.
 
-use crate::support::{Outcome, Tensors, distance, normal, oracle, read, root, write};
+use crate::parity::{self, LR, stepper};
+use crate::support::{Outcome, normal, oracle, read, root};
 use occlude::config::Config;
-use occlude::device::solo::Solo;
 use occlude::fault::Code;
 use occlude::grid::{Grid, Input};
 use occlude::method::{Batch, Method, videomae};
 use occlude::op::shuffle::Origin;
-use occlude::optim::{flat::Flat, update, update::Updater};
+use occlude::optim::flat::Flat;
 use occlude::part::encoder::{position, vit::Shape};
 use occlude::part::mask;
 use occlude::part::weights::Init;
 use occlude::rng::{Draw, Purpose};
 use occlude::run::evaluate::{Feature, features::Encoder};
 use occlude::run::{exchange, step::Stepper};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::time::Duration;
 use tch::{Device, Kind, Tensor, no_grad};
 
 crate::trials![
@@ -36,8 +34,6 @@ crate::trials![
 ];
 
 const STEPS: usize = 3;
-const LR: f64 = 1e-3;
-const DECAY: f64 = 0.05;
 
 struct Case {
     batch: i64,
@@ -107,46 +103,16 @@ impl Case {
     fn check(&self) -> Outcome {
         let method = self.method()?;
         let grid = *method.grid();
-        let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
-        // Biases and scales begin at 0 and 1, which would hide a mistake: move everything a little.
-        let _ = flat.master.shallow_clone().g_add_(&(normal(1, &flat.master.size()) * 0.02));
+        let flat = parity::moved(&method)?;
         let batches: Vec<Batch> = (0..STEPS as u64).map(|step| self.batch(step)).collect();
         let mut asked = Vec::new();
-        for (index, spec) in flat.specs.iter().enumerate() {
-            let part = flat.part(&flat.master, index);
-            let (name, tensor) = exchange::official(method.name(), &spec.name, &part, &grid);
-            asked.push((format!("weight.{name}"), tensor));
-        }
         for (step, batch) in batches.iter().enumerate() {
             asked.push((format!("input.{step}"), batch.pixels.shallow_clone()));
             asked.push((format!("drop.{step}"), method.mask(batch).drop));
         }
-        let folder = tempfile::tempdir()?;
-        let (request, reply) = (folder.path().join("request.safetensors"), folder.path().join("reply.safetensors"));
-        write(&request, &asked)?;
-        let words = ["steps", request.to_str().unwrap(), reply.to_str().unwrap(), &self.theirs()];
-        oracle("videomae.py", &words)?;
-        let reply = read(&reply)?;
-
-        let mut stepper = stepper(Box::new(method), flat)?;
-        for (step, batch) in batches.into_iter().enumerate() {
-            let outcome = stepper.step(&[batch], LR, |stepper, _| {
-                if step == 0 {
-                    check_gradients(stepper, &reply);
-                }
-                Ok(())
-            })?;
-            let theirs = reply[&format!("loss.{step}")].double_value(&[0]);
-            let off = (outcome.loss - theirs).abs() / theirs;
-            assert!(off <= 1e-5, "loss of step {step}: {} against {theirs}, off by {off:e}", outcome.loss);
-        }
-        for (index, spec) in stepper.flat.specs.iter().enumerate() {
-            let part = stepper.flat.part(&stepper.flat.master, index);
-            let (name, ours) = exchange::official("videomae", &spec.name, &part, &grid);
-            let off = (&ours - &reply[&format!("weight.{name}")]).abs().max().double_value(&[]);
-            assert!(off <= 0.1 * LR * STEPS as f64, "{name} is off by {off:e} after {STEPS} steps");
-        }
-        Ok(())
+        let official = |name: &str, tensor: &Tensor| exchange::official("videomae", name, tensor, &grid);
+        let reply = parity::reply(&["videomae.py", "steps"], &flat, &official, asked, &self.theirs())?;
+        parity::agree(Box::new(method), flat, batches, &reply, &official)
     }
 
     fn batch(&self, step: u64) -> Batch {
@@ -154,41 +120,19 @@ impl Case {
         Batch { pixels: normal(step, &[self.batch, channels, frames, height, width]), ..blank(self.batch, step) }
     }
 
-    fn theirs(&self) -> String {
+    fn theirs(&self) -> Value {
         let (input, encoder, decoder) = (&self.input, &self.encoder, &self.decoder);
-        json!({
-            "steps": STEPS, "lr": LR, "weight_decay": DECAY, "image_size": [input.height, input.width],
+        let numbers = json!({
+            "image_size": [input.height, input.width],
             "patch_size": input.patch, "num_channels": input.channels, "num_frames": input.frames,
             "tubelet_size": input.patch_frames, "norm_pix_loss": self.normalize,
             "hidden_size": encoder.width, "num_hidden_layers": encoder.depth, "num_attention_heads": encoder.heads,
             "intermediate_size": 4 * encoder.width, "decoder_hidden_size": decoder.width,
             "decoder_num_hidden_layers": decoder.depth, "decoder_num_attention_heads": decoder.heads,
             "decoder_intermediate_size": 4 * decoder.width,
-        })
-        .to_string()
+        });
+        parity::training(STEPS, numbers)
     }
-}
-
-fn check_gradients(stepper: &Stepper, reply: &Tensors) {
-    let theirs: Vec<&Tensor> = reply.iter().filter(|(name, _)| name.starts_with("grad.")).map(|(_, t)| t).collect();
-    assert_eq!(theirs.len(), stepper.flat.specs.len(), "as many gradients as tensors");
-    let greatest = theirs.iter().map(|t| t.abs().max().double_value(&[])).fold(0.0, f64::max);
-    for (index, spec) in stepper.flat.specs.iter().enumerate() {
-        let part = stepper.flat.part(&stepper.flat.gradient, index);
-        let (name, ours) = exchange::official("videomae", &spec.name, &part, stepper.method.grid());
-        let wanted = &reply[&format!("grad.{name}")];
-        assert_eq!(ours.size(), wanted.size(), "{name}");
-        let (off, norm) = (distance(&ours, wanted), wanted.norm().double_value(&[]));
-        let within = 1e-5 * norm + 1e-7 * greatest;
-        assert!(off <= within, "gradient of {name}: ‖Δ‖ = {off:e}, ‖g‖ = {norm:e}, allowed {within:e}");
-    }
-}
-
-fn stepper(method: Box<dyn Method>, flat: Flat) -> Result<Stepper, occlude::fault::Fault> {
-    let optim = json!({"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.95]});
-    let optim: update::Config = serde_json::from_value(optim).expect("numbers");
-    let updater = Updater::new(&flat, &optim);
-    Stepper::new(method, flat, updater, Arc::new(Solo::new(Device::Cpu)), 1 << 16, Duration::from_secs(5))
 }
 
 pub fn blank(batch: i64, epoch: u64) -> Batch {

@@ -4,7 +4,7 @@ usage: audio_mae.py steps REQUEST.safetensors REPLY.safetensors CONFIG_JSON
        audio_mae.py positions ROWS COLS WIDTH REPLY.safetensors
 steps:     request: weight.<our name>, and for each step i input.<i> [B, 1, Y, X], keep.<i> and drop.<i> int64 [B, ·],
            -1 where a sample has no such token
-           reply:   loss.<i>, grad.<our name> (of step 0), weight.<our name> (after the last step)
+           reply:   loss.<i>, grad.0.<our name>, weight.<our name> (after the last step)
            config:  encoder and decoder [depth, heads], patch, window and shift (null: every token sees every other),
            swapped, normalize, steps, lr, weight_decay
 positions: the official code's table for tokens that stand row by row: `positions` [N, D]
@@ -125,7 +125,7 @@ def steps(request, reply, text):
         loss.backward()
         out[f"loss.{step}"] = loss.detach().reshape(1)
         if step == 0:
-            out |= {f"grad.{name}": value.grad.clone() for name, value in w.items()}
+            out |= {f"grad.0.{name}": value.grad.clone() for name, value in w.items()}
         optimizer.step()
     out |= {f"weight.{name}": value.detach() for name, value in w.items()}
     save_file({name: value.contiguous() for name, value in out.items()}, reply)

@@ -3,7 +3,7 @@
 usage: flip.py REQUEST.safetensors REPLY.safetensors CONFIG_JSON
 request: weight.<our name>, input [B, C, Y, X], text int64 [B, L], order int64 [B, N] (tokens in the order in which
          they are kept), positions [N, D] (where they are fixed)
-reply:   loss, grad.<our name>, image [B, E], caption [B, E] (unit vectors with nothing hidden)
+reply:   loss.0, grad.0.<our name>, image [B, E], caption [B, E] (unit vectors with nothing hidden)
 
 With "towers": "plain" open_clip's own switches bring its model to FLIP's (no normalisation before the blocks, no causal
 mask, the first token speaks, tanh units, fixed positions); a bias of the patch embedding and the mean over all tokens,
@@ -99,8 +99,8 @@ with mock.patch("torch.randn", lambda *size: noise):
     image, caption, scale = model(asked["input"], asked["text"])
 loss = ClipLoss()(image, caption, scale)
 loss.backward()
-out = {"loss": loss.detach().reshape(1)}
-out |= {f"grad.{name}": to_ours(name, parameters[theirs(name)].grad, value) for name, value in given.items()}
+out = {"loss.0": loss.detach().reshape(1)}
+out |= {f"grad.0.{name}": to_ours(name, parameters[theirs(name)].grad, value) for name, value in given.items()}
 model.eval()
 with torch.no_grad():
     image, caption, _ = model(asked["input"], asked["text"])

@@ -4,7 +4,7 @@ positions come in at the encoder's width and in the original order, targets have
 
 usage: omnimae.py REQUEST.safetensors REPLY.safetensors CONFIG_JSON
 request: weight.<name>, input.<i> [B, C, T, Y, X] and drop.<i> int64 [B, M] for each step i; T is 1 for pictures
-reply:   loss.<i>, grad.<name> (of steps 0 and 1, grad.<i>.<name>), weight.<name> (after the last step)
+reply:   loss.<i>, grad.<i>.<name> (of steps 0 and 1), weight.<name> (after the last step)
 """
 import json
 import sys

@@ -5,7 +5,7 @@ usage: videomae.py steps REQUEST.safetensors REPLY.safetensors CONFIG_JSON
        videomae.py make FOLDER REQUEST.safetensors REPLY.safetensors CONFIG_JSON
        videomae.py load official|transformers FOLDER REQUEST.safetensors REPLY.safetensors
 steps:  request: weight.<official name>, input.<i> [B, C, T, Y, X] and drop.<i> int64 [B, M] for each step i
-        reply:   loss.<i>, grad.<official name> (of step 0), weight.<official name> (after the last step)
+        reply:   loss.<i>, grad.0.<official name>, weight.<official name> (after the last step)
 make:   a model of random weights, saved in FOLDER as transformers saves it (transformers/) and as the official training
         does (checkpoint-3.pth, with its arguments; plain.safetensors, without)
 load:   what `occlude export` wrote
@@ -66,7 +66,7 @@ def steps(request, reply, text):
         loss.backward()
         out[f"loss.{step}"] = loss.detach().reshape(1)
         if step == 0:
-            out |= official(((n, p.grad) for n, p in trained), "grad.", TABLE)
+            out |= official(((n, p.grad) for n, p in trained), "grad.0.", TABLE)
         optimizer.step()
     save(out | official(trained, "weight.", TABLE), reply)
 

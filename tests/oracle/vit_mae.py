@@ -2,7 +2,7 @@
 
 usage: vit_mae.py REQUEST.safetensors REPLY.safetensors CONFIG_JSON
 request: weight.<official name>, input.<i> [B, C, Y, X], noise.<i> [B, N] for each step i
-reply:   loss.<i>, grad.<official name> (of step 0), weight.<official name> (after the last step),
+reply:   loss.<i>, grad.0.<official name>, weight.<official name> (after the last step),
          positions [N, D], decoder_positions [N, D] as the model used them
 """
 import json
@@ -45,7 +45,7 @@ for step in range(steps):
     result.loss.backward()
     out[f"loss.{step}"] = result.loss.detach().reshape(1)
     if step == 0:
-        out |= official(((n, p.grad) for n, p in trained), "grad.")
+        out |= official(((n, p.grad) for n, p in trained), "grad.0.")
     optimizer.step()
 out |= official(trained, "weight.")
 save_file({name: value.contiguous() for name, value in out.items()}, reply)
