@@ -10,6 +10,7 @@ use occlude::fault::{Code, Result};
 use occlude::method::{Batch, mae};
 use occlude::op::shuffle::Origin;
 use occlude::optim::bucket::Event;
+use occlude::run::pace::{Ahead, Share};
 use occlude::run::step::Stepper;
 use serde_json::json;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ crate::trials![
     seven_tenths_of_a_slow_network_are_hidden_from_shards,
     what_starts_after_backward_is_not_hidden,
     seven_tenths_of_slow_gathers_are_hidden_under_the_next_forward,
+    seven_tenths_of_slow_gathers_are_hidden_in_a_step_ahead,
     weights_wait_for_their_own_bucket_alone,
     weights_that_do_not_come_are_a_fault,
 ];
@@ -207,11 +209,31 @@ fn what_starts_after_backward_is_not_hidden() -> Outcome {
 /// Gathers, one after the other, each for half of the time in which a forward passes a bucket: only the first, whose
 /// weights are wanted at once, has to be waited for.
 fn seven_tenths_of_slow_gathers_are_hidden_under_the_next_forward() -> Outcome {
+    enough_of_gathers_is_hidden(|stepper, rows, _| {
+        // The weights of the step before are on their way.
+        stepper.buckets.begin();
+        stepper.method.loss(&stepper.flat.leaves, &noise(rows)).expect("a loss");
+    })
+}
+
+/// What a graph holds: the step begins with the gathers, and ends with none under way.
+fn seven_tenths_of_slow_gathers_are_hidden_in_a_step_ahead() -> Outcome {
+    enough_of_gathers_is_hidden(|stepper, rows, world| {
+        let mut ahead = Ahead::new(rows as u64 * world.size() as u64, stepper, world).expect("a pace");
+        let origins = (0..rows as u64).map(|id| Origin { id, epoch: 0, repeat: 0 }).collect();
+        let pixels = noise(rows).pixels;
+        let share = Share { pixels, origins, text: None, valid: None, seed: 5, micro: rows as usize };
+        ahead.step(stepper, &share, 1e-6).expect("a step");
+    })
+}
+
+/// `step` waits for weights, of which the stepper keeps count.
+fn enough_of_gathers_is_hidden(step: fn(&mut Stepper, i64, &Arc<dyn World>)) -> Outcome {
     let rows = calibrated();
     let all = threads(2, |world| {
         let mut shares = Vec::new();
         while shares.len() < 8 && shares.last().is_none_or(|&share| share < 0.7) {
-            shares.push(share_of_gathers_hidden(&world, rows));
+            shares.push(share_of_gathers_hidden(&world, rows, step));
         }
         shares
     });
@@ -219,7 +241,7 @@ fn seven_tenths_of_slow_gathers_are_hidden_under_the_next_forward() -> Outcome {
     Ok(())
 }
 
-fn share_of_gathers_hidden(world: &Arc<dyn World>, rows: i64) -> f64 {
+fn share_of_gathers_hidden(world: &Arc<dyn World>, rows: i64, step: fn(&mut Stepper, i64, &Arc<dyn World>)) -> f64 {
     let mut meeting = world.channel("meeting").expect("a channel");
     let mut greatest = |number: f64| {
         let all = meeting.all_reduce(&Tensor::from_slice(&[number]), Reduce::Max).wait(SOON);
@@ -236,9 +258,7 @@ fn share_of_gathers_hidden(world: &Arc<dyn World>, rows: i64) -> f64 {
     let delay = -0.5 * greatest(-forward(&plain)) / count;
     let (mut delayed, _) = slowed(world, Duration::from_secs_f64(delay), BLOCK, SHARDED);
     timed(&mut delayed, rows);
-    // The weights of that step are on their way.
-    delayed.buckets.begin();
-    forward(&delayed);
+    step(&mut delayed, rows, world);
     1.0 - greatest(delayed.buckets.waited().as_secs_f64()) / (delay * count)
 }
 

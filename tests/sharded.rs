@@ -2,7 +2,7 @@
 //! order of sums allows it.
 
 use crate::job::{Run, STEPS, signal, undisturbed};
-use crate::step::{BATCH, BUCKET, LR, Path, SOON, Toy, share, tiny, toy_batch};
+use crate::step::{BATCH, BUCKET, LR, Path, SOON, Toy, load, share, tiny, toy_batch};
 use crate::support::{Outcome, normal, read};
 use libtest_mimic::Failed;
 use occlude::device::World;
@@ -13,6 +13,7 @@ use occlude::optim::bucket::{Buckets, Wire};
 use occlude::optim::flat::Flat;
 use occlude::optim::update::Updater;
 use occlude::part::weights::{Init, Table};
+use occlude::run::pace::Ahead;
 use occlude::run::step::Stepper;
 use rustix::process::Signal;
 use serde_json::json;
@@ -23,6 +24,7 @@ crate::trials![
     each_rank_holds_its_share_and_no_more,
     pieces_cover_every_weight_once,
     shards_and_whole_take_the_same_path,
+    shards_ahead_take_the_path_of_whole_ones_ahead,
     the_kernel_moves_shares_as_it_moves_the_whole,
     clipped_shards_stay_beside_whole,
     a_refused_step_leaves_shards_alone,
@@ -156,6 +158,30 @@ fn shards_and_whole_take_the_same_path() -> Outcome {
                 assert!(!everything(&both[1])[1].1.equal(&begun[1].1), "nothing has moved");
             });
         }
+    }
+    Ok(())
+}
+
+/// There the whole weights come with the next step, and with the last one's outcome.
+fn shards_ahead_take_the_path_of_whole_ones_ahead() -> Outcome {
+    for (ranks, micro) in [(1, 10), (2, 5), (2, 2), (3, 3)] {
+        threads(ranks, |world| {
+            let [whole, shards] = [false, true].map(|sharded| {
+                let mut stepper = stepper(tiny(), &world, BUCKET, Make { kind: Kind::BFloat16, sharded, ..PLAIN });
+                // Weights of a step whose outcome the host saw are on their way when the first one ahead begins.
+                steps(&mut stepper, world.as_ref(), 2);
+                let mut ahead = Ahead::new(BATCH, &stepper, &world).expect("a pace");
+                let mut told = Vec::new();
+                for step in 2..6 {
+                    let load = load(step, BATCH, world.as_ref(), micro);
+                    told.extend(ahead.step(&mut stepper, &load, LR).expect("a step"));
+                }
+                told.extend(ahead.settle(&stepper).expect("the last"));
+                (told.iter().map(|outcome| outcome.loss).collect::<Vec<_>>(), everything(&stepper))
+            });
+            assert!(whole.0.len() == 4 && whole.0 == shards.0, "{:?} for {:?}", shards.0, whole.0);
+            same(&shards.1, &whole.1, &format!("{ranks} ranks, micro-batches of {micro}"));
+        });
     }
     Ok(())
 }

@@ -86,6 +86,7 @@ impl Bench {
     /// The next step, stage by stage: seconds of each, and bytes of its pixels.
     pub fn stages(&mut self) -> Result<([f64; 5], usize)> {
         let (given, _) = self.given()?;
+        self.pace.settle(&self.stepper)?;
         let with = (LR, deadline(&self.config));
         let course = staged(&mut self.stepper, &given, &self.config, self.world.as_ref(), with)?;
         Ok((course.seconds(self.world.as_ref())?, given.bytes()))

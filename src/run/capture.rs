@@ -5,8 +5,8 @@
 //! looks at the end of each launch that holds collectives.
 //!
 //! NCCL wants a collective captured on every rank or on none, and launched alike. So what decides is how often a part has
-//! run, which is the same on every rank as long as the last part of every step is the same part, or one of several whose
-//! turns come alike on every rank.
+//! run, which is the same on every rank as long as the parts of every step that hold collectives are the same parts, or
+//! some of several whose turns come alike on every rank.
 
 use crate::bridge::cuda::{Graph, Pool, Stream, empty_cache};
 use crate::device::World;
@@ -20,8 +20,16 @@ use tch::Tensor;
 /// does most of it; the second begins where the first left the allocator.
 const WARM: u32 = 3;
 
-/// Which part of a step: its number of samples and of their frames, and whether it is the last, which reduces and updates.
-pub type Part = ([i64; 2], bool);
+/// Which part of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// Its number of samples and of their frames.
+    pub size: [i64; 2],
+    /// Whether it is the first where ranks keep shares of the weights, and brings those to all.
+    pub gathers: bool,
+    /// Whether it is the last, which reduces and updates.
+    pub last: bool,
+}
 
 /// The parts of a step by their shapes, one after the other on one stream.
 pub struct Graphs {
@@ -76,7 +84,7 @@ impl Graphs {
     fn launch(&self, part: Part) -> Result<Option<Tensor>> {
         let Some(State::Captured(graph, made)) = self.parts.get(&part) else { unreachable!("captured before") };
         graph.replay()?;
-        if part.1 {
+        if part.gathers || part.last {
             self.world.launched(self.deadline)?;
         }
         Ok(made.as_ref().map(Tensor::shallow_clone))

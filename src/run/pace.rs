@@ -5,7 +5,7 @@
 //! own, on a stream of its own, while the device still computes the step before, and moved from there when their turn
 //! comes. So the host has the time of a whole step to prepare the next one, and the device never waits for it.
 
-use super::capture::Graphs;
+use super::capture::{Graphs, Part};
 use super::landing::Landing;
 use super::step::{Counts, Outcome, Stepper};
 use crate::bridge::copy;
@@ -94,7 +94,8 @@ impl Pace {
         }
     }
 
-    /// The outcome that has not been told yet, if any, once it is there. Nothing is under way afterwards.
+    /// The outcome that has not been told yet, if any, once it is there. Nothing is under way afterwards, and every rank
+    /// can compute with the weights of the last step. Collective.
     pub fn settle(&mut self, stepper: &Stepper) -> Result<Option<Outcome>> {
         match self {
             Pace::Watched => Ok(None),
@@ -160,6 +161,8 @@ impl Ahead {
         let [rates, pixels, origins] = std::array::from_fn(|_| load.next().expect("loaded above"));
         let whole = Batch { pixels, origins, text: load.next(), valid: None, seed: share.seed };
         copy(&self.rates, &rates)?;
+        // What a step of another pace has sent on its way: graphs hold what they began themselves.
+        stepper.buckets.gathered(stepper.deadline)?;
         stepper.begin()?;
         let mut cuts: Vec<Range<usize>> = share.cut().collect();
         if cuts.is_empty() {
@@ -173,13 +176,18 @@ impl Ahead {
             if let (Some(gpu), true) = (&mut self.gpu, last) {
                 gpu.landing.free()?;
             }
-            numbers = self.part(stepper, [rows.len() as i64, whole.pixels.size()[2]], last)?;
+            let part = Part {
+                size: [rows.len() as i64, whole.pixels.size()[2]],
+                gathers: index == 0 && stepper.flat.shards.is_some(),
+                last,
+            };
+            numbers = self.part(stepper, part)?;
         }
         let numbers = numbers.expect("the last part's");
         let slot = self.late.as_ref().map_or(0, |(slot, _)| 1 - slot);
         copy(&self.slots[slot], &numbers)?;
         let there = self.gpu.as_ref().map(Gpu::mark).transpose()?;
-        let before = self.settle(stepper)?;
+        let before = self.told(stepper)?;
         self.late = Some((slot, there));
         Ok(before)
     }
@@ -215,23 +223,36 @@ impl Ahead {
     }
 
     /// Queues a part of the step; the last gives its numbers.
-    fn part(&mut self, stepper: &mut Stepper, size: [i64; 2], last: bool) -> Result<Option<Tensor>> {
+    fn part(&mut self, stepper: &mut Stepper, part: Part) -> Result<Option<Tensor>> {
         let _part = scope("part");
-        let (input, counts, rates) = (self.inputs.get(&size), &self.counts, &self.rates);
+        let (input, counts, rates) = (self.inputs.get(&part.size), &self.counts, &self.rates);
         let mut body = || {
-            if let Some(input) = input {
-                stepper.accumulate(input, counts, last)?;
+            if part.gathers {
+                stepper.buckets.spread();
             }
-            if last { stepper.conclude(rates).map(Some) } else { Ok(None) }
+            if let Some(input) = input {
+                stepper.accumulate(input, counts, part.last)?;
+            }
+            // A graph ends all that it began.
+            stepper.buckets.gathered(stepper.deadline)?;
+            if part.last { stepper.conclude(rates).map(Some) } else { Ok(None) }
         };
         match &mut self.gpu {
-            Some(gpu) => gpu.graphs.run((size, last), body),
+            Some(gpu) => gpu.graphs.run(part, body),
             None => body(),
         }
     }
 
     /// As [`Pace::settle`].
     pub fn settle(&mut self, stepper: &Stepper) -> Result<Option<Outcome>> {
+        let last = self.told(stepper)?;
+        stepper.buckets.spread();
+        stepper.buckets.gathered(stepper.deadline)?;
+        Ok(last)
+    }
+
+    /// The outcome of the step before, once it is there.
+    fn told(&mut self, stepper: &Stepper) -> Result<Option<Outcome>> {
         let Some((slot, there)) = self.late.take() else { return Ok(None) };
         if let Some(there) = there {
             there.synchronize()?;

@@ -157,7 +157,8 @@ impl Stepper {
         Ok(())
     }
 
-    /// After the last micro-batch: reduces, lets the device decide and moves the weights. `rates` are [`Updater::rates`]
+    /// After the last micro-batch: reduces, lets the device decide and moves the weights that this rank keeps; a sharded
+    /// optimizer's come to the others by [`Buckets::spread`], under the next step's forward. `rates` are [`Updater::rates`]
     /// f64 [3] on the device. Returns the numbers that [`Stepper::outcome`] reads, on the device.
     pub fn conclude(&mut self, rates: &Tensor) -> Result<Tensor> {
         let Report { numbers, used } = self.reduce()?;
@@ -167,9 +168,6 @@ impl Stepper {
         let square = numbers.narrow(0, 2 * terms + ranks, 1);
         let good = bad.sum(Kind::Double).eq(0.0).logical_and(&square.isfinite());
         self.updater.queue(&self.flat, &used, rates, &square.sqrt(), &good)?;
-        self.buckets.spread();
-        // A graph ends where it began: what it has sent on its way arrives within.
-        self.buckets.gathered(self.deadline)?;
         Ok(numbers)
     }
 
