@@ -2,32 +2,20 @@
 
 usage: fetch_stamps.py FOLDER
 
-Debian's package `tuxpaint-stamps-default` (161 MB) holds them; it is downloaded and unpacked, not installed, which needs
-no root. FOLDER/list.jsonl names each picture with its category as label and its English text as caption.
+Debian's package `tuxpaint-stamps-default` (161 MB) holds them. FOLDER/list.jsonl names each picture with its category as
+label and its English text as caption.
 """
-import json
 import pathlib
-import subprocess
 import sys
-import tempfile
 
-PACKAGE = "tuxpaint-stamps-default"
-
-
-def run(*words, folder):
-    done = subprocess.run(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(words)}: {done.stderr.strip()}\nThis needs Debian or Ubuntu, apt-get update, and the network.")
+from debian import listed, unpacked
 
 
 def main(folder):
     if folder.exists():
         return print(f"{folder} is there already")
-    with tempfile.TemporaryDirectory() as scratch:
-        run("apt-get", "download", PACKAGE, folder=scratch)
-        archive = next(pathlib.Path(scratch).glob("*.deb"))
-        run("dpkg-deb", "-x", archive.name, "unpacked", folder=scratch)
-        stamps = pathlib.Path(scratch) / "unpacked/usr/share/tuxpaint/stamps"
+    with unpacked("tuxpaint-stamps-default") as (place,):
+        stamps = place / "usr/share/tuxpaint/stamps"
         part = folder.with_name(folder.name + ".part")
         rows = []
         for picture in sorted(stamps.rglob("*.png")):
@@ -39,8 +27,8 @@ def main(folder):
             (part / path).parent.mkdir(parents=True, exist_ok=True)
             (part / path).write_bytes(picture.read_bytes())
             rows.append({"path": path.as_posix(), "label": path.parts[0], "caption": lines[0].strip()})
-        (part / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        part.rename(folder)
+    listed(part, {"list": rows})
+    part.rename(folder)
     print(f"{len(rows)} captioned pictures in {folder}")
 
 

@@ -1,14 +1,16 @@
 """Masked autoencoders and FLIP as other people train them in PyTorch, as programs that take turns (turns.py).
 
-usage: peer_models.py transformers|blocks|open_clip eager|compile NUMBERS_JSON
+usage: peer_models.py transformers|videomae|blocks|open_clip eager|compile NUMBERS_JSON
 
 transformers  ViTMAEForPreTraining
+videomae      VideoMAEForPreTraining of transformers, tubes drawn anew at every step
 blocks        timm's vision transformer blocks, put together as the official repository (facebookresearch/mae) has it; with
               blocks of PyTorch's own modules where timm is not installed
 open_clip     its two towers with patch dropout, and its contrastive loss
 
 NUMBERS: side, patch, encoder and decoder (width, depth, heads), batch, dtype (fp32, or bf16 by autocast), device, threads;
-for open_clip instead of the decoder: text (width, depth, heads), embed, vocabulary, length, ratio.
+for videomae also frames, ratio; for open_clip instead of the decoder: text (width, depth, heads), embed, vocabulary,
+length, ratio.
 Input is normalised pixels in the device's memory; AdamW is PyTorch's fused one, with the official groups.
 """
 import functools
@@ -111,6 +113,25 @@ class ByTransformers(nn.Module):
         return self.model(images).loss
 
 
+class ByVideoMae(nn.Module):
+    def __init__(self, side, patch, encoder, decoder, frames, ratio):
+        super().__init__()
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+        (width, depth, heads), (inner, layers, parts) = encoder, decoder
+        self.places, self.slots = (side // patch) ** 2, frames // 2
+        self.hidden = int(ratio * self.places)
+        self.model = VideoMAEForPreTraining(VideoMAEConfig(
+            hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+            image_size=side, patch_size=patch, num_frames=frames, tubelet_size=2, decoder_hidden_size=inner,
+            decoder_num_hidden_layers=layers, decoder_num_attention_heads=parts, decoder_intermediate_size=4 * inner,
+            norm_pix_loss=True, use_mean_pooling=False))
+
+    def forward(self, clips):
+        rank = torch.rand(len(clips), self.places, device=clips.device).argsort(1).argsort(1)
+        return self.model(clips, bool_masked_pos=(rank < self.hidden).repeat(1, self.slots)).loss
+
+
 class ByOpenClip(nn.Module):
     def __init__(self, side, patch, encoder, text, embed, vocabulary, length, ratio):
         super().__init__()
@@ -143,6 +164,9 @@ def build(name, numbers):
         keys = ("side", "patch", "encoder", "text", "embed", "vocabulary", "length", "ratio")
         return ByOpenClip(*[numbers[key] for key in keys]), f"open_clip {open_clip.__version__}"
     shape = [numbers[key] for key in ("side", "patch", "encoder", "decoder")]
+    if name == "videomae":
+        import transformers
+        return ByVideoMae(*shape, numbers["frames"], numbers["ratio"]), f"transformers {transformers.__version__}"
     if name == "transformers":
         import transformers
         return ByTransformers(*shape), f"transformers {transformers.__version__}"
@@ -161,7 +185,8 @@ def main():
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    batch = [torch.randn(numbers["batch"], 3, numbers["side"], numbers["side"], device=device)]
+    frames = [numbers["frames"]] if name == "videomae" else []
+    batch = [torch.randn(numbers["batch"], *frames, 3, numbers["side"], numbers["side"], device=device)]
     if name == "open_clip":
         batch.append(torch.randint(numbers["vocabulary"], (numbers["batch"], numbers["length"]), device=device))
     run = torch.compile(model) if mode == "compile" else model

@@ -23,6 +23,16 @@ PAIRS = {
     "s16": {"side": 224, "patch": 16, "encoder": (384, 12, 6), "text": (384, 12, 6), "embed": 384, "vocabulary": 49408,
             "length": 77},
 }
+# Clips: s16 is VideoMAE's ViT-S.
+CLIPS = {
+    "tiny": {"side": 32, "frames": 4, "patch": 8, "encoder": (64, 2, 4), "decoder": (48, 1, 4)},
+    "s16": {"side": 224, "frames": 16, "patch": 16, "encoder": (384, 12, 6), "decoder": (192, 4, 3)},
+}
+# Spectrograms: s16 has Audio-MAE's ten seconds and decoder.
+SOUNDS = {
+    "tiny": {"frames": 64, "mels": 32, "patch": 8, "encoder": (64, 2, 4), "decoder": (48, 2, 4)},
+    "s16": {"frames": 1024, "mels": 128, "patch": 16, "encoder": (384, 12, 6), "decoder": (512, 16, 16)},
+}
 
 
 class NotRun(Exception):
@@ -43,27 +53,43 @@ def config(side, patch, encoder, decoder, batch, dtype="fp32", mask_tokens="deco
     """Our config of a MAE of these numbers (width, depth, heads)."""
     method = {"mae": {"encoder": shape(encoder), "decoder": shape(decoder), "target": {"normalize": True},
                       "mask_tokens": mask_tokens}}
-    return whole("MAE", side, patch, encoder, method, batch, dtype)
+    return whole("MAE", {"height": side, "width": side, "patch": patch}, encoder, method, batch, dtype)
 
 
 def config_of_pairs(side, patch, encoder, text, embed, vocabulary, length, ratio, batch, dtype="fp32"):
     """Our config of FLIP with the towers of CLIP."""
     method = {"flip": {"encoder": shape(encoder), "embed": embed, "mask": {"ratio": ratio}, "towers": "clip",
                        "text": {"shape": shape(text), "vocabulary": vocabulary, "length": length}}}
-    return whole("FLIP", side, patch, encoder, method, batch, dtype) | {
+    return whole("FLIP", {"height": side, "width": side, "patch": patch}, encoder, method, batch, dtype) | {
         "view": {"caption": {"tokenizer": "none", "length": length}}}
+
+
+def config_of_clips(side, frames, patch, encoder, decoder, batch, ratio, dtype="fp32"):
+    """Our config of VideoMAE."""
+    method = {"videomae": {"encoder": shape(encoder), "decoder": shape(decoder), "mask": {"ratio": ratio}}}
+    input = {"height": side, "width": side, "frames": frames, "patch": patch, "patch_frames": 2}
+    return whole("VideoMAE", input, encoder, method, batch, dtype) | {"view": {"clip": {"sampling": {"stride": 4}}}}
+
+
+def config_of_sounds(frames, mels, patch, encoder, decoder, batch, attention, dtype="fp32"):
+    """Our config of Audio-MAE, which attends globally in its decoder or within windows."""
+    method = {"audio_mae": {"encoder": shape(encoder), "decoder": shape(decoder), "attention": attention,
+                            "mask": {"ratio": 0.8}}}
+    input = {"channels": 1, "height": frames, "width": mels, "patch": patch}
+    return whole("Audio-MAE", input, encoder, method, batch, dtype) | {
+        "view": {"sound": {"rate": 16000, "mean": 0.0, "std": 1.0}}}
 
 
 def shape(numbers):
     return dict(zip(("width", "depth", "heads"), numbers))
 
 
-def whole(name, side, patch, encoder, method, batch, dtype):
+def whole(name, input, encoder, method, batch, dtype):
     """A config without data, of which `bench` takes noise."""
     width, depth, heads = encoder
     return {
         "about": {"title": f"{name} {width}/{depth}/{heads}", "source": "launch/turns.py", "measured": "now"},
-        "input": {"height": side, "width": side, "patch": patch},
+        "input": input,
         "method": method,
         "optim": {"lr": 1e-4},
         "data": {"train": "none"},

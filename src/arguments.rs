@@ -6,7 +6,7 @@ use occlude::data::medium::Medium;
 use occlude::data::pack;
 use occlude::fault::{Fault, Result};
 use occlude::run::evaluate::{self, Probe, Protocol, Question, Recipe, captions};
-use occlude::run::evaluate::{nearest::Vote, paper::Paper, samples::Augmentation};
+use occlude::run::evaluate::{nearest::Vote, paper::Paper, samples::Augmentation, subject::Subject};
 use occlude::run::{bench, exchange, open::Resume};
 use std::path::PathBuf;
 
@@ -115,7 +115,7 @@ pub struct PackArguments {
     /// Of H.264: the most frames from one that stands alone to the next [default: 12]
     #[arg(long, value_name = "N")]
     pub gop: Option<u32>,
-    /// Pack sounds: .wav, .flac, .mp3 and .ogg (Vorbis) files
+    /// Pack sounds: .wav, .flac, .mp3, .ogg (Vorbis) and .opus files
     #[arg(long)]
     pub sound: bool,
     /// Decode all sounds and store them as 16-bit WAV of one channel at this many samples a second
@@ -303,20 +303,26 @@ impl EvaluateArguments {
                 })
             }
         };
-        let EvaluateArguments { checkpoint, train, test, feature, random, seed, .. } = self;
+        let subject = self.subject();
+        let EvaluateArguments { train, test, feature, .. } = self;
         let train =
             train.ok_or_else(|| Fault::usage("--train is missing: labelled shards that the probe learns from"))?;
-        Ok(Asked::Probe(Question { checkpoint, train, test, probe, feature, random, seed }))
+        Ok(Asked::Probe(Question { subject, train, test, probe, feature }))
     }
 
     /// The question of a protocol that compares images with captions.
     fn about_captions(self) -> Asked {
-        let EvaluateArguments { checkpoint, test, protocol, classes, templates, tokenizer, random, seed, .. } = self;
+        let subject = self.subject();
+        let EvaluateArguments { test, protocol, classes, templates, tokenizer, .. } = self;
         let task = match protocol {
             Protocol::Retrieval => captions::Task::Retrieval,
             _ => captions::Task::ZeroShot { classes, templates },
         };
-        Asked::Captions(captions::Question { checkpoint, test, task, tokenizer, random, seed })
+        Asked::Captions(captions::Question { subject, test, task, tokenizer })
+    }
+
+    fn subject(&self) -> Subject {
+        Subject { checkpoint: self.checkpoint.clone(), random: self.random, seed: self.seed }
     }
 }
 

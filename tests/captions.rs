@@ -17,6 +17,7 @@ use occlude::grid::Grid;
 use occlude::part::view::View;
 use occlude::rng::{Draw, Purpose};
 use occlude::run::evaluate::captions::{Answer, Found, Question, Task, evaluate};
+use occlude::run::evaluate::subject::Subject;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -202,7 +203,8 @@ static TRAINED: LazyLock<PathBuf> = LazyLock::new(|| {
 });
 
 fn ask(task: Task, random: bool) -> Question {
-    Question { checkpoint: text(&*TRAINED), test: set("test"), task, tokenizer: None, random, seed: None }
+    let subject = Subject { checkpoint: text(&*TRAINED), random, seed: None };
+    Question { subject, test: set("test"), task, tokenizer: None }
 }
 
 fn answer(question: &Question, size: usize) -> Answer {

@@ -12,6 +12,7 @@ use occlude::run::evaluate::nearest::Vote;
 use occlude::run::evaluate::paper::Paper;
 use occlude::run::evaluate::ranks::Ranks;
 use occlude::run::evaluate::samples::{self, Augmentation};
+use occlude::run::evaluate::subject::Subject;
 use occlude::run::evaluate::{Answer, Feature, Probe, Question, evaluate};
 use occlude::run::{checkpoint, state};
 use serde_json::{Value, json};
@@ -37,13 +38,11 @@ crate::trials![
 /// A probe of the tiny training that all tests share.
 fn ask(probe: Probe, train: &Path, test: &Path) -> Question {
     Question {
-        checkpoint: text(undisturbed(0).folder()),
+        subject: Subject { checkpoint: text(undisturbed(0).folder()), random: false, seed: None },
         train: text(train),
         test: text(test),
         probe,
         feature: Some(Feature::Class),
-        random: false,
-        seed: None,
     }
 }
 
@@ -233,7 +232,8 @@ fn ranks_that_ask_different_questions_are_refused() -> Outcome {
     let plain = ask(Probe::Nearest(Vote::default()), &train, &test);
     let other_k = Question { probe: Probe::Nearest(Vote { k: 3, ..Vote::default() }), ..plain.clone() };
     let other_set = Question { test: text(&train), ..plain.clone() };
-    let other_weights = Question { random: true, ..plain.clone() };
+    let untrained = Subject { random: true, ..plain.subject.clone() };
+    let other_weights = Question { subject: untrained, ..plain.clone() };
     for (other, label) in [(other_k, "probe"), (other_set, "test set"), (other_weights, "weights")] {
         let faults: Vec<Fault> = threads(2, |world| {
             let question = [&plain, &other][world.rank()];

@@ -2,9 +2,11 @@
 
 use crate::parity;
 use crate::step::{LR, SOON};
-use crate::support::{Outcome, distance, normal};
+use crate::support::{Outcome, distance, normal, root};
+use occlude::config::Config;
 use occlude::device::World;
 use occlude::device::solo::{Solo, threads};
+use occlude::fault::Code;
 use occlude::grid::Input;
 use occlude::method::{Batch, Method, flip};
 use occlude::op::shuffle::Origin;
@@ -22,6 +24,9 @@ crate::trials![
     three_quarters_hidden_of_a_wide_image_agree_with_open_clip,
     clips_towers_agree_with_open_clip,
     nothing_hidden_agrees_with_open_clip,
+    captions_with_tokens_hidden_agree_with_open_clip,
+    the_token_that_speaks_is_seen_and_padding_is_hidden_first,
+    a_mask_of_captions_that_does_not_fit_is_refused,
     one_to_four_ranks_see_one_batch,
     captions_go_along_with_steps_ahead,
     captions_that_change_their_length_are_refused,
@@ -40,6 +45,8 @@ pub struct Case {
     ratio: f64,
     towers: &'static str,
     batch: i64,
+    /// `text.mask`.
+    words: Value,
 }
 
 const VOCABULARY: i64 = 101;
@@ -47,28 +54,80 @@ const LENGTH: i64 = 9;
 
 fn the_papers_towers_agree_with_open_clip() -> Outcome {
     let (image, text) = ([36, 2, 3], [28, 3, 7]);
-    Case { size: (42, 42), patch: 6, image, text, embed: 20, ratio: 0.5, towers: "plain", batch: 5 }.check()
+    Case { size: (42, 42), patch: 6, image, text, embed: 20, batch: 5, ..tiny("plain") }.check()
 }
 
 fn three_quarters_hidden_of_a_wide_image_agree_with_open_clip() -> Outcome {
     let (image, text) = ([44, 3, 11], [20, 1, 2]);
-    Case { size: (24, 56), patch: 8, image, text, embed: 12, ratio: 0.75, towers: "plain", batch: 3 }.check()
+    Case { size: (24, 56), patch: 8, image, text, embed: 12, ratio: 0.75, batch: 3, ..tiny("plain") }.check()
 }
 
 fn clips_towers_agree_with_open_clip() -> Outcome {
     let (image, text) = ([60, 2, 5], [24, 2, 3]);
-    Case { size: (30, 42), patch: 6, image, text, embed: 16, ratio: 0.5, towers: "clip", batch: 7 }.check()
+    Case { size: (30, 42), patch: 6, image, text, embed: 16, batch: 7, ..tiny("clip") }.check()
 }
 
 fn nothing_hidden_agrees_with_open_clip() -> Outcome {
     let (image, text) = ([24, 1, 2], [16, 2, 4]);
-    Case { size: (20, 20), patch: 4, image, text, embed: 8, ratio: 0.0, towers: "plain", batch: 4 }.check()
+    Case { size: (20, 20), patch: 4, image, text, embed: 8, ratio: 0.0, batch: 4, ..tiny("plain") }.check()
+}
+
+fn captions_with_tokens_hidden_agree_with_open_clip() -> Outcome {
+    for (towers, prioritised) in [("plain", true), ("plain", false), ("clip", true), ("clip", false)] {
+        let (image, text) = ([24, 1, 2], [20, 2, 2]);
+        let words = json!({"ratio": 0.5, "prioritised": prioritised, "padding": 3});
+        Case { size: (20, 20), patch: 4, image, text, embed: 8, ratio: 0.5, towers, batch: 6, words }.check()?;
+    }
+    Ok(())
+}
+
+/// Nine tokens of which four stay, of captions of one to nine tokens.
+fn the_token_that_speaks_is_seen_and_padding_is_hidden_first() -> Outcome {
+    let rows: Vec<[i64; 9]> =
+        (1..=9).map(|length| std::array::from_fn(|at| if at < length { 10 + at as i64 } else { 3 })).collect();
+    let ids = Tensor::from_slice(&rows.concat()).view([9, 9]);
+    let speaker = |towers, row: usize| if towers == "plain" { 0 } else { row as i64 };
+    for (towers, prioritised) in [("plain", true), ("plain", false), ("clip", true), ("clip", false)] {
+        let words = json!({"ratio": 0.5, "prioritised": prioritised, "padding": 3});
+        let pair = Case { words, ..tiny(towers) }.method().pair;
+        let mut seen = [[0; 9]; 9];
+        for epoch in 0..60 {
+            let origins: Vec<Origin> = (0..9).map(|id| Origin { id, epoch, repeat: 0 }).collect();
+            let keep = pair.words(&ids, 9, &Origin::table(&origins, Device::Cpu)).expect("some are hidden");
+            assert_eq!(keep.size(), [9, 4]);
+            for (row, seen) in seen.iter_mut().enumerate() {
+                let keep: Vec<i64> = Vec::try_from(keep.get(row as i64))?;
+                assert!(keep.windows(2).all(|pair| pair[0] < pair[1]), "{towers}: {keep:?} in order");
+                assert!(keep.contains(&speaker(towers, row)), "{towers}: {keep:?} without the token that speaks");
+                let words = keep.iter().filter(|&&at| at <= row as i64).count();
+                assert!(!prioritised || words == 4.min(row + 1), "{towers}: {keep:?} of {} words", row + 1);
+                keep.iter().for_each(|&at| seen[at as usize] += 1);
+            }
+        }
+        // Of nine tokens each but the one that speaks stays in three eighths of the epochs.
+        let others = (0..9).filter(|&at| at as i64 != speaker(towers, 8)).map(|at| seen[8][at]);
+        assert!(others.clone().all(|times| (9..38).contains(&times)), "{towers}: {:?}", seen[8]);
+    }
+    Ok(())
+}
+
+fn a_mask_of_captions_that_does_not_fit_is_refused() -> Outcome {
+    for (words, told) in [
+        (json!({"ratio": 0.95}), "method.flip.text.mask.ratio is 0.95, which keeps 0 of 16 tokens"),
+        (json!({"ratio": 0.0}), "method.flip.text.mask.ratio is 0, which keeps 16 of 16"),
+        (json!({"ration": 0.5}), "did you mean `ratio`?"),
+    ] {
+        let path = root().join("configs/tiny/flip.json");
+        let fault = Config::read(&path, &[format!("method.flip.text.mask={words}")]).expect_err("refused");
+        assert!(fault.code == Code::Usage && fault.message.contains(told), "{fault}");
+    }
+    Ok(())
 }
 
 /// Two blocks each, for pictures of 16 by 16.
 pub fn tiny(towers: &'static str) -> Case {
     let (image, text) = ([16, 2, 2], [16, 2, 2]);
-    Case { size: (16, 16), patch: 4, image, text, embed: 8, ratio: 0.5, towers, batch: 4 }
+    Case { size: (16, 16), patch: 4, image, text, embed: 8, ratio: 0.5, towers, batch: 4, words: Value::Null }
 }
 
 impl Case {
@@ -87,7 +146,7 @@ impl Case {
         let shape = |[width, depth, heads]: [i64; 3]| json!({"width": width, "depth": depth, "heads": heads});
         let config = json!({
             "encoder": shape(self.image), "mask": {"ratio": self.ratio}, "embed": self.embed, "towers": self.towers,
-            "text": {"shape": shape(self.text), "vocabulary": VOCABULARY, "length": LENGTH},
+            "text": {"shape": shape(self.text), "vocabulary": VOCABULARY, "length": LENGTH, "mask": self.words},
         });
         flip::Flip::new(&serde_json::from_value(config).expect("numbers"), &input).expect("a method")
     }
@@ -98,12 +157,15 @@ impl Case {
         let flat = parity::moved(&method)?;
         let batch = batch(&normal(1, &[self.batch, 3, 1, self.size.0, self.size.1]));
         let mask = method.mask(&batch);
-        let asked = vec![
+        let captions = batch.text.as_ref().expect("captions");
+        let words = method.pair.words(captions, batch.seed, &batch.origins);
+        let mut asked: Vec<(String, Tensor)> = vec![
             ("input".into(), batch.pixels.squeeze_dim(2)),
-            ("text".into(), batch.text.as_ref().expect("captions").shallow_clone()),
+            ("text".into(), captions.shallow_clone()),
             ("order".into(), Tensor::cat(&[&mask.keep, &mask.drop], 1)),
             ("positions".into(), position::sine_cosine(&grid, self.image[0])),
         ];
+        asked.extend(words.map(|words| ("words".into(), words)));
         let reply = parity::reply(&["flip.py"], &flat, &parity::ours, asked, &self.theirs())?;
 
         let loss = &method.loss(&flat.leaves, &batch)?[0].sum / self.batch;
@@ -144,7 +206,7 @@ pub fn batch(pixels: &Tensor) -> Batch {
 fn seen_from(world: Arc<dyn World>) -> (f64, Tensor) {
     tch::set_num_threads(1);
     let (image, text) = ([24, 2, 2], [20, 2, 2]);
-    let case = Case { size: (20, 24), patch: 4, image, text, embed: 12, ratio: 0.5, towers: "plain", batch: 12 };
+    let case = Case { size: (20, 24), patch: 4, image, text, embed: 12, batch: 12, ..tiny("plain") };
     let method = case.method();
     let flat = parity::moved(&method).expect("weights");
     let optim: update::Config = serde_json::from_value(json!({"lr": 1e-3})).expect("numbers");
@@ -245,7 +307,7 @@ fn one_rank_alone_is_captured() -> Outcome {
 
 fn the_scale_is_held_between_one_and_a_hundred() -> Outcome {
     let (image, text) = ([16, 1, 2], [16, 1, 2]);
-    let case = Case { size: (16, 16), patch: 4, image, text, embed: 8, ratio: 0.5, towers: "plain", batch: 4 };
+    let case = Case { size: (16, 16), patch: 4, image, text, embed: 8, batch: 4, ..tiny("plain") };
     let method = case.method();
     let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
     let at = flat.specs.iter().position(|spec| spec.name == "logit_scale").expect("a scale");

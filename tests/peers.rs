@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 crate::trials![
     peers_of_the_same_size_take_turns_in_one_table,
     a_peer_that_cannot_run_is_told_and_the_others_go_on,
-    towers_of_the_same_size_take_turns_with_open_clips,
+    steps_of_every_modality_take_turns_with_others,
     what_a_gpu_is_asked_in_parts_comes_together,
 ];
 
@@ -73,12 +73,19 @@ fn a_peer_that_cannot_run_is_told_and_the_others_go_on() -> Outcome {
     Ok(())
 }
 
-fn towers_of_the_same_size_take_turns_with_open_clips() -> Outcome {
-    let words = ["--size", "tiny", "--batch", "3", "--pairs", "2", "--threads", "1", "--ratio", "0.5"];
-    let output = script("bench_captions", &words).output()?;
+fn steps_of_every_modality_take_turns_with_others() -> Outcome {
+    let output = script("bench", &["--size", "tiny", "--batch", "3", "--pairs", "2", "--threads", "1"]).output()?;
     let told = told(&output);
     assert!(output.status.success(), "{told}");
-    for what in ["0.5 hidden: ours / open_clip", "ours: 0.5 hidden / none hidden"] {
+    for what in [
+        "MAE, 32 px, patch 8: ours / transformers",
+        "MAE: mask tokens in the encoder / only in the decoder",
+        "VideoMAE: ours / transformers",
+        "VideoMAE: 0.9 hidden / one place hidden",
+        "FLIP, 0.5 hidden: ours / open_clip",
+        "FLIP: 0.75 hidden / none hidden",
+        "Audio-MAE: decoder in windows / over all",
+    ] {
         let line = told.lines().find(|line| line.starts_with(what)).unwrap_or_else(|| panic!("{what} in {told}"));
         let ratio = line.split_once("ratio ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<f64>().ok());
         assert!(ratio.is_some_and(|ratio| ratio > 0.0), "{line}");

@@ -6,16 +6,23 @@ use crate::server::Server;
 use crate::shard::text;
 use crate::support::{Outcome, read, root};
 use libtest_mimic::Failed;
+use occlude::config::Config;
+use occlude::fault::Code;
+use occlude::feed::Rows;
+use occlude::optim::flat::Flat;
+use occlude::run::evaluate::{Feature, features::Encoder};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::path::Path;
-use tch::Kind;
+use std::time::Duration;
+use tch::{Device, Kind, Tensor};
 
 crate::trials![
     shards_of_sounds_are_streamed_into_training_which_resumes_to_the_bit,
     any_number_of_ranks_trains_alike,
     a_dumped_step_says_which_tokens_are_there,
     features_and_pictures_leave_padding_out,
+    statistics_are_those_of_the_sound_alone,
     no_format_takes_what_it_cannot_hold,
 ];
 
@@ -103,6 +110,38 @@ fn features_and_pictures_leave_padding_out() -> Outcome {
     let (code, _, why) = said(&["reconstruct", "--checkpoint", &checkpoint, "--input", &file, "--out", &out])?;
     assert_eq!(code, 0, "{why}");
     assert!(image::open(Path::new(&out).join("000-03.png"))?.width() > 3 * 192, "time runs to the right");
+    Ok(())
+}
+
+fn statistics_are_those_of_the_sound_alone() -> Outcome {
+    let encoder = |path: &str| {
+        let config = Config::read(&root().join(path), &[])?;
+        let method = config.method.build(&config.input)?;
+        let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
+        Encoder::new(config, method, flat, Some(Feature::Statistics))
+    };
+    let fault = encoder("configs/tiny/mae.json").err().expect("a picture has no bands");
+    assert!(fault.code == Code::Usage && fault.message.contains("about spectrograms"), "{fault}");
+    let encoder = encoder("configs/tiny/audio_mae.json")?;
+    let pixels = Tensor::full([2, 1, 1, 192, 32], f64::NAN, (Kind::Float, Device::Cpu));
+    for (sample, rows) in [(0, [1f32, 2.0, 6.0]), (1, [4.0, -4.0, 0.0])] {
+        for (row, value) in (0..).zip(rows) {
+            let bands = Tensor::arange(32, (Kind::Float, Device::Cpu)) + f64::from(value);
+            pixels.get(sample).get(0).get(0).get(row).copy_(&bands);
+        }
+    }
+    let valid = vec![3, 2];
+    let (ids, epochs, repeats) = (vec![0, 1], vec![0; 2], vec![0; 2]);
+    let rows = Rows { step: 0, ids, epochs, repeats, labels: None, valid, pixels, text: None, waited: Duration::ZERO };
+    let found = encoder.features(&rows)?;
+    assert_eq!((encoder.none().size(), found.size()), (vec![0, 64], vec![2, 64]));
+    for band in 0..32 {
+        for (sample, mean, variance) in [(0, 3.0, 14.0 / 3.0), (1, 0.0, 16.0)] {
+            let [middle, deviation] = [band, 32 + band].map(|at| found.double_value(&[sample, at]));
+            let off = (middle - mean - band as f64).abs() + (deviation - f64::sqrt(variance)).abs();
+            assert!(off < 1e-4, "band {band} of sample {sample}: {middle}, {deviation}");
+        }
+    }
     Ok(())
 }
 

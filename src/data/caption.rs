@@ -80,6 +80,14 @@ impl Tokenizer {
         self.length
     }
 
+    /// What fills up captions that are shorter.
+    pub fn padding(&self) -> i64 {
+        match self.marks {
+            Marks::Padding(padding) => padding,
+            Marks::Around(_) => 0,
+        }
+    }
+
     /// What tells this vocabulary from others.
     pub fn digest(&self) -> &str {
         &self.digest
@@ -101,14 +109,14 @@ impl Tokenizer {
         let coded = coded
             .map_err(|error| Fault::new(Code::Corrupt, format!("a text that {} cannot read: {error}", self.file)))?;
         let ids = coded.get_ids().iter().map(|&id| i64::from(id));
-        let (mut ids, padding): (Vec<i64>, i64) = match self.marks {
-            Marks::Padding(padding) => (ids.take(self.length).collect(), padding),
+        let mut ids: Vec<i64> = match self.marks {
+            Marks::Padding(_) => ids.take(self.length).collect(),
             Marks::Around([begin, end]) => {
                 let inside = ids.take(self.length - 2);
-                (std::iter::once(begin).chain(inside).chain([end]).collect(), 0)
+                std::iter::once(begin).chain(inside).chain([end]).collect()
             }
         };
-        ids.resize(self.length, padding);
+        ids.resize(self.length, self.padding());
         Ok(ids)
     }
 }

@@ -1,5 +1,5 @@
 //! Videos: what is known of one, and the frames that are wanted of it. They are decoded by a process of its own,
-//! `occlude-decode`, which alone links FFmpeg; this is its parent's side.
+//! `occlude-decode`, which alone links FFmpeg; this is its parent's side. It decodes Opus too, for `sound.rs`.
 //!
 //! A video that makes the child crash, or hang past the deadline, is Code::Corrupt as a damaged picture is; the next
 //! one gets a new child. The child sees the file's bytes in memory and can open nothing else.
@@ -113,7 +113,7 @@ impl Videos {
         }
         let ask = Ask::Open { bytes: bytes.len() as u64, bounds: self.limits.bounds() };
         self.child()?.write(bytes)?;
-        match self.ask(&ask, Duration::ZERO)? {
+        match self.ask(&ask, Duration::ZERO)?.map_err(corrupt)? {
             Answer::Open(facts) if self.limits.allow(&facts) => Ok(Video { facts, videos: self }),
             other => Err(self.nonsense(&other)),
         }
@@ -124,6 +124,20 @@ impl Videos {
         let frames = pixels.len() as u64 / (u64::from(width) * u64::from(height) * 3);
         self.child()?.write(pixels)?;
         self.made(&Ask::Encode { recipe: recipe.clone(), fps, width, height, frames }, Duration::from_secs(600))
+    }
+
+    /// Decodes an Ogg Opus file of at most `most` samples: one channel, the mean of all, at 48 kHz. Of a file that is none, why.
+    pub fn sound(&mut self, bytes: &[u8], most: u64, samples: &mut Vec<f32>) -> Result<Result<(), String>> {
+        self.child()?.write(bytes)?;
+        let count = match self.ask(&Ask::Sound { bytes: bytes.len() as u64, most }, Duration::ZERO)? {
+            Ok(Answer::Sound { samples }) if samples <= most.min(self.child()?.length()? / 4) => samples,
+            Ok(other) => return Ok(Err(self.nonsense(&other).message)),
+            Err(why) => return Ok(Err(why)),
+        };
+        let mut raw = vec![0; 4 * count as usize];
+        self.child()?.read(&mut raw, 0)?;
+        samples.extend(raw.as_chunks::<4>().0.iter().map(|four| f32::from_ne_bytes(*four)));
+        Ok(Ok(()))
     }
 
     /// The child's process id, for those who watch it; none before the first video.
@@ -138,15 +152,15 @@ impl Videos {
         Ok(self.child.as_mut().expect("started above"))
     }
 
-    /// Asks; a child that does not answer in time, or is gone, is given up.
-    fn ask(&mut self, ask: &Ask, more: Duration) -> Result<Answer> {
+    /// Asks; a child that does not answer in time, or is gone, is given up. Instead of an answer, why the file is none.
+    fn ask(&mut self, ask: &Ask, more: Duration) -> Result<Result<Answer, String>> {
         let deadline = self.limits.deadline + more;
         match self.child()?.ask(ask, deadline) {
-            Ok(Answer::Refused(why)) => Err(corrupt(why)),
-            Ok(answer) => Ok(answer),
+            Ok(Answer::Refused(why)) => Ok(Err(why)),
+            Ok(answer) => Ok(Ok(answer)),
             Err(lost) => {
                 let end = self.child.take().map(Child::end).unwrap_or_default();
-                Err(corrupt(match lost {
+                Ok(Err(match lost {
                     child::Lost::Late => format!("its decoder gave no answer in {deadline:?}, and was ended"),
                     child::Lost::Gone => format!("its decoder ended on it ({end})"),
                 }))
@@ -155,7 +169,7 @@ impl Videos {
     }
 
     fn made(&mut self, ask: &Ask, more: Duration) -> Result<Vec<u8>> {
-        match self.ask(ask, more)? {
+        match self.ask(ask, more)?.map_err(corrupt)? {
             Answer::Video { bytes } if bytes <= self.child()?.length()? => {
                 let mut video = vec![0; bytes as usize];
                 self.child()?.read(&mut video, 0)?;
@@ -177,7 +191,8 @@ impl<'a> Video<'a> {
     /// or a little more, smaller by 1/2, 1/4 or 1/8 while the region still has `least` [width, height].
     pub fn frames(self, indices: &[u64], region: [u32; 4], least: [u32; 2]) -> Result<Frames<'a>> {
         let Video { videos, .. } = self;
-        match videos.ask(&Ask::Frames { indices: indices.to_vec(), region, least }, Duration::ZERO)? {
+        let ask = Ask::Frames { indices: indices.to_vec(), region, least };
+        match videos.ask(&ask, Duration::ZERO)?.map_err(corrupt)? {
             Answer::Frames { size, place } if plausible(size, place, region) => {
                 Ok(Frames { size, place, child: videos.child.as_ref().expect("it has answered") })
             }

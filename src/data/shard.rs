@@ -20,7 +20,7 @@ pub const IMAGE: &[&str] = &["jpg", "jpeg", "png", "webp", "mp4", "webm", "mkv",
 /// Those of them that move.
 pub const VIDEO: &[&str] = &["mp4", "webm", "mkv", "avi", "mov", "m4v"];
 /// The extensions of sounds that `sound` reads.
-pub const SOUND: &[&str] = &["wav", "flac", "mp3", "ogg"];
+pub const SOUND: &[&str] = &["wav", "flac", "mp3", "ogg", "opus"];
 
 /// Where the index of a tar is to be had.
 #[derive(Clone, Debug)]

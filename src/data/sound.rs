@@ -1,9 +1,9 @@
-//! Bytes of a member become sound: WAV, FLAC, MP3 and Ogg Vorbis, told apart by their first bytes, as one channel of
-//! samples in −1..1 (the mean of all channels).
+//! Bytes of a member become sound: WAV, FLAC, MP3, Ogg Vorbis and Ogg Opus, told apart by their first bytes, as one channel
+//! of samples in −1..1 (the mean of all channels).
 //!
 //! The structure of a file is walked before its decoder sees it (`whole.rs`): what was cut, is too large or belongs to
 //! another program is refused there. Symphonia decodes; what it finds damaged is Code::Corrupt, and so is a file on
-//! which it panics.
+//! which it panics. It has no Opus, which `occlude-decode` decodes, as it does videos.
 
 mod whole; // does a file hold all of its sound, and what does it say of it
 mod stream; // packets become samples
@@ -11,6 +11,7 @@ pub mod resample; // from one rate to another
 pub mod filterbank; // samples become a spectrogram
 pub mod wav; // one channel of samples as a WAV file
 
+use super::clip::{self, Videos};
 use crate::fault::{Code, Fault, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use whole::{Lack, Whole, whole};
@@ -22,6 +23,7 @@ pub enum Format {
     Flac,
     Mp3,
     Vorbis,
+    Opus,
 }
 
 impl Format {
@@ -32,6 +34,7 @@ impl Format {
             Format::Flac => "flac",
             Format::Mp3 => "mp3",
             Format::Vorbis => "ogg",
+            Format::Opus => "opus",
         }
     }
 }
@@ -89,6 +92,8 @@ pub struct Decoder {
     /// Samples of one packet, channels interleaved.
     packet: Vec<f32>,
     samples: Vec<f32>,
+    /// For Opus alone.
+    child: Videos,
 }
 
 impl Decoder {
@@ -96,18 +101,25 @@ impl Decoder {
     const KEPT: usize = 4 << 20;
 
     pub fn new(limits: Limits) -> Decoder {
-        Decoder { limits, packet: Vec::new(), samples: Vec::new() }
+        let child = Videos::new(clip::Limits::default());
+        Decoder { limits, packet: Vec::new(), samples: Vec::new(), child }
     }
 
-    /// Faults with Code::Corrupt on anything that is not a whole sound within the limits.
+    /// Faults with Code::Corrupt on anything that is not a whole sound within the limits, and with Code::Usage where the program
+    /// that decodes Opus is not there.
     pub fn decode(&mut self, bytes: &[u8]) -> Result<Clip<'_>> {
         let whole = checked(bytes, &self.limits)?;
         self.samples.clear();
         self.samples.shrink_to(Self::KEPT);
-        let Decoder { limits, packet, samples } = self;
-        // A defect in a decoder costs one sample, not the training.
-        let read = AssertUnwindSafe(|| stream::read(bytes, &whole, limits.max_samples, packet, samples));
-        catch_unwind(read).unwrap_or_else(|_| Err(corrupt("its decoder panicked")))?;
+        let Decoder { limits, packet, samples, child } = self;
+        if whole.header.format == Format::Opus {
+            child.sound(bytes, whole.header.samples, samples)?.map_err(corrupt)?;
+        } else {
+            // A defect in a decoder costs one sample, not the training.
+            let read = AssertUnwindSafe(|| stream::read(bytes, &whole, limits.max_samples, packet, samples));
+            catch_unwind(read).unwrap_or_else(|_| Err(corrupt("its decoder panicked")))?;
+        }
+        check(&whole.header, samples)?;
         Ok(Clip { rate: whole.header.rate, samples: &self.samples })
     }
 }
@@ -123,9 +135,9 @@ fn checked(bytes: &[u8], limits: &Limits) -> Result<Whole> {
         return Err(corrupt(format!("{} bytes, the limit is {}", bytes.len(), limits.max_bytes)));
     }
     let whole = whole(bytes).map_err(|lack| match lack {
-        Lack::Format => corrupt("neither WAV, FLAC, MP3 nor Ogg Vorbis"),
+        Lack::Format => corrupt("neither WAV, FLAC, MP3, Ogg Vorbis nor Ogg Opus"),
         Lack::Other(what) => corrupt(format!(
-            "it is {what}, which this program does not decode; convert it to WAV, FLAC, MP3 or Ogg Vorbis"
+            "it is {what}, which this program does not decode; convert it to WAV, FLAC, MP3, Ogg Vorbis or Ogg Opus"
         )),
         Lack::Damage(what) => corrupt(what),
         Lack::End => corrupt("the file was cut before the end of the sound"),
@@ -142,6 +154,19 @@ fn checked(bytes: &[u8], limits: &Limits) -> Result<Whole> {
         return Err(long(samples, limits.max_samples));
     }
     Ok(whole)
+}
+
+/// As many samples as the file says, all of them numbers.
+fn check(header: &Header, samples: &[f32]) -> Result<()> {
+    let got = samples.len() as u64;
+    let exact = matches!(header.format, Format::Wav | Format::Flac | Format::Opus) && header.samples > 0;
+    if got == 0 || exact && got != header.samples {
+        return Err(corrupt(format!("{got} samples can be decoded, it says that it has {}", header.samples)));
+    }
+    if !samples.iter().all(|sample| sample.is_finite()) {
+        return Err(corrupt("it holds samples that are not finite"));
+    }
+    Ok(())
 }
 
 fn long(samples: u64, limit: u64) -> Fault {

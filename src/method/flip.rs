@@ -80,7 +80,8 @@ impl Method for Flip {
         let mask = self.mask(batch); // keep [B, K]
         let visible = self.pixels.rows(&batch.pixels, &mask.keep, w.kind())?; // [B, K, P]
         let images = self.pair.images(w, &visible, &mask)?; // [B, E]
-        let captions = self.pair.captions(w, batch.captions()?)?; // [B, E]
+        let words = self.pair.words(batch.captions()?, batch.seed, &batch.origins); // keep [B, K], where some are hidden
+        let captions = self.pair.captions(w, batch.captions()?, words.as_ref())?; // [B, E]
         Ok(vec![Term { name: "contrast", sum: contrastive(&images, &captions, &self.pair.scale(w), &self.ranks)? }])
     }
     fn capturable(&self) -> Result<(), &'static str> {
@@ -116,7 +117,7 @@ impl Method for Flip {
         self.pair.images(w, &self.pixels.all(&batch.pixels, w.kind())?, &mask)
     }
     fn match_captions(&self, w: &Weights, ids: &Tensor) -> Result<Tensor> {
-        self.pair.captions(w, ids)
+        self.pair.captions(w, ids, None)
     }
     fn normalised(&self, batch: &Batch) -> Result<Tensor> {
         self.pixels.normalised(&batch.pixels)

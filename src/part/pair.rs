@@ -73,7 +73,7 @@ impl Pair {
 
     /// What a training step over `batch` pairs does with one, of whose image `kept` tokens are visible.
     pub fn work(&self, kept: i64, batch: i64) -> Work {
-        let (length, [inside, within]) = (self.captions.length, [self.shape.width, self.captions.shape.width]);
+        let (length, [inside, within]) = (self.captions.seen(), [self.shape.width, self.captions.shape.width]);
         let projection =
             |from: i64| Op::Product { rows: 1, inputs: from, outputs: self.width, onward: true, sums_bias: false };
         let seen = kept + 1;
@@ -92,9 +92,14 @@ impl Pair {
         Ok(unit(&self.projections[0].forward(w, &self.pooled(w, rows, mask)?)?))
     }
 
-    /// ids int64 [B, L] → captions as unit vectors, fp32 [B, E].
-    pub fn captions(&self, w: &Weights, ids: &Tensor) -> Result<Tensor> {
-        Ok(unit(&self.projections[1].forward(w, &self.text.forward(w, ids)?)?))
+    /// Which tokens of captions int64 [B, L] a training sees, int64 [B, K]; none where it sees all.
+    pub fn words(&self, ids: &Tensor, seed: u64, origins: &Tensor) -> Option<Tensor> {
+        self.captions.mask.map(|mask| mask.draw(ids, &self.text.speaks(ids), seed, origins))
+    }
+
+    /// ids int64 [B, L], of which the tokens `keep` are seen or all → captions as unit vectors, fp32 [B, E].
+    pub fn captions(&self, w: &Weights, ids: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
+        Ok(unit(&self.projections[1].forward(w, &self.text.forward(w, ids, keep)?)?))
     }
 
     /// What likenesses are multiplied by, fp32 []: exp of `logit_scale` within 0 and ln 100. It is cut here, where the

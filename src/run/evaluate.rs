@@ -13,12 +13,11 @@ pub mod paper;
 pub mod progress;
 pub mod ranks;
 pub mod samples;
+pub mod subject;
 
-use super::{checkpoint, state};
 use crate::data::mix::Mix;
 use crate::device::World;
 use crate::fault::Result;
-use crate::optim::flat::Flat;
 use fast::Linear;
 use features::{Encoder, Set, nothing};
 use nearest::Vote;
@@ -27,6 +26,7 @@ use ranks::Ranks;
 use samples::Augmentation;
 use serde::Serialize;
 use std::sync::Arc;
+use subject::{Opened, Subject};
 use tch::{Kind, Tensor};
 
 /// How features are judged.
@@ -69,21 +69,19 @@ pub enum Feature {
     Class,
     /// The mean of the patch tokens
     Mean,
+    /// No encoder's: over time, the mean and the deviation of each band of a spectrogram, for comparison
+    Statistics,
 }
 
 /// What to evaluate.
 #[derive(Clone, Debug)]
 pub struct Question {
-    pub checkpoint: String,
+    pub subject: Subject,
     pub train: String,
     pub test: String,
     pub probe: Probe,
     /// The class token where the model has one, else the mean, when left out.
     pub feature: Option<Feature>,
-    /// Judge the same encoder with the weights it began with instead of the trained ones.
-    pub random: bool,
-    /// The seed of those first weights and of the probe.
-    pub seed: Option<u64>,
 }
 
 /// The last line of standard output.
@@ -137,12 +135,7 @@ struct Judged {
 /// ranks have another question, weights or data; Code::Corrupt past the share of samples that may be undecodable.
 pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
     question.probe.check()?;
-    let loaded = checkpoint::open(&question.checkpoint)?;
-    let (config, method, mut flat) = state::model(&loaded, world.device())?;
-    let seed = question.seed.unwrap_or(config.train.seed);
-    if question.random {
-        flat = Flat::new(method.table(), seed, Kind::Float, world.device())?;
-    }
+    let Opened { config, method, flat, step, seed } = question.subject.open(world.device())?;
     let (train, test) = (samples::open(&question.train)?, samples::open(&question.test)?);
     let digest = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
     let texts = [
@@ -164,8 +157,8 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
     let size = ranks.size();
     ranks.leave();
     Ok(Answer {
-        checkpoint: if question.random { "random" } else { "pretrained" },
-        step: if question.random { 0 } else { loaded.manifest.step },
+        checkpoint: question.subject.name(),
+        step,
         protocol: question.probe.protocol(),
         numbers: question.probe.numbers(train.len()),
         feature: encoder.feature,

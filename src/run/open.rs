@@ -217,10 +217,17 @@ pub(super) fn captioned(set: &DataSet, wanted: bool) -> Result<()> {
 pub(super) fn tokenizer(config: &Config) -> Result<Option<Arc<Tokenizer>>> {
     let (Some(caption), Some(text)) = (&config.view.caption, config.method.text()) else { return Ok(None) };
     let tokenizer = Tokenizer::open(&caption.tokenizer, caption.length as usize)?;
-    match tokenizer.size() as i64 {
-        size if size > text.vocabulary => Err(Fault::usage(format!(
-            "{} has {size} tokens and the model's text tower {}: give it as many (vocabulary)",
-            caption.tokenizer, text.vocabulary
+    let (file, size, pads) = (&caption.tokenizer, tokenizer.size() as i64, tokenizer.padding());
+    if size > text.vocabulary {
+        return Err(Fault::usage(format!(
+            "{file} has {size} tokens and the model's text tower {}: give it as many (vocabulary)",
+            text.vocabulary
+        )));
+    }
+    match text.mask {
+        Some(mask) if mask.padding != pads => Err(Fault::usage(format!(
+            "{file} pads captions with token {pads}, and the text tower's mask takes {} for padding: set mask.padding to {pads}",
+            mask.padding
         ))),
         _ => Ok(Some(Arc::new(tokenizer))),
     }

@@ -54,16 +54,15 @@ def files(folder):
         ("vorbis.ogg", "OGG", "VORBIS"),
         ("layer3.mp3", "MP3", "MPEG_LAYER_III"),
     ]
-    for channels, rate in [(1, 16000), (2, 44100), (2, 8000)]:
+    for channels, rate in [(1, 16000), (2, 44100), (2, 8000), (1, 48000), (2, 48000)]:
         t = np.arange(int(0.6 * rate)) / rate
         tones = [0.4 * np.sin(2 * np.pi * (220 + 180 * c) * t) + 0.02 * draw.standard_normal(t.size) for c in range(channels)]
         wave = np.stack(tones, 1)
-        for name, container, codec in kinds:
+        for name, container, codec in [("coded.opus", "OGG", "OPUS")] if rate == 48000 else kinds:
             name = f"{channels}-{rate}-{name}"
             soundfile.write(f"{folder}/{name}", wave, rate, format=container, subtype=codec)
             decoded, _ = soundfile.read(f"{folder}/{name}", dtype="float32", always_2d=True)
             found[name] = torch.from_numpy(decoded.mean(1).copy())
-    soundfile.write(f"{folder}/speech.opus", wave, rate, format="OGG", subtype="OPUS")
     soundfile.write(f"{folder}/adpcm.wav", wave, rate, format="WAV", subtype="IMA_ADPCM")
     soundfile.write(f"{folder}/s16.aiff", wave, rate, format="AIFF", subtype="PCM_16")
     save_file(found, f"{folder}/samples.safetensors")

@@ -2,7 +2,8 @@
 
 usage: flip.py REQUEST.safetensors REPLY.safetensors CONFIG_JSON
 request: weight.<our name>, input [B, C, Y, X], text int64 [B, L], order int64 [B, N] (tokens in the order in which
-         they are kept), positions [N, D] (where they are fixed)
+         they are kept), positions [N, D] (where they are fixed), words int64 [B, K] (where some tokens of captions are
+         hidden: the places of those that stay)
 reply:   loss.0, grad.0.<our name>, image [B, E], caption [B, E] (unit vectors with nothing hidden)
 
 With "towers": "plain" open_clip's own switches bring its model to FLIP's (no normalisation before the blocks, no causal
@@ -95,7 +96,20 @@ with torch.no_grad():
 # Their noise decides by its greatest values which patches stay, and in which order.
 order = asked["order"]
 noise = torch.empty(order.shape).scatter_(1, order, -torch.arange(order.shape[1]).float().expand(order.shape))
-with mock.patch("torch.randn", lambda *size: noise):
+def encode_some(text, normalize=False):
+    """model.encode_text of the tokens that stay; it has no way to leave some out by itself."""
+    keep = asked["words"]
+    x = model.token_embedding(text) + model.positional_embedding
+    x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+    mask = None if model.attn_mask is None else model.attn_mask[: keep.shape[1], : keep.shape[1]]
+    x = model.ln_final(model.transformer(x, attn_mask=mask))
+    speaks = torch.zeros(len(x), dtype=torch.long) if paper else text.gather(1, keep).argmax(1)
+    x = x[torch.arange(len(x)), speaks] @ model.text_projection
+    return torch.nn.functional.normalize(x, dim=-1) if normalize else x
+
+
+encode = encode_some if "words" in asked else model.encode_text
+with mock.patch("torch.randn", lambda *size: noise), mock.patch.object(model, "encode_text", encode):
     image, caption, scale = model(asked["input"], asked["text"])
 loss = ClipLoss()(image, caption, scale)
 loss.backward()

@@ -1,5 +1,5 @@
 //! `occlude-decode`: the program that links FFmpeg, so that nothing else has to. `occlude` starts one for each of its
-//! decoding threads and survives it: a video that makes a decoder crash or hang costs one sample.
+//! decoding threads and survives it: a video that makes a decoder crash or hang costs one sample. So does an Opus file.
 //!
 //! Whatever a file says, this process opens no other file, no socket and no device: it has no descriptor left for one,
 //! FFmpeg reads the file out of memory, and playlists are no format that it knows.
@@ -8,6 +8,7 @@ mod confine; // the limits that this process sets itself
 mod convert; // frames as decoded → upright pixels
 mod encode; // pixels become a video
 mod frames; // the frames that are wanted, and no others
+mod sound; // Opus, which no library decodes in the program itself
 mod raw; // the few things that ffmpeg-next leaves out
 mod video; // a file becomes packets and facts
 #[path = "../../data/clip/wire.rs"]
@@ -51,10 +52,12 @@ fn answer(ask: Ask, open: &mut Option<Video>, memory: &File) -> Result<Answer, R
     match ask {
         Ask::Open { bytes, bounds } => {
             *open = None;
-            let mut file = vec![0; bytes as usize];
-            memory.read_exact_at(&mut file, 0).map_err(|error| error.to_string())?;
-            let video = open.insert(Video::open(file, bounds)?);
+            let video = open.insert(Video::open(given(bytes, memory)?, bounds)?);
             Ok(Answer::Open(video.facts.clone()))
+        }
+        Ask::Sound { bytes, most } => {
+            *open = None;
+            sound::answer(given(bytes, memory)?, most, memory)
         }
         Ask::Frames { indices, region, least } => {
             let video = open.as_mut().ok_or("no video is open")?;
@@ -68,6 +71,13 @@ fn answer(ask: Ask, open: &mut Option<Video>, memory: &File) -> Result<Answer, R
             written(encode::pictures(&recipe, fps, [width, height], frames, memory)?, memory)
         }
     }
+}
+
+/// The first so many bytes of the memory.
+fn given(bytes: u64, memory: &File) -> Result<Vec<u8>, Refusal> {
+    let mut file = vec![0; bytes as usize];
+    memory.read_exact_at(&mut file, 0).map_err(|error| error.to_string())?;
+    Ok(file)
 }
 
 fn written(video: Vec<u8>, memory: &File) -> Result<Answer, Refusal> {

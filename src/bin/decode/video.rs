@@ -8,7 +8,7 @@ use ffmpeg_next::codec::packet::Packet;
 use ffmpeg_next::codec::{Id, packet::side_data};
 use ffmpeg_next::format::context::{Input, StreamIo};
 use ffmpeg_next::format::stream::Stream;
-use ffmpeg_next::{Dictionary, Rational, codec, format, media};
+use ffmpeg_next::{Dictionary, Error, Rational, codec, format, media};
 use std::io::Cursor;
 
 /// Demuxers by FFmpeg's names: MP4 and QuickTime, Matroska and WebM, AVI.
@@ -47,7 +47,9 @@ pub struct Video {
 impl Video {
     /// Reads the file. Refuses what is no video within the bounds.
     pub fn open(file: Vec<u8>, bounds: Bounds) -> Result<Video, Refusal> {
-        let mut input = demuxer(file)?;
+        let mut input = demuxer(file, FORMATS, DECODERS).map_err(|error| {
+            format!("it is none of MP4, QuickTime, WebM, Matroska, AVI, or its beginning is damaged ({error})")
+        })?;
         let container = input.format().name().split(',').next().unwrap_or_default().to_owned();
         let stream = input.streams().best(media::Type::Video).ok_or("there are no pictures in it")?;
         let (number, time_base, rotation) = (stream.index(), stream.time_base(), rotation(&stream)?);
@@ -87,17 +89,14 @@ impl Video {
 }
 
 /// FFmpeg on a file in memory, of whose formats those alone are allowed that name no other file.
-fn demuxer(file: Vec<u8>) -> Result<Input, Refusal> {
+pub fn demuxer(file: Vec<u8>, formats: &str, decoders: &str) -> Result<Input, Error> {
     let mut options = Dictionary::new();
     for (key, value) in
-        [("format_whitelist", FORMATS), ("codec_whitelist", DECODERS), ("protocol_whitelist", ""), ("threads", "1")]
+        [("format_whitelist", formats), ("codec_whitelist", decoders), ("protocol_whitelist", ""), ("threads", "1")]
     {
         options.set(key, value);
     }
-    let io = StreamIo::from_read_seek(Cursor::new(file)).map_err(|error| error.to_string())?;
-    format::input_from_stream(io, None, Some(options)).map_err(|error| {
-        format!("it is none of MP4, QuickTime, WebM, Matroska, AVI, or its beginning is damaged ({error})")
-    })
+    format::input_from_stream(StreamIo::from_read_seek(Cursor::new(file))?, None, Some(options))
 }
 
 /// Width and height of stored frames, as far as they are known before decoding.

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Of what is said here; a child of another build is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What a video may cost; all inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,8 @@ pub enum Ask {
     /// Frames of the open video, rising, each once; of each the pixels of `region` [left, top, width, height] (upright)
     /// or a little more, smaller by 1/2, 1/4 or 1/8 while the region still has `least` [width, height].
     Frames { indices: Vec<u64>, region: [u32; 4], least: [u32; 2] },
+    /// Decode the Ogg Opus file in the first so many bytes of the memory, which has at most so many samples.
+    Sound { bytes: u64, most: u64 },
     /// The open video, encoded anew; the shorter side brought down to so many pixels where it is longer.
     Recode { recipe: Recipe, fps: Option<f64>, shorter: Option<u32> },
     /// So many pictures [height, width, 3], which lie one after another in the memory, as a video.
@@ -103,6 +105,10 @@ pub enum Answer {
     Frames {
         size: [u32; 2],
         place: [f64; 4],
+    },
+    /// So many f32 of one channel at 48 kHz, from the beginning of the memory.
+    Sound {
+        samples: u64,
     },
     /// A video, in the first so many bytes of the memory.
     Video {

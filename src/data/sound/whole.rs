@@ -25,7 +25,7 @@ pub enum Lack {
     End,
 }
 
-/// Walks a WAV, FLAC, MP3 or Ogg Vorbis file to the end of its sound.
+/// Walks a WAV, FLAC, MP3, Ogg Vorbis or Ogg Opus file to the end of its sound.
 pub fn whole(bytes: &[u8]) -> Result<Whole, Lack> {
     let start = tag(bytes)?;
     let body = &bytes[start..];
@@ -153,7 +153,7 @@ fn flac(bytes: &[u8]) -> Result<Whole, Lack> {
 /// Walks the pages to the one that ends the stream, each against its check sum (RFC 3533).
 fn ogg(bytes: &[u8]) -> Result<Whole, Lack> {
     let mut at = 0;
-    let mut stream: Option<(u32, Header)> = None;
+    let mut stream: Option<(u32, Header, u64)> = None;
     while at < bytes.len() {
         let head = bytes.get(at..at + 27).ok_or(Lack::End)?;
         if !head.starts_with(b"OggS") {
@@ -169,12 +169,15 @@ fn ogg(bytes: &[u8]) -> Result<Whole, Lack> {
         }
         let serial = u32_at(head, 14).expect("27 bytes");
         let granule = i64::from_le_bytes(head[6..14].try_into().expect("eight bytes"));
-        let (_, header) = match &mut stream {
-            None => stream.insert((serial, vorbis(page)?)),
+        let (_, header, skipped) = match &mut stream {
+            None => {
+                let (header, skipped) = codec(page)?;
+                stream.insert((serial, header, skipped))
+            }
             Some(stream) if stream.0 == serial => stream,
             Some(_) => return Err(Lack::Other("an Ogg file of several streams")),
         };
-        header.samples = header.samples.max(granule.max(0) as u64);
+        header.samples = header.samples.max((granule.max(0) as u64).saturating_sub(*skipped));
         at = end;
         if head[5] & 4 != 0 {
             let header = *header;
@@ -187,17 +190,24 @@ fn ogg(bytes: &[u8]) -> Result<Whole, Lack> {
     Err(Lack::End)
 }
 
-/// The stream's first packet, which is a page of its own.
-fn vorbis(packet: &[u8]) -> Result<Header, Lack> {
+/// The stream's first packet, which is a page of its own; and how many samples come before the sound.
+fn codec(packet: &[u8]) -> Result<(Header, u64), Lack> {
     if packet.starts_with(b"OpusHead") {
-        return Err(Lack::Other("Ogg Opus"));
+        return opus(packet);
     }
     if !packet.starts_with(b"\x01vorbis") {
-        return Err(Lack::Other("an Ogg file of another codec than Vorbis"));
+        return Err(Lack::Other("an Ogg file of another codec than Vorbis and Opus"));
     }
     let channels = packet.get(11).copied().ok_or(Lack::Damage("its first packet is too short"))?;
     let rate = u32_at(packet, 12).ok_or(Lack::Damage("its first packet is too short"))?;
-    Ok(Header { format: Format::Vorbis, rate, channels: channels.into(), samples: 0 })
+    Ok((Header { format: Format::Vorbis, rate, channels: channels.into(), samples: 0 }, 0))
+}
+
+/// Whatever its rate was, Opus is decoded at 48 kHz (RFC 7845, section 5.1).
+fn opus(packet: &[u8]) -> Result<(Header, u64), Lack> {
+    let short = Lack::Damage("its first packet is too short");
+    let (channels, skipped) = (packet.get(9).copied().ok_or(short)?, u16_at(packet, 10).ok_or(short)?);
+    Ok((Header { format: Format::Opus, rate: 48_000, channels: channels.into(), samples: 0 }, skipped.into()))
 }
 
 /// CRC-32 of polynomial 0x04C11DB7, not reflected, from 0.

@@ -5,13 +5,14 @@ use super::stack::{Shape, Stack};
 use crate::fault::{Fault, Result};
 use crate::op::bias_gelu::Form;
 use crate::op::patch::gather;
+use crate::part::mask::Words;
 use crate::part::weights::{Init, Slot, Table, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 /// A text tower in a config.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub shape: Shape,
@@ -19,6 +20,9 @@ pub struct Config {
     pub vocabulary: i64,
     /// Tokens of a caption, as `view.caption.length` says.
     pub length: i64,
+    /// Hides some of them in training; all are seen when left out.
+    #[serde(default)]
+    pub mask: Option<Words>,
 }
 
 impl Config {
@@ -29,7 +33,12 @@ impl Config {
                 return Err(Fault::usage(format!("{at}.{name} is {value}; it must lie in 1..={most}")));
             }
         }
-        Ok(())
+        self.mask.map_or(Ok(()), |mask| mask.check(&format!("{at}.mask"), self.length))
+    }
+
+    /// Tokens of a caption that training sees.
+    pub fn seen(&self) -> i64 {
+        self.mask.map_or(self.length, |mask| mask.kept(self.length))
     }
 }
 
@@ -61,13 +70,26 @@ impl Text {
         Text { token, positions, stack, reading }
     }
 
-    /// ids int64 [B, L] → what each caption says [B, D].
-    pub fn forward(&self, w: &Weights, ids: &Tensor) -> Result<Tensor> {
-        let x = Tensor::embedding(&w[self.token], ids, -1, false, false) + &w[self.positions]; // [B, L, D]
+    /// ids int64 [B, L] → what each caption says [B, D], as its tokens at the places `keep` int64 [B, K], ascending, have it,
+    /// or all of them.
+    pub fn forward(&self, w: &Weights, ids: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
+        let mut x = Tensor::embedding(&w[self.token], ids, -1, false, false) + &w[self.positions]; // [B, L, D]
+        let mut ids = ids.shallow_clone();
+        if let Some(keep) = keep {
+            (x, ids) = (gather(&x, keep), ids.gather(1, keep, false));
+        }
         let all = self.stack.forward(w, x, 0)?;
         Ok(match self.reading {
             Reading::Whole => all.select(1, 0),
-            Reading::Forward => gather(&all, &ids.argmax(1, true)).squeeze_dim(1),
+            Reading::Forward => gather(&all, &self.speaks(&ids)).squeeze_dim(1),
         })
+    }
+
+    /// The place of the token that speaks for each caption of ids [B, L]; int64 [B, 1].
+    pub fn speaks(&self, ids: &Tensor) -> Tensor {
+        match self.reading {
+            Reading::Whole => ids.narrow(1, 0, 1).zeros_like(),
+            Reading::Forward => ids.argmax(1, true),
+        }
     }
 }

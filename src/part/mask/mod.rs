@@ -4,11 +4,13 @@ mod lines;
 mod random;
 mod ratio;
 mod tube;
+mod words;
 
 pub use lines::Lines;
 pub use random::{keeping, random};
 pub use ratio::Ratio;
 pub use tube::tube;
+pub use words::Words;
 
 use crate::bridge::record::scope;
 use crate::op::shuffle::{Indices, MOST_UNITS, Plan, mask};

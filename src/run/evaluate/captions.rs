@@ -4,6 +4,7 @@
 use super::features::{ROWS, nothing};
 use super::progress::Progress;
 use super::ranks::{self, Ranks};
+use super::subject::{Opened, Subject};
 use super::{Protocol, samples};
 use crate::config::Config;
 use crate::data::caption::Tokenizer;
@@ -15,7 +16,7 @@ use crate::feed::Rows;
 use crate::method::{Batch, Method};
 use crate::op::shuffle::Origin;
 use crate::optim::flat::Flat;
-use crate::run::{checkpoint, open, state};
+use crate::run::open;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,15 +40,11 @@ const LIKENESSES: i64 = 64 << 20;
 /// What to ask.
 #[derive(Clone, Debug)]
 pub struct Question {
-    pub checkpoint: String,
+    pub subject: Subject,
     pub test: String,
     pub task: Task,
     /// The vocabulary, where it does not lie any more where the training found it.
     pub tokenizer: Option<String>,
-    /// Judge the same model with the weights it began with.
-    pub random: bool,
-    /// The seed of those first weights; the run's own when left out.
-    pub seed: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -124,11 +121,7 @@ struct Model {
 /// Code::Usage where the model reads no captions, or the set lacks what the task is about; Code::Disagree where ranks have
 /// another question, weights or data; Code::Corrupt past the share of samples that may be undecodable.
 pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
-    let loaded = checkpoint::open(&question.checkpoint)?;
-    let (mut config, method, mut flat) = state::model(&loaded, world.device())?;
-    if question.random {
-        flat = Flat::new(method.table(), question.seed.unwrap_or(config.train.seed), Kind::Float, world.device())?;
-    }
+    let Opened { mut config, method, flat, step, .. } = question.subject.open(world.device())?;
     if let (Some(caption), Some(file)) = (&mut config.view.caption, &question.tokenizer) {
         caption.tokenizer = file.clone();
     }
@@ -158,15 +151,7 @@ pub fn evaluate(question: &Question, world: &Arc<dyn World>) -> Result<Answer> {
     }
     let size = ranks.size();
     ranks.leave();
-    Ok(Answer {
-        checkpoint: if question.random { "random" } else { "pretrained" },
-        step: if question.random { 0 } else { loaded.manifest.step },
-        protocol,
-        found,
-        n_test,
-        n_left_out: left_out,
-        ranks: size,
-    })
+    Ok(Answer { checkpoint: question.subject.name(), step, protocol, found, n_test, n_left_out: left_out, ranks: size })
 }
 
 /// The classes' names and the templates; none for a task without.

@@ -5,6 +5,7 @@ use super::progress::Progress;
 use super::ranks::Ranks;
 use super::samples;
 use crate::config::Config;
+use crate::data::medium::Medium;
 use crate::data::mix::Mix;
 use crate::fault::{Code, Fault, Result};
 use crate::feed::Rows;
@@ -39,6 +40,15 @@ impl Encoder {
         let found = encoder.run(Tensor::f_zeros(&shape, (kind, device))?, &[0], None)?;
         encoder.width = found.mean.size()[1];
         encoder.feature = match (asked, found.class) {
+            (Some(Feature::Statistics), _) => {
+                if encoder.config.view.medium() != Medium::Sound {
+                    return Err(Fault::usage(
+                        "--feature statistics is about spectrograms, and this model sees pictures",
+                    ));
+                }
+                encoder.width = 2 * encoder.config.input.width;
+                Feature::Statistics
+            }
             (Some(Feature::Class), None) => {
                 return Err(Fault::usage(
                     "the model has no class token; ask for --feature mean, or leave the choice to the model",
@@ -57,10 +67,12 @@ impl Encoder {
         for (number, ids) in rows.ids.chunks(ROWS).enumerate() {
             let first = number * ROWS;
             let (range, device) = (first..first + ids.len(), self.flat.master.device());
-            let found = self.run(rows.to_device(range.clone(), device)?, ids, Some(&rows.valid[range]))?;
+            let (pixels, valid) = (rows.to_device(range.clone(), device)?, &rows.valid[range]);
+            let found = || self.run(pixels.shallow_clone(), ids, Some(valid));
             let features = match self.feature {
-                Feature::Class => found.class.expect("asked for where there is one alone"),
-                Feature::Mean => found.mean,
+                Feature::Class => found()?.class.expect("asked for where there is one alone"),
+                Feature::Mean => found()?.mean,
+                Feature::Statistics => statistics(&pixels, valid),
             };
             parts.push(features.to_kind(Kind::Float).to_device(Device::Cpu));
         }
@@ -77,6 +89,20 @@ impl Encoder {
         let batch = Batch::new(pixels, &origins, self.config.train.seed).with_valid(valid.map(<[u32]>::to_vec));
         no_grad(|| self.method.features(&self.flat.leaves, &batch))
     }
+}
+
+/// Mean and standard deviation over time of each band of spectrograms [R, 1, 1, Y, X], of which `valid` rows are sound; [R, 2X].
+fn statistics(spectrograms: &Tensor, valid: &[u32]) -> Tensor {
+    let [y, x] = [3, 4].map(|dim| spectrograms.size()[dim]);
+    let rows = spectrograms.view([-1, y, x]);
+    let valid: Vec<f32> = valid.iter().map(|&rows| rows.max(1) as f32).collect();
+    let valid = Tensor::from_slice(&valid).view([-1, 1, 1]).to_device(rows.device());
+    let padding = Tensor::arange(y, (Kind::Float, rows.device())).view([1, y, 1]).ge_tensor(&valid);
+    let sum = |of: Tensor| of.masked_fill(&padding, 0.0).sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+    let mean = |of: Tensor| sum(of) / &valid; // [R, 1, X]
+    let middle = mean(rows.shallow_clone());
+    let deviation = mean((&rows - &middle).square()).sqrt();
+    Tensor::cat(&[middle, deviation], 2).squeeze_dim(1)
 }
 
 /// Features [R, D], classes int64 [R], and how many samples could not be decoded.

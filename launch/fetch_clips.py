@@ -1,0 +1,32 @@
+"""Fetches three short films and lists them for `occlude pack`: a cockatoo and a few frames more (imageio's) and an animation's
+trailer (one of OpenCV's samples).
+
+usage: fetch_clips.py FOLDER
+
+Debian's packages `python3-imageio` (3 MB) and `opencv-doc` (96 MB) hold them. FOLDER/train.jsonl lists the cockatoo and the
+trailer, FOLDER/test.jsonl the third.
+"""
+import pathlib
+import sys
+
+from debian import listed, unpacked
+
+IMAGEIO, OPENCV = "usr/lib/python3/dist-packages/imageio/resources/images", "usr/share/doc/opencv-doc/examples/data"
+FILMS = {"train": (f"{IMAGEIO}/cockatoo.mp4", f"{OPENCV}/Megamind.avi"), "test": (f"{IMAGEIO}/realshort.mp4",)}
+
+
+def main(folder):
+    if folder.exists():
+        return print(f"{folder} is there already")
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    with unpacked("python3-imageio", "opencv-doc") as places:
+        for film in (film for films in FILMS.values() for film in films):
+            (found,) = (place / film for place in places if (place / film).exists())
+            (part / found.name).write_bytes(found.read_bytes())
+    listed(part, {name: [{"path": pathlib.Path(film).name} for film in films] for name, films in FILMS.items()})
+    part.rename(folder)
+    print(f"{sum(map(len, FILMS.values()))} films in {folder}")
+
+
+main(pathlib.Path(sys.argv[1]))
