@@ -174,7 +174,7 @@ fn a_sample_without_a_readable_caption_is_replaced() -> Outcome {
     Ok(())
 }
 
-fn config() -> Value {
+pub fn config() -> Value {
     let shape = json!({"width": 48, "depth": 2, "heads": 4});
     json!({
         "about": {"title": "a test", "source": "none", "measured": "never"},

@@ -1,8 +1,9 @@
 //! Training on data that lie in a store: the same weights as from a disk, through slowness, failures and an outage.
 
-use crate::job::{Run, data, occlude, tiny};
+use crate::job::{Run, data, occlude, signal, tiny};
 use crate::server::Server;
 use crate::support::{Outcome, root};
+use crate::{captions, turns};
 use occlude::run::checkpoint;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -10,6 +11,8 @@ use std::time::{Duration, Instant};
 
 crate::trials![
     training_from_a_store_is_training_from_a_disk,
+    pictures_and_clips_from_s3_train_as_from_a_disk_to_the_bit,
+    captions_from_s3_train_as_from_a_disk_to_the_bit,
     a_store_of_100_ms_is_not_waited_for,
     a_store_that_is_gone_ends_the_training,
     a_run_lives_in_a_store,
@@ -45,6 +48,47 @@ fn training_from_a_store_is_training_from_a_disk() -> Outcome {
         assert!((near - far).abs() <= 1e-5 * near.abs(), "step {step}: {near} from the disk, {far} from the store");
     }
     Ok(())
+}
+
+/// Sets that are read from S3 in a training that is stopped on the way and gone on with; beside the same from the disk.
+fn streamed(mut config: Value, sets: &[std::path::PathBuf]) -> Outcome {
+    let near = Run::new(&config);
+    near.finish(0, &[]);
+    let server = Server::start();
+    let mut urls = Vec::new();
+    for set in sets {
+        let name = set.file_name().and_then(|name| name.to_str()).expect("a name");
+        server.upload(set, &format!("b/{name}"))?;
+        urls.push(format!("s3://b/{name}"));
+    }
+    match &mut config["data"]["train"] {
+        Value::Array(mixed) => mixed.iter_mut().zip(urls).for_each(|(one, url)| one["url"] = json!(url)),
+        one => *one = json!(urls.remove(0)),
+    }
+    let (run, home) = (Run::new(&config), tempfile::tempdir()?);
+    let start = || {
+        let mut command = occlude(&[]);
+        command.args(run.words(&[])).envs(server.s3_environment("somebody")).env("XDG_CACHE_HOME", home.path());
+        run.spawn(&mut command)
+    };
+    let mut job = start();
+    job.reach(3);
+    signal(job.pid(), Signal::USR1);
+    let end = job.end(60);
+    assert_eq!(end.code, 75, "{}", end.told);
+    let end = start().end(60);
+    assert_eq!(end.code, 0, "{}", end.told);
+    run.same_as(&near)
+}
+
+fn pictures_and_clips_from_s3_train_as_from_a_disk_to_the_bit() -> Outcome {
+    streamed(turns::config(), &["stills", "clips"].map(|name| turns::shared().join(name)))
+}
+
+fn captions_from_s3_train_as_from_a_disk_to_the_bit() -> Outcome {
+    let mut config = captions::config();
+    config["train"]["steps"] = json!(40);
+    streamed(config, &[captions::place().join("shards/train")])
 }
 
 fn a_store_of_100_ms_is_not_waited_for() -> Outcome {

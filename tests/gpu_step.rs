@@ -24,11 +24,12 @@ use tch::{Device, Kind, Tensor, no_grad};
 type OnDevice = fn() -> Result<()>;
 
 /// What needs a device, each in a process of its own: test, case, body.
-const ON_A_DEVICE: [(&str, &str, OnDevice); 8] = [
+const ON_A_DEVICE: [(&str, &str, OnDevice); 9] = [
     ("a_training_on_a_device_takes_the_path_of_the_cpu", "gpu-path", path),
     ("captured_steps_take_the_path_of_the_cpu_also_in_ragged_micro_batches", "gpu-captured", captured),
     ("captured_steps_with_captions_take_the_path_of_the_cpu", "gpu-captions", captions),
     ("captured_steps_equal_the_same_steps_queued_one_by_one_to_the_bit", "gpu-equal", equal),
+    ("captured_steps_of_shards_equal_those_of_the_whole_to_the_bit", "gpu-shards", shards),
     ("a_training_that_is_taken_up_again_equals_one_that_went_on_to_the_bit", "gpu-resumed", resumed),
     ("a_bad_step_is_refused_inside_a_graph", "gpu-refused", refused),
     ("captured_steps_take_no_more_memory", "gpu-memory", memory),
@@ -103,8 +104,16 @@ struct Run {
 
 impl Run {
     fn new() -> Result<Run> {
+        Run::of(false)
+    }
+
+    fn of(sharded: bool) -> Result<Run> {
         let (method, world, config) = (exact(), gpu(), optim());
-        let flat = Flat::new(method.table(), 7, Kind::BFloat16, world.device())?;
+        let place = (Kind::BFloat16, world.device());
+        let flat = match sharded {
+            true => Flat::sharded(method.table(), 7, place, BUCKET, (0, 1))?,
+            false => Flat::new(method.table(), 7, place.0, place.1)?,
+        };
         let updater = Updater::new(&flat, &config);
         let stepper = Stepper::new(Box::new(method), flat, updater, world.clone(), BUCKET, Duration::from_secs(60))?;
         Ok(Run { ahead: Ahead::new(BATCH, &stepper, &world)?, stepper })
@@ -172,6 +181,15 @@ fn equal() -> Result<()> {
     }
     assert!(state(&run.stepper) == state(&plain), "the weights differ");
     assert!(losses[19] < losses[0], "nothing is learned: {losses:?}");
+    Ok(())
+}
+
+/// The first part gathers, and so is another than the second of as many samples.
+fn shards() -> Result<()> {
+    let (mut whole, mut shards) = (Run::new()?, Run::of(true)?);
+    let [ours, theirs] = [shards.go(0..12)?, whole.go(0..12)?];
+    assert!(ours.iter().zip(&theirs).all(|(a, b)| a.to_bits() == b.to_bits()), "{ours:?}\n{theirs:?}");
+    assert_eq!((shards.ahead.captured(), whole.ahead.captured()), (3, 2));
     Ok(())
 }
 

@@ -213,7 +213,7 @@ fn a_bad_sample_is_replaced_by_one_of_its_kind() -> Outcome {
 const STEPS: u64 = 40;
 
 /// Pictures and clips that all trainings here read.
-fn shared() -> &'static Path {
+pub fn shared() -> &'static Path {
     static MADE: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
         let folder = tempfile::tempdir().expect("a folder");
         make(folder.path()).expect("pictures and clips");
@@ -222,7 +222,7 @@ fn shared() -> &'static Path {
     MADE.path()
 }
 
-fn config() -> Value {
+pub fn config() -> Value {
     let shape = json!({"width": 16, "depth": 1, "heads": 2});
     let of = |name: &str, weight: f64| json!({"url": shared().join(name), "weight": weight});
     json!({
