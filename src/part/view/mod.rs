@@ -119,11 +119,11 @@ impl View {
         self.train_all(grid, sample, seed, id, epoch, repeat..repeat + 1, out)
     }
 
-    /// Training's views of sample `id` in `epoch` into `out`, one after another: of a picture [C, T, Y, X], 8 bits: random frames of a video,
-    /// random box, random flip, the same for all frames; of a sound as [`Sound::train`] says. How many of a view's rows
-    /// show the sample. `repeats` tell several views of one sample apart: of a video as many as there are, of anything else
-    /// one. The box is drawn from the header; no pixel outside of it is decoded for nothing. Faults as [`Picture::region`]
-    /// does.
+    /// Training's views of sample `id` in `epoch` into `out`, one after another: of a picture [C, T, Y, X], 8 bits: random
+    /// frames of a video, random box, random flip, the same for all frames; of a sound as [`Sound::train`] says. How many of
+    /// a view's rows show the sample. `repeats` tell several views of one sample apart: of a video as many as there are, of
+    /// anything else one. The box is drawn from the header; no pixel outside of it is decoded for nothing. Faults as
+    /// [`Picture::region`] does.
     #[allow(clippy::too_many_arguments)] // a sample's place in the training, and where it goes
     pub fn train_all<'a>(
         &self,
