@@ -1,4 +1,4 @@
-//! Tokens of captions hidden (FLIP §4.2, "masking in text", which it tries and leaves out).
+//! Tokens of captions hidden, which FLIP's paper tries in an ablation and leaves out.
 
 use super::random::keeping;
 use crate::fault::{Fault, Result};
