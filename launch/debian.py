@@ -14,6 +14,26 @@ def run(*words, folder):
 
 
 @contextlib.contextmanager
+def making(folder):
+    """A folder to fill, which has its own name once it is whole. A folder that is there already is the end."""
+    if folder.exists():
+        print(f"{folder} is there already")
+        sys.exit()
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    yield part
+    part.rename(folder)
+
+
+def copied(path, start, part):
+    """Copies a file below `start` to its place below `part`; its path as lists have it."""
+    place = path.relative_to(start)
+    (part / place).parent.mkdir(parents=True, exist_ok=True)
+    (part / place).write_bytes(path.read_bytes())
+    return place
+
+
+@contextlib.contextmanager
 def unpacked(*packages):
     """The folders that hold what the packages would install, in their order, for as long as it lasts."""
     with tempfile.TemporaryDirectory() as scratch:

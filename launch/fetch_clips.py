@@ -9,23 +9,18 @@ trailer, FOLDER/test.jsonl the third.
 import pathlib
 import sys
 
-from debian import listed, unpacked
+from debian import listed, making, unpacked
 
 IMAGEIO, OPENCV = "usr/lib/python3/dist-packages/imageio/resources/images", "usr/share/doc/opencv-doc/examples/data"
 FILMS = {"train": (f"{IMAGEIO}/cockatoo.mp4", f"{OPENCV}/Megamind.avi"), "test": (f"{IMAGEIO}/realshort.mp4",)}
 
 
 def main(folder):
-    if folder.exists():
-        return print(f"{folder} is there already")
-    part = folder.with_name(folder.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    with unpacked("python3-imageio", "opencv-doc") as places:
+    with making(folder) as part, unpacked("python3-imageio", "opencv-doc") as places:
         for film in (film for films in FILMS.values() for film in films):
             (found,) = (place / film for place in places if (place / film).exists())
             (part / found.name).write_bytes(found.read_bytes())
-    listed(part, {name: [{"path": pathlib.Path(film).name} for film in films] for name, films in FILMS.items()})
-    part.rename(folder)
+        listed(part, {name: [{"path": pathlib.Path(film).name} for film in films] for name, films in FILMS.items()})
     print(f"{sum(map(len, FILMS.values()))} films in {folder}")
 
 

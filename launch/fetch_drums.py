@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 
-from debian import listed, unpacked
+from debian import copied, listed, making, unpacked
 
 DRUMS = {
     "kick": r"kick|bass ?drum|\bbd|_bd", "snare": r"snare|\bsn\b|\bsd|_sd|rim", "hat": r"hat|hh", "tom": r"tom",
@@ -26,21 +26,15 @@ def struck(path):
 
 
 def main(folder):
-    if folder.exists():
-        return print(f"{folder} is there already")
-    with unpacked("hydrogen-drumkits") as (place,):
+    with making(folder) as part, unpacked("hydrogen-drumkits") as (place,):
         kits = place / "usr/share/hydrogen/data/drumkits"
-        part = folder.with_name(folder.name + ".part")
         lists = {"train": [], "test": []}
         for sound in sorted(path for path in kits.rglob("*") if path.suffix.lower() in (".wav", ".flac")):
             if not (drum := struck(sound)):
                 continue
-            path = sound.relative_to(kits)
-            (part / path).parent.mkdir(parents=True, exist_ok=True)
-            (part / path).write_bytes(sound.read_bytes())
+            path = copied(sound, kits, part)
             lists["test" if path.parts[0] in JUDGED else "train"].append({"path": path.as_posix(), "label": drum})
-    listed(part, lists)
-    part.rename(folder)
+        listed(part, lists)
     print(f"{len(lists['train'])} strokes to learn from, {len(lists['test'])} of other kits, in {folder}")
 
 

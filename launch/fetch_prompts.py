@@ -16,7 +16,7 @@ import sys
 import wave
 import zlib
 
-from debian import listed, unpacked
+from debian import listed, making, unpacked
 
 LEARNED, JUDGED = ("en", "es", "fr"), ("it", "ru")
 LONGEST = 2.0
@@ -28,30 +28,26 @@ def seconds(path):
 
 
 def main(folder):
-    if folder.exists():
-        return print(f"{folder} is there already")
-    part = folder.with_name(folder.name + ".part")
     voices, said = LEARNED + JUDGED, {}
-    with unpacked(*(f"asterisk-core-sounds-{voice}-wav" for voice in voices)) as places:
+    with making(folder) as part, unpacked(*(f"asterisk-core-sounds-{voice}-wav" for voice in voices)) as places:
         for voice, place in zip(voices, places):
             (sounds,) = (place / "usr/share/asterisk/sounds").iterdir()
             shutil.copytree(sounds, part / voice, dirs_exist_ok=True)
             prompts = (path.relative_to(sounds).with_suffix("").as_posix() for path in sounds.rglob("*.wav"))
             spoken = (prompt for prompt in prompts if not prompt.startswith("silence/"))
             said[voice] = {prompt: seconds(sounds / f"{prompt}.wav") for prompt in spoken}
-    short = lambda voices: [p for p in sorted(said["en"]) if all(said[v].get(p, LONGEST + 1) <= LONGEST for v in voices)]
-    row = lambda voice, prompt: {"path": f"{voice}/{prompt}.wav"}
-    prompts, both = short(voices), short(("en", "es"))
-    languages = lambda judged: [
-        row(voice, p) | {"label": voice} for voice in ("en", "es") for p in both if (zlib.crc32(p.encode()) % 3 == 0) == judged]
-    listed(part, {
-        "speech": [row(voice, prompt) for voice in LEARNED for prompt in sorted(said[voice])],
-        "train": [row(voice, prompt) | {"label": prompt} for voice in LEARNED for prompt in prompts],
-        "test": [row(voice, prompt) | {"label": prompt} for voice in JUDGED for prompt in prompts],
-        "language-train": languages(False),
-        "language-test": languages(True),
-    })
-    part.rename(folder)
+        short = lambda voices: [p for p in sorted(said["en"]) if all(said[v].get(p, LONGEST + 1) <= LONGEST for v in voices)]
+        row = lambda voice, prompt: {"path": f"{voice}/{prompt}.wav"}
+        prompts, both = short(voices), short(("en", "es"))
+        languages = lambda judged: [
+            row(voice, p) | {"label": voice} for voice in ("en", "es") for p in both if (zlib.crc32(p.encode()) % 3 == 0) == judged]
+        listed(part, {
+            "speech": [row(voice, prompt) for voice in LEARNED for prompt in sorted(said[voice])],
+            "train": [row(voice, prompt) | {"label": prompt} for voice in LEARNED for prompt in prompts],
+            "test": [row(voice, prompt) | {"label": prompt} for voice in JUDGED for prompt in prompts],
+            "language-train": languages(False),
+            "language-test": languages(True),
+        })
     print(f"{len(said['en']) + len(said['es']) + len(said['fr'])} prompts to learn from, {len(prompts)} to be told apart, in {folder}")
 
 

@@ -8,27 +8,21 @@ label and its English text as caption.
 import pathlib
 import sys
 
-from debian import listed, unpacked
+from debian import copied, listed, making, unpacked
 
 
 def main(folder):
-    if folder.exists():
-        return print(f"{folder} is there already")
-    with unpacked("tuxpaint-stamps-default") as (place,):
+    with making(folder) as part, unpacked("tuxpaint-stamps-default") as (place,):
         stamps = place / "usr/share/tuxpaint/stamps"
-        part = folder.with_name(folder.name + ".part")
         rows = []
         for picture in sorted(stamps.rglob("*.png")):
             words = picture.with_suffix(".txt")
             lines = words.read_text(encoding="utf-8").splitlines() if words.exists() else []
             if not lines or not lines[0].strip():
                 continue
-            path = picture.relative_to(stamps)
-            (part / path).parent.mkdir(parents=True, exist_ok=True)
-            (part / path).write_bytes(picture.read_bytes())
+            path = copied(picture, stamps, part)
             rows.append({"path": path.as_posix(), "label": path.parts[0], "caption": lines[0].strip()})
-    listed(part, {"list": rows})
-    part.rename(folder)
+        listed(part, {"list": rows})
     print(f"{len(rows)} captioned pictures in {folder}")
 
 

@@ -1,6 +1,6 @@
 //! A whole step on disk, so that any other implementation can be asked the same question.
 //!
-//! `dump/step-XXXXXXXX-rank-R.safetensors` under the run. Weights (fp32 masters before the step) and gradients (the mean
+//! `dump/step-NNNNNNNN-rank-R.safetensors` under the run. Weights (fp32 masters before the step) and gradients (the mean
 //! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
 //! the mask; the captions' ids (`text`) where there are any; the losses and the optimizer's numbers. Micro-batches are
 //! joined along B. Every rank writes its own, all in the same step: where the optimizer is sharded, weights and gradients

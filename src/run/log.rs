@@ -145,7 +145,7 @@ impl Log {
         Ok(())
     }
 
-    /// Saves a picture as `pictures/step-XXXXXXXX-<name>.png` and shows it in TensorBoard under the same name.
+    /// Saves a picture as `pictures/step-NNNNNNNN-<name>.png` and shows it in TensorBoard under the same name.
     pub fn picture(&mut self, step: u64, name: &str, picture: &RgbImage) -> Result<()> {
         let dir = self.dir.join("pictures");
         fs::create_dir_all(&dir).map_err(|error| Fault::disk(dir.display(), error))?;

@@ -233,9 +233,12 @@ impl Ahead {
             if let Some(input) = input {
                 stepper.accumulate(input, counts, part.last)?;
             }
+            if part.last {
+                return stepper.conclude(rates).map(Some);
+            }
             // A graph ends all that it began.
             stepper.buckets.gathered(stepper.deadline)?;
-            if part.last { stepper.conclude(rates).map(Some) } else { Ok(None) }
+            Ok(None)
         };
         match &mut self.gpu {
             Some(gpu) => gpu.graphs.run(part, body),

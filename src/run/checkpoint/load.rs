@@ -75,7 +75,7 @@ pub fn open(url: &str) -> Result<Loaded> {
     }
     find(&store, Which::Latest)?.ok_or_else(|| {
         Fault::usage(format!(
-            "{}: no checkpoint there. Give a run's URL, or a folder checkpoints/step-XXXXXXXX with a manifest.json.",
+            "{}: no checkpoint there. Give a run's URL, or a folder checkpoints/step-NNNNNNNN with a manifest.json.",
             store.url()
         ))
     })
