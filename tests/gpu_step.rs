@@ -2,13 +2,14 @@
 
 use crate::bridge::run;
 use crate::flip;
+use crate::log_mel;
 use crate::step::{BATCH, BUCKET, LR, Path, input, load, optim, state, stepper};
 use crate::support::{Outcome, skipped};
 use libtest_mimic::{Failed, Trial};
 use occlude::bridge::cuda;
 use occlude::device::World;
 use occlude::device::solo::Solo;
-use occlude::fault::Result;
+use occlude::fault::{Fault, Result};
 use occlude::method::{Method, mae};
 use occlude::optim::flat::Flat;
 use occlude::optim::update::Updater;
@@ -24,10 +25,11 @@ use tch::{Device, Kind, Tensor, no_grad};
 type OnDevice = fn() -> Result<()>;
 
 /// What needs a device, each in a process of its own: test, case, body.
-const ON_A_DEVICE: [(&str, &str, OnDevice); 9] = [
+const ON_A_DEVICE: [(&str, &str, OnDevice); 10] = [
     ("a_training_on_a_device_takes_the_path_of_the_cpu", "gpu-path", path),
     ("captured_steps_take_the_path_of_the_cpu_also_in_ragged_micro_batches", "gpu-captured", captured),
     ("captured_steps_with_captions_take_the_path_of_the_cpu", "gpu-captions", captions),
+    ("captured_steps_on_samples_take_the_path_of_the_cpu_on_spectrograms", "gpu-sounds", sounds),
     ("captured_steps_equal_the_same_steps_queued_one_by_one_to_the_bit", "gpu-equal", equal),
     ("captured_steps_of_shards_equal_those_of_the_whole_to_the_bit", "gpu-shards", shards),
     ("a_training_that_is_taken_up_again_equals_one_that_went_on_to_the_bit", "gpu-resumed", resumed),
@@ -153,6 +155,13 @@ fn captions() -> Result<()> {
         let off = losses.iter().zip(&wanted).map(|(ours, theirs)| (ours - theirs).abs() / theirs).fold(0.0, f64::max);
         assert!(off <= 1e-4, "{towers}: off by {off:e}: {losses:?} for {wanted:?}");
     }
+    Ok(())
+}
+
+fn sounds() -> Result<()> {
+    let (losses, captured) = log_mel::ahead(&gpu());
+    log_mel::agrees(&losses).map_err(|failed| Fault::failed(failed.message().unwrap_or("they differ")))?;
+    assert_eq!(captured, 2, "micro-batches of four, and one of the last two");
     Ok(())
 }
 

@@ -177,7 +177,7 @@ fn recorded(method: impl Method + 'static) -> Vec<Vec<Span>> {
     spans(|step| drop(run.step(step)))
 }
 
-fn spans(mut step: impl FnMut(u64)) -> Vec<Vec<Span>> {
+pub fn spans(mut step: impl FnMut(u64)) -> Vec<Vec<Span>> {
     let mut recorded = |at| {
         let recorder = Recorder::start().expect("a recorder");
         step(at);
@@ -203,7 +203,7 @@ fn a_step_ahead_with_captions_asks_nothing_of_the_device() -> Outcome {
     Ok(())
 }
 
-fn asks_nothing(steps: &[Vec<Span>]) {
+pub fn asks_nothing(steps: &[Vec<Span>]) {
     let asked: Vec<_> = steps.iter().map(|spans| asked(spans)).collect();
     for (step, asked) in asked.iter().enumerate() {
         assert!(asked.len() > 500, "step {step} asks for {} operations only", asked.len());

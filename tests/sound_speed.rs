@@ -36,7 +36,7 @@ fn a_spectrogram_is_at_least_three_times_as_fast_as_torchaudio_s() -> Outcome {
         .spawn()?;
     let (mut give, take) = (theirs.stdin.take().expect("a pipe"), theirs.stdout.take().expect("a pipe"));
     let mut lines = BufReader::new(take).lines();
-    let sound = Sound { rate: 16_000, seconds: None, mean: -4.267_739_3, std: 4.568_997_4 };
+    let sound = Sound { rate: 16_000, seconds: None, mean: -4.267_739_3, std: 4.568_997_4, raw: false };
     let view = View { sound: Some(sound), ..View::default() };
     let grid = Grid { frames: 1, rows: 64, cols: 8, channels: 1, patch_frames: 1, patch: 16 };
     let mut out = vec![0; 4 * 1024 * 128];

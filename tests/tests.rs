@@ -61,6 +61,7 @@ mod optim;
 mod config;
 mod step;
 mod pace;
+mod log_mel;
 mod gpu_step;
 mod gpu_parity;
 mod probe;
@@ -168,6 +169,7 @@ fn main() {
     trials.extend(config::trials());
     trials.extend(step::trials());
     trials.extend(pace::trials());
+    trials.extend(log_mel::trials());
     trials.extend(gpu_step::trials());
     trials.extend(gpu_parity::trials());
     trials.extend(probe::trials());

@@ -7,68 +7,18 @@ pub mod mae;
 pub mod omnimae;
 pub mod videomae;
 
+pub use crate::part::batch::Batch;
 pub use crate::part::encoder::Features;
 pub use crate::part::pixels::Reconstruction;
 
 use crate::device::World;
 use crate::fault::{Fault, Result};
 use crate::grid::Grid;
-use crate::op::shuffle::Origin;
 use crate::part::mask::Mask;
 use crate::part::weights::{Table, Weights};
 use crate::part::work::Work;
-use std::ops::Range;
 use std::{sync::Arc, time::Duration};
 use tch::Tensor;
-
-/// Samples on their way through a model, on one rank.
-#[derive(Debug)]
-pub struct Batch {
-    /// uint8 as decoded, or fp32 already normalised: [B, C, T, Y, X].
-    pub pixels: Tensor,
-    /// Where each sample's randomness comes from, int64 [3, B] beside the pixels (see [`Origin::table`]).
-    pub origins: Tensor,
-    /// Token ids of the samples' captions, int64 [B, L] beside the pixels, where the config reads captions.
-    pub text: Option<Tensor>,
-    /// Of each sample, how many of its Y rows show it, where the feed says so; the rest is padding.
-    pub valid: Option<Vec<u32>>,
-    /// The run's seed.
-    pub seed: u64,
-}
-
-impl Batch {
-    /// Without captions; nothing is padding. The samples' origins are copied to where their pixels are.
-    pub fn new(pixels: Tensor, origins: &[Origin], seed: u64) -> Batch {
-        Batch { origins: Origin::table(origins, pixels.device()), pixels, text: None, valid: None, seed }
-    }
-
-    /// With as many rows of each sample to read.
-    pub fn with_valid(self, valid: Option<Vec<u32>>) -> Batch {
-        Batch { valid, ..self }
-    }
-
-    /// With these captions, if any.
-    pub fn with_text(self, text: Option<Tensor>) -> Batch {
-        Batch { text, ..self }
-    }
-
-    /// Some of the samples, as views.
-    pub fn part(&self, rows: Range<usize>) -> Result<Batch> {
-        let (first, size) = (rows.start as i64, rows.len() as i64);
-        Ok(Batch {
-            pixels: self.pixels.f_narrow(0, first, size)?,
-            origins: self.origins.f_narrow(1, first, size)?,
-            text: self.text.as_ref().map(|text| text.f_narrow(0, first, size)).transpose()?,
-            valid: self.valid.as_ref().map(|valid| valid[rows].to_vec()),
-            seed: self.seed,
-        })
-    }
-
-    /// The captions, of a method that reads them.
-    pub fn captions(&self) -> Result<&Tensor> {
-        self.text.as_ref().ok_or_else(|| Fault::failed("a batch without captions came to a method that reads them"))
-    }
-}
 
 /// What a method asks of a run beyond samples, known from its config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 //! parts above it and no method.
 
 pub mod view; // one decoded sample → the views a method asks for
+pub mod batch; // views of some samples, and what goes along with them
 pub mod work; // what a step has to do: operations and bytes, from shapes
 pub mod weights; // a table of named tensors, and their values
 pub mod again; // what runs again in backward instead of being kept

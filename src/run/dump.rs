@@ -36,6 +36,8 @@ pub fn write(
     if micro.is_empty() {
         tensors.push(("sample_id".into(), Tensor::from_slice::<i64>(&[])));
     } else {
+        let micro: Vec<Batch> =
+            micro.iter().map(|batch| batch.heard(stepper.log_mel.as_ref())).collect::<Result<_>>()?;
         let masks: Vec<_> = micro.iter().map(|batch| method.mask(batch)).collect();
         let join = |parts: Vec<Tensor>| Tensor::cat(&parts, 0);
         tensors

@@ -277,7 +277,10 @@ pub(super) fn stepper(config: &Config, world: &Arc<dyn World>, deadline: Duratio
         false => Flat::new(table, seed, kind, device)?,
     };
     let updater = Updater::new(&flat, &config.optim);
-    Stepper::new(method, flat, updater, world.clone(), wire, deadline)
+    let log_mel = config.view.on(device).log_mel(method.grid(), device)?;
+    let mut stepper = Stepper::new(method, flat, updater, world.clone(), wire, deadline)?;
+    stepper.log_mel = log_mel;
+    Ok(stepper)
 }
 
 /// The run can be written, and a checkpoint fits: told now, not after the first hour.
@@ -381,7 +384,7 @@ pub(super) fn source(
     world: &dyn World,
     grid: Grid,
 ) -> Result<Source> {
-    let (view, seed) = (config.view.clone(), config.train.seed);
+    let (view, seed) = (config.view.on(world.device()), config.train.seed);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cache = config.data.cache.as_ref();
     let cache = cache.map(|cache| Cache::open(Path::new(&cache.folder), (cache.limit_gb * 1e9) as u64).map(Arc::new));
@@ -390,11 +393,11 @@ pub(super) fn source(
         set,
         cache: cache.transpose()?,
         medium: view.medium(),
+        shape: view.shape(&grid),
         view: Arc::new(move |sample, id, epoch, repeats, out| {
             view.train_all(&grid, sample, seed, id, epoch, repeats, out)
         }),
         captions,
-        shape: grid.pixels(),
         limits: Limits::default(),
         seed,
         threads: config.data.threads.unwrap_or((cores / world.local_size()).max(1)),

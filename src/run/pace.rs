@@ -24,7 +24,7 @@ use tch::{Device, Kind, Tensor};
 
 /// This rank's samples of one step.
 pub struct Share {
-    /// [B, C, T, Y, X] as [`Batch`] has them, on the CPU or where the model is.
+    /// As [`Batch`] has them before it is heard, on the CPU or where the model is.
     pub pixels: Tensor,
     pub origins: Vec<Origin>,
     /// Ids of the captions [B, L], where the config reads captions; they lie where the pixels do.

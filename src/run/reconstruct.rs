@@ -14,6 +14,7 @@ use crate::method::{Batch, Method, Reconstruction};
 use crate::op::shuffle::Origin;
 use crate::part::view::View;
 use crate::part::view::clip::Clip;
+use crate::part::view::log_mel::LogMel;
 use crate::part::weights::Weights;
 use crate::rng;
 use image::RgbImage;
@@ -31,7 +32,7 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
     let channels = source.shape[0] as u32;
     let medium = source.medium;
     let whole = match medium {
-        Medium::Sound => config.view.clone(),
+        Medium::Sound => config.view.on(stepper.flat.master.device()),
         Medium::Picture => {
             // Of a video, frames from all of it.
             let clip = Clip { sampling: Sampling::Segments, multi_scale: None, repeats: 1 };
@@ -41,7 +42,7 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
     };
     let mut decoder = Decoder::new(source.limits);
     let weights = stepper.buckets.weights(&stepper.flat, stepper.deadline)?;
-    let (kinds, mut rows) = (kinds(source), Vec::new());
+    let (kinds, log_mel, mut rows) = (kinds(source), stepper.log_mel.as_ref(), Vec::new());
     for indices in &kinds {
         let shape = source.shape_of(indices.start);
         let mut samples = Vec::new();
@@ -56,7 +57,7 @@ pub fn sheet(stepper: &Stepper, source: &Source, config: &Config) -> Result<RgbI
             }
         }
         let given = (&samples[..], shape, medium);
-        rows.extend(rows_of(stepper.method.as_ref(), &weights, given, config.train.seed)?);
+        rows.extend(rows_of((stepper.method.as_ref(), &weights, log_mel), given, config.train.seed)?);
     }
     Ok(picture::grid(&HEADINGS, &rows))
 }
@@ -97,7 +98,8 @@ pub fn files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<Pat
     for (number, (path, shape, view, valid)) in views.into_iter().enumerate() {
         let id = rng::id(&[&path.display().to_string()]);
         let given = (&[Shown { id, view, valid }][..], shape, medium);
-        let sheet = picture::grid(&HEADINGS, &rows_of(method.as_ref(), &flat.leaves, given, config.train.seed)?);
+        let sheet =
+            picture::grid(&HEADINGS, &rows_of((method.as_ref(), &flat.leaves, None), given, config.train.seed)?);
         let stem = path.file_stem().map_or_else(|| "input".into(), |stem| stem.to_string_lossy());
         let to = out.join(format!("{number:03}-{stem}.png"));
         picture::save_png(&sheet, &to)?;
@@ -117,8 +119,7 @@ struct Shown {
 
 /// One row of pictures for each sample, all of one shape [C, T, Y, X].
 fn rows_of(
-    method: &dyn Method,
-    weights: &Weights,
+    (method, weights, log_mel): (&dyn Method, &Weights, Option<&LogMel>),
     (samples, shape, medium): (&[Shown], [i64; 4], Medium),
     seed: u64,
 ) -> Result<Vec<Vec<Tile>>> {
@@ -127,7 +128,7 @@ fn rows_of(
     let pixels = Tensor::f_from_data_size(&pixels, &shape, medium.kind())?.to_device(weights.0[0].device());
     let origins: Vec<Origin> = samples.iter().map(|sample| Origin { id: sample.id, epoch: 0, repeat: 0 }).collect();
     let valid = samples.iter().map(|sample| sample.valid).collect();
-    let batch = Batch::new(pixels, &origins, seed).with_valid(Some(valid));
+    let batch = Batch::new(pixels, &origins, seed).with_valid(Some(valid)).heard(log_mel)?;
     let Reconstruction { masked, guessed, original } = no_grad(|| method.reconstruct(weights, &batch))?;
     let rows: Vec<Vec<Tile>> = (0..samples.len() as i64)
         .map(|row| [&masked, &guessed, &original].iter().map(|all| tile(&all.get(row), medium)).collect())

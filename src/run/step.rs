@@ -11,6 +11,7 @@ use crate::fault::{Fault, Result};
 use crate::method::{Batch, Method};
 use crate::optim::bucket::{Buckets, Wire};
 use crate::optim::{flat::Flat, update::Updater};
+use crate::part::view::log_mel::LogMel;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
@@ -21,6 +22,8 @@ pub struct Stepper {
     pub flat: Flat,
     pub updater: Updater,
     pub buckets: Buckets,
+    /// Where samples of sounds come, makes the spectrograms that the method reads.
+    pub log_mel: Option<LogMel>,
     world: Arc<dyn World>,
     /// Small messages: counts, losses, flags.
     flags: Box<dyn Channel>,
@@ -84,7 +87,7 @@ impl Stepper {
         let here: Vec<f64> = (0..world.size()).map(|rank| f64::from(u8::from(rank == world.rank()))).collect();
         let here = Tensor::from_slice(&here).to_device(device);
         let sums = Tensor::zeros([method.counts(0).len() as i64], (Kind::Double, device));
-        Ok(Stepper { method, flat, updater, buckets, world, flags, deadline, sums, here })
+        Ok(Stepper { method, flat, updater, buckets, log_mel: None, world, flags, deadline, sums, here })
     }
 
     /// One step over this rank's share of a global batch, cut into micro-batches; a rank without samples brings none.
@@ -145,7 +148,7 @@ impl Stepper {
     pub fn accumulate(&mut self, batch: &Batch, counts: &Counts, last: bool) -> Result<()> {
         self.buckets.arm(last);
         let forward = scope("forward");
-        let terms = self.method.loss(&self.flat.leaves, batch)?;
+        let terms = self.method.loss(&self.flat.leaves, &batch.heard(self.log_mel.as_ref())?)?;
         let means = terms.iter().zip(&counts.all).map(|(term, count)| &term.sum / *count);
         let objective = means.reduce(|sum, mean| sum + mean).expect("a method has a term");
         drop(forward);

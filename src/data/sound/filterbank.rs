@@ -10,8 +10,8 @@ use std::f64::consts::TAU;
 use std::sync::Arc;
 
 /// The least energy: below it the logarithm is taken of it, −15.94.
-const FLOOR: f32 = f32::EPSILON;
-const PRE_EMPHASIS: f32 = 0.97;
+pub const FLOOR: f32 = f32::EPSILON;
+pub const PRE_EMPHASIS: f32 = 0.97;
 /// The lowest frequency of the lowest filter, Hz.
 const LOWEST: f64 = 20.0;
 
@@ -31,6 +31,12 @@ impl Frames {
     /// How many whole frames lie in so many samples.
     pub fn of(&self, samples: usize) -> usize {
         if samples < self.length { 0 } else { 1 + (samples - self.length) / self.shift }
+    }
+
+    /// What each sample of a frame is multiplied by: Hann's window, symmetric.
+    pub fn window(&self) -> Vec<f64> {
+        let last = (self.length - 1) as f64;
+        (0..self.length).map(|at| 0.5 - 0.5 * (TAU * at as f64 / last).cos()).collect()
     }
 
     /// The samples under so many frames; at least one frame.
@@ -66,8 +72,6 @@ impl Filterbank {
     pub fn new(rate: u32, mels: usize) -> Filterbank {
         let frames = Frames::at(rate);
         assert!(frames.length > 1 && frames.shift > 0 && mels > 0, "{mels} filters at {rate} Hz");
-        let last = (frames.length - 1) as f64;
-        let window = (0..frames.length).map(|at| (0.5 - 0.5 * (TAU * at as f64 / last).cos()) as f32).collect();
         let padded = frames.length.next_power_of_two();
         let fft = RealFftPlanner::new().plan_fft_forward(padded);
         let (filters, weights) = filters(f64::from(rate), padded, mels);
@@ -75,7 +79,7 @@ impl Filterbank {
             rate,
             mels,
             frames,
-            window,
+            window: frames.window().into_iter().map(|factor| factor as f32).collect(),
             filters,
             weights,
             frame: fft.make_input_vec(),
@@ -84,6 +88,18 @@ impl Filterbank {
             power: vec![0.0; padded / 2],
             fft,
         }
+    }
+
+    /// How much of each bin of a frame's spectrum is in each filter, [bins, mels]: as many bins as the padded frame has
+    /// samples, halved.
+    pub fn dense(&self) -> Vec<f32> {
+        let mut dense = vec![0.0; self.power.len() * self.mels];
+        for (mel, filter) in self.filters.iter().enumerate() {
+            for (bin, weight) in (filter.first..).zip(&self.weights[filter.weights.clone()]) {
+                dense[bin * self.mels + mel] = *weight;
+            }
+        }
+        dense
     }
 
     /// The spectrogram [frames, mels] of samples in −1..1 into `out`, as many frames as there are and as it has room

@@ -1,6 +1,6 @@
 //! A view: one augmented form of a sample. Of a picture, still or moving, it is what the model receives but for the
 //! normalisation, which happens on the device: 8-bit pixels, planes [C, T, Y, X]. Of a sound it is a spectrogram,
-//! normalised (`spectrogram.rs`).
+//! normalised (`spectrogram.rs`); for a GPU, the samples that it makes one of (`log_mel.rs`).
 
 pub mod crop; // which box of a picture is shown, and its resize
 pub mod tone; // curves from old values to new
@@ -17,6 +17,7 @@ pub mod erase; // random boxes become noise, in batches
 pub mod mix; // mixup and CutMix, of batches
 pub mod caption; // how captions are read
 pub mod spectrogram; // a window of a sound as an image
+pub mod log_mel; // the same on a GPU, of a whole batch
 mod said; // the config's `view`, as it is written
 
 use crate::data::decode::Picture;
@@ -28,11 +29,13 @@ use augment::Augment;
 use caption::Caption;
 use clip::Clip;
 use crop::Crop;
+use log_mel::LogMel;
 use said::Said;
 use serde::{Deserialize, Serialize};
 use spectrogram::Sound;
 use std::cell::RefCell;
 use std::ops::Range;
+use tch::Device;
 
 /// How a sample becomes a view: the config's `view`. With `sound` its samples are sounds, and the other keys, which are
 /// for pictures, say nothing.
@@ -102,6 +105,23 @@ impl View {
     /// What samples are read as.
     pub fn medium(&self) -> Medium {
         if self.sound.is_some() { Medium::Sound } else { Medium::Picture }
+    }
+
+    /// The same for a model on this device. A GPU makes spectrograms itself: for one, views of sounds stay samples.
+    pub fn on(&self, device: Device) -> View {
+        let sound = |sound: &Sound| Sound { raw: device.is_cuda(), ..sound.clone() };
+        View { sound: self.sound.as_ref().map(sound), ..self.clone() }
+    }
+
+    /// [C, T, Y, X] of views, of which a video's are the longest.
+    pub fn shape(&self, grid: &Grid) -> [i64; 4] {
+        self.sound.as_ref().map_or(grid.pixels(), |sound| sound.shape(grid))
+    }
+
+    /// What makes spectrograms, where views stay samples.
+    pub fn log_mel(&self, grid: &Grid, device: Device) -> Result<Option<LogMel>> {
+        let raw = self.sound.as_ref().filter(|sound| sound.raw);
+        raw.map(|sound| LogMel::new(sound, grid, device)).transpose()
     }
 
     /// Training's view of sample `id` in `epoch` into `out`, as [`View::train_all`] makes several; `repeat` says which.

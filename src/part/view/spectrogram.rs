@@ -26,12 +26,15 @@ pub struct Sound {
     pub mean: f64,
     /// Their deviation; values are divided by twice of it (AudioSet: 4.5689974).
     pub std: f64,
+    /// Whether a view stays samples, of which [`LogMel`](super::log_mel::LogMel) makes the spectrogram.
+    #[serde(skip)]
+    pub raw: bool,
 }
 
 impl Sound {
     /// Refuses what is out of range, and what would do nothing beside `input`.
     pub fn check(&self, input: &Input) -> Result<()> {
-        let Sound { rate, seconds, mean, std } = self;
+        let Sound { rate, seconds, mean, std, .. } = self;
         let refuse = |message: String| Err(Fault::usage(message));
         if !(4000..=96_000).contains(rate) {
             return refuse(format!("view.sound.rate is {rate}; it is samples a second, 4000 to 96000"));
@@ -77,9 +80,17 @@ impl Sound {
         }
     }
 
-    /// Training's view into `out`, fp32 [1, 1, frames, mels] as bytes: a window that is drawn where the sound is longer.
-    /// How many frames show the sound; the others are padding, at the value that 0 has once normalised. Faults with
-    /// Code::Corrupt where the sound is shorter than one frame.
+    /// [C, T, Y, X] of a view: the spectrogram [1, 1, frames, mels], or the samples under so many frames [1, 1, 1, S].
+    pub fn shape(&self, grid: &Grid) -> [i64; 4] {
+        match (self.raw, grid.pixels()) {
+            (false, pixels) => pixels,
+            (true, [_, _, frames, _]) => [1, 1, 1, Frames::at(self.rate).samples(frames as usize) as i64],
+        }
+    }
+
+    /// Training's view into `out`, fp32 of [`Sound::shape`] as bytes: a window that is drawn where the sound is longer.
+    /// How many frames show the sound; the others are padding, at the value that 0 has once normalised, and of samples
+    /// those behind the end are no numbers. Faults with Code::Corrupt where the sound is shorter than one frame.
     pub fn train(&self, grid: &Grid, clip: &Clip, draw: &mut Draw, out: &mut [u8]) -> Result<u32> {
         self.view(grid, clip, |slack| draw.below(slack as u64 + 1) as usize, out)
     }
@@ -105,23 +116,35 @@ impl Sound {
             centred.extend(samples.iter().map(|sample| sample - mean));
             let samples = resampler.resample(centred, [clip.rate, self.rate])?;
             let samples = &samples[..samples.len().min(span)];
-            if filters.as_ref().is_none_or(|made| (made.rate, made.mels) != (self.rate, mels)) {
-                *filters = Some(Filterbank::new(self.rate, mels));
-            }
-            rows.clear();
-            rows.resize(frames * mels, 0.0);
-            let shown = filters.as_mut().expect("made above").log_mel(samples, rows);
+            let shown = Frames::at(self.rate).of(samples.len()).min(frames);
             if shown == 0 {
                 let (got, rate) = (samples.len(), self.rate);
                 let message = format!("{got} samples at {rate} Hz are shorter than one frame of 25 ms");
                 return Err(Fault::new(Code::Corrupt, message));
             }
-            let (mean, scale) = (self.mean as f32, (0.5 / self.std) as f32);
-            for (bytes, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(rows) {
-                *bytes = ((*value - mean) * scale).to_ne_bytes();
+            let out = out.as_chunks_mut::<4>().0;
+            if self.raw {
+                let end = std::iter::repeat(&f32::NAN);
+                out.iter_mut().zip(samples.iter().chain(end)).for_each(|(out, sample)| *out = sample.to_ne_bytes());
+                return Ok(shown as u32);
+            }
+            if filters.as_ref().is_none_or(|made| (made.rate, made.mels) != (self.rate, mels)) {
+                *filters = Some(Filterbank::new(self.rate, mels));
+            }
+            rows.clear();
+            rows.resize(frames * mels, 0.0);
+            filters.as_mut().expect("made above").log_mel(samples, rows);
+            let (mean, scale) = (self.mean as f32, self.scale() as f32);
+            for (out, value) in out.iter_mut().zip(rows) {
+                *out = ((*value - mean) * scale).to_ne_bytes();
             }
             Ok(shown as u32)
         })
+    }
+
+    /// What values less their mean are multiplied by.
+    pub fn scale(&self) -> f64 {
+        0.5 / self.std
     }
 }
 

@@ -47,7 +47,7 @@ impl Input {
 
     pub fn noise(config: &Config, world: &dyn World, method: &dyn Method) -> Result<Input> {
         let rows = order::rows(config.train.global_batch, world.rank(), world.size());
-        let [c, t, y, x] = method.grid().pixels();
+        let [c, t, y, x] = config.view.on(world.device()).shape(method.grid());
         let shape = [(rows.end - rows.start) as i64, c, t, y, x];
         let pixels = match config.view.medium() {
             Medium::Picture => Tensor::f_randint(256, shape, (Kind::Uint8, Device::Cpu))?,

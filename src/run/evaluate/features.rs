@@ -12,6 +12,7 @@ use crate::feed::Rows;
 use crate::method::{Batch, Features, Method};
 use crate::op::shuffle::Origin;
 use crate::optim::flat::Flat;
+use crate::part::view::log_mel::LogMel;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -24,6 +25,8 @@ pub struct Encoder {
     pub method: Box<dyn Method>,
     pub flat: Flat,
     pub feature: Feature,
+    /// Where views of sounds stay samples.
+    log_mel: Option<LogMel>,
     /// D, known before the first sample: a rank may have none.
     pub width: i64,
 }
@@ -33,11 +36,14 @@ impl Encoder {
     ///
     /// # Errors
     /// Code::Usage where the class token is asked for and there is none.
-    pub fn new(config: Config, method: Box<dyn Method>, flat: Flat, asked: Option<Feature>) -> Result<Encoder> {
-        let mut encoder = Encoder { config, method, flat, feature: Feature::Mean, width: 0 };
-        let shape = [&[1][..], &encoder.method.grid().pixels()].concat();
-        let (kind, device) = (encoder.config.view.medium().kind(), encoder.flat.master.device());
-        let found = encoder.run(Tensor::f_zeros(&shape, (kind, device))?, &[0], None)?;
+    pub fn new(mut config: Config, method: Box<dyn Method>, flat: Flat, asked: Option<Feature>) -> Result<Encoder> {
+        let (grid, device) = (*method.grid(), flat.master.device());
+        config.view = config.view.on(device);
+        let log_mel = config.view.log_mel(&grid, device)?;
+        let shape = [&[1][..], &config.view.shape(&grid)].concat();
+        let nothing = Tensor::f_zeros(&shape, (config.view.medium().kind(), device))?;
+        let mut encoder = Encoder { config, method, flat, feature: Feature::Mean, log_mel, width: 0 };
+        let found = encoder.run(&encoder.batch(nothing, &[0], None)?)?;
         encoder.width = found.mean.size()[1];
         encoder.feature = match (asked, found.class) {
             (Some(Feature::Statistics), _) => {
@@ -67,12 +73,12 @@ impl Encoder {
         for (number, ids) in rows.ids.chunks(ROWS).enumerate() {
             let first = number * ROWS;
             let (range, device) = (first..first + ids.len(), self.flat.master.device());
-            let (pixels, valid) = (rows.to_device(range.clone(), device)?, &rows.valid[range]);
-            let found = || self.run(pixels.shallow_clone(), ids, Some(valid));
+            let valid = &rows.valid[range.clone()];
+            let batch = self.batch(rows.to_device(range, device)?, ids, Some(valid))?;
             let features = match self.feature {
-                Feature::Class => found()?.class.expect("asked for where there is one alone"),
-                Feature::Mean => found()?.mean,
-                Feature::Statistics => statistics(&pixels, valid),
+                Feature::Class => self.run(&batch)?.class.expect("asked for where there is one alone"),
+                Feature::Mean => self.run(&batch)?.mean,
+                Feature::Statistics => statistics(&batch.pixels, valid),
             };
             parts.push(features.to_kind(Kind::Float).to_device(Device::Cpu));
         }
@@ -84,10 +90,15 @@ impl Encoder {
         Tensor::zeros([0, self.width], (Kind::Float, Device::Cpu))
     }
 
-    fn run(&self, pixels: Tensor, ids: &[u64], valid: Option<&[u32]>) -> Result<Features> {
+    /// Samples as the method reads them.
+    fn batch(&self, pixels: Tensor, ids: &[u64], valid: Option<&[u32]>) -> Result<Batch> {
         let origins: Vec<Origin> = ids.iter().map(|&id| Origin { id, epoch: 0, repeat: 0 }).collect();
         let batch = Batch::new(pixels, &origins, self.config.train.seed).with_valid(valid.map(<[u32]>::to_vec));
-        no_grad(|| self.method.features(&self.flat.leaves, &batch))
+        batch.heard(self.log_mel.as_ref())
+    }
+
+    fn run(&self, batch: &Batch) -> Result<Features> {
+        no_grad(|| self.method.features(&self.flat.leaves, batch))
     }
 }
 
