@@ -46,7 +46,7 @@ pub struct Case {
     towers: &'static str,
     batch: i64,
     /// `text.mask`.
-    words: Value,
+    pub words: Value,
 }
 
 const VOCABULARY: i64 = 101;

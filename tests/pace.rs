@@ -19,7 +19,7 @@ use occlude::part::work::Work;
 use occlude::run::ledger::{Ledger, Taken};
 use occlude::run::pace::{Ahead, Pace, Share};
 use occlude::run::step::{self, Stepper};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -192,9 +192,13 @@ fn a_step_ahead_asks_nothing_of_the_device() -> Outcome {
 }
 
 fn a_step_ahead_with_captions_asks_nothing_of_the_device() -> Outcome {
-    for towers in ["plain", "clip"] {
+    let hidden = json!({"ratio": 0.5, "prioritised": true, "padding": 3});
+    for (towers, words) in [("plain", Value::Null), ("clip", Value::Null), ("plain", hidden.clone()), ("clip", hidden)]
+    {
         let world = alone();
-        let mut stepper = flip::stepper(towers, world.clone());
+        let mut pairs = flip::tiny(towers);
+        pairs.words = words;
+        let mut stepper = stepper(pairs.method(), world.clone(), Kind::Float, BUCKET);
         let mut ahead = Ahead::new(flip::PAIRS, &stepper, &world)?;
         asks_nothing(&spans(|step| {
             drop(ahead.step(&mut stepper, &flip::share(step, world.as_ref()), LR).expect("a step"));
