@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 crate::trials![
     one_program_alone_links_ffmpeg,
     the_very_frames_that_are_wanted_come,
+    a_clip_costs_the_frames_around_it_alone,
     a_region_is_that_of_the_whole_frame,
     colours_are_those_that_went_in,
     a_turned_video_stands_upright,
@@ -55,7 +56,7 @@ pub fn number(pixels: &[u8], width: u32) -> u64 {
 }
 
 pub fn recipe(codec: Codec, container: Container, gop: u32, b_frames: u32) -> Recipe {
-    Recipe { codec, container, gop, b_frames, quality: 75 }
+    Recipe { codec, container, gop, b_frames, open: false, quality: 75 }
 }
 
 /// A video of so many frames that say their numbers, 25 a second.
@@ -135,6 +136,32 @@ fn the_very_frames_that_are_wanted_come() -> Outcome {
         }
         let fault = numbers(&mut videos, &file, &[frames]).expect_err("beyond the end");
         assert_eq!(fault.code, Code::Corrupt);
+    }
+    Ok(())
+}
+
+/// Of 300 frames 16 at stride 4 from each of some places on, in groups of twelve.
+fn a_clip_costs_the_frames_around_it_alone() -> Outcome {
+    let mut videos = videos();
+    for open in [false, true] {
+        let recipe = Recipe { open, ..recipe(Codec::H264, Container::Mp4, 12, 2) };
+        let file = made(&mut videos, &recipe, 300)?;
+        let all = whole(&mut videos, &file, &Vec::from_iter(0..300))?;
+        let mut most = 0;
+        for first in (0..236).step_by(7) {
+            let indices: Vec<u64> = (0..16).map(|at| first + 4 * at).collect();
+            let frames = videos.open(&file)?.frames(&indices, [0, 0, 96, 64], [96, 64])?;
+            most = most.max(frames.decoded);
+            let mut pixels = vec![0; frames.bytes()];
+            for (at, &frame) in indices.iter().enumerate() {
+                frames.read(at, &mut pixels)?;
+                assert!(pixels == all[frame as usize], "open {open}: frame {frame}, to the bit");
+            }
+        }
+        println!("open {open}: {most} frames at most");
+        // The window and the group that it begins in, or the one before; where one is open, its end once more.
+        let bound = if open { 61 + 24 + 16 } else { 61 + 12 };
+        assert!(most <= bound, "open {open}: {most} frames were decoded for a clip");
     }
     Ok(())
 }

@@ -96,6 +96,8 @@ pub struct Frames<'a> {
     pub size: [u32; 2],
     /// Where the region that was asked for lies in each: [left, top, width, height].
     pub place: [f64; 4],
+    /// How many frames were decoded for them.
+    pub decoded: u64,
     child: &'a Child,
 }
 
@@ -193,8 +195,8 @@ impl<'a> Video<'a> {
         let Video { videos, .. } = self;
         let ask = Ask::Frames { indices: indices.to_vec(), region, least };
         match videos.ask(&ask, Duration::ZERO)?.map_err(corrupt)? {
-            Answer::Frames { size, place } if plausible(size, place, region) => {
-                Ok(Frames { size, place, child: videos.child.as_ref().expect("it has answered") })
+            Answer::Frames { size, place, decoded } if plausible(size, place, region) => {
+                Ok(Frames { size, place, decoded, child: videos.child.as_ref().expect("it has answered") })
             }
             other => Err(videos.nonsense(&other)),
         }

@@ -107,11 +107,10 @@ impl Writer {
         let io = StreamIo::from_write_seek(file.clone())?;
         let mut output = format::output_to_stream(io, None, Some(muxer(recipe.container)))?;
         let mut context = codec::Context::new_with_codec(found);
-        if output.format().flags().contains(FormatFlags::GLOBAL_HEADER) {
-            context.set_flags(CodecFlags::GLOBAL_HEADER | CodecFlags::BITEXACT);
-        } else {
-            context.set_flags(CodecFlags::BITEXACT);
-        }
+        let mut flags = CodecFlags::BITEXACT;
+        flags.set(CodecFlags::GLOBAL_HEADER, output.format().flags().contains(FormatFlags::GLOBAL_HEADER));
+        flags.set(CodecFlags::CLOSED_GOP, recipe.codec == Codec::H264 && !recipe.open);
+        context.set_flags(flags);
         // One thread: what it writes must not depend on how many there are.
         context.set_threading(threading::Config { kind: threading::Type::None, count: 1, ..Default::default() });
         let time_base = Rational::new(1000, (fps * 1000.0).round() as i32);

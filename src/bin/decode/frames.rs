@@ -13,6 +13,11 @@ use std::fs::File;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 
+/// Packets between two runs that nobody needs and that are rather gone through than left out.
+const APART: usize = 4;
+/// Packets behind a run that make a decoder give what it keeps back for the order of showing: as many as it can keep.
+const BEHIND: usize = 16;
+
 /// Takes a frame and its number.
 pub type See<'a> = dyn FnMut(usize, &Frame) -> Result<(), Refusal> + 'a;
 
@@ -44,18 +49,23 @@ pub fn answer(
         let pixels = converter.convert(frame)?;
         memory.write_all_at(pixels, place[&number] * each).map_err(|error| error.to_string())
     };
-    decode(video, &place.keys().copied().collect(), &mut lay)?;
-    Ok(Answer::Frames { size: converter.size(), place: converter.place() })
+    let decoded = decode(video, &place.keys().copied().collect(), &mut lay)?;
+    Ok(Answer::Frames { size: converter.size(), place: converter.place(), decoded })
 }
 
-/// Shows the wanted frames to `see`, in the order of showing but where damage or an open group of pictures forces a
-/// second run, from the very first packet.
-pub fn decode(video: &Video, wanted: &BTreeSet<usize>, see: &mut See) -> Result<(), Refusal> {
+/// Shows the wanted frames to `see`, in the order of showing but where damage forces a second run, from the very first
+/// packet. How many frames came for them.
+pub fn decode(video: &Video, wanted: &BTreeSet<usize>, see: &mut See) -> Result<u64, Refusal> {
     let mut left = wanted.clone();
-    let mut run = Run { video, decoder: open(video)?, reason: None };
+    let mut run = Run { video, decoder: open(video)?, decoded: 0, reason: None };
     if video.timed {
         for range in ranges(video, wanted) {
-            run.forward(range, &mut left, true, see)?;
+            run.forward(range.clone(), &mut left, true, see)?;
+            // At an end FFmpeg 5.1 drops what is kept back of H.264 whose groups of pictures are open: then there is none.
+            if left.iter().any(|&frame| range.contains(&video.frames[frame].packet)) {
+                let end = (range.end() + BEHIND).min(video.packets.len() - 1);
+                run.forward(*range.start()..=end, &mut left, true, see)?;
+            }
         }
     }
     if let Some(last) = left.iter().map(|&frame| video.frames[frame].packet).max() {
@@ -64,7 +74,7 @@ pub fn decode(video: &Video, wanted: &BTreeSet<usize>, see: &mut See) -> Result<
         run.forward(0..=last, &mut left, false, see)?;
     }
     match left.first() {
-        None => Ok(()),
+        None => Ok(run.decoded),
         Some(frame) => {
             let reason = run.reason.map_or("the file was cut or damaged".into(), |error| error.to_string());
             Err(format!("frame {frame} of {} cannot be decoded: {reason}", video.frames.len()))
@@ -88,7 +98,7 @@ fn ranges(video: &Video, wanted: &BTreeSet<usize>) -> Vec<RangeInclusive<usize>>
         let begins = |at: &&usize| video.packets[**at].pts().is_some_and(|pts| pts <= frame.pts);
         let before = &alone[..alone.partition_point(|&at| at <= frame.packet)];
         let first = before.iter().rev().find(begins).copied().unwrap_or(0);
-        match ranges.last_mut().filter(|range| first <= *range.end()) {
+        match ranges.last_mut().filter(|range| first <= *range.end() + APART) {
             Some(range) => *range = (*range.start()).min(first)..=(*range.end()).max(frame.packet),
             None => ranges.push(first..=frame.packet),
         }
@@ -99,12 +109,14 @@ fn ranges(video: &Video, wanted: &BTreeSet<usize>) -> Vec<RangeInclusive<usize>>
 struct Run<'a> {
     video: &'a Video,
     decoder: decoder::Video,
+    /// Frames that came.
+    decoded: u64,
     /// What the decoder complained of last.
     reason: Option<Error>,
 }
 
 impl Run<'_> {
-    /// Decodes these packets and shows those frames that are left.
+    /// Decodes these packets and shows those of their frames that are left.
     fn forward(
         &mut self,
         packets: RangeInclusive<usize>,
@@ -113,7 +125,9 @@ impl Run<'_> {
         see: &mut See,
     ) -> Result<(), Refusal> {
         let video = self.video;
-        let needed: BTreeSet<usize> = left.iter().map(|&frame| video.frames[frame].packet).collect();
+        let packet = |frame: &usize| video.frames[*frame].packet;
+        let needed: BTreeSet<usize> = left.iter().map(packet).filter(|at| packets.contains(at)).collect();
+        let rest = left.len() - needed.len();
         let mut counted = 0;
         self.decoder.flush();
         for at in packets {
@@ -125,7 +139,7 @@ impl Run<'_> {
                 self.reason = Some(error);
             }
             self.receive(left, &mut counted, see)?;
-            if left.is_empty() {
+            if left.len() == rest {
                 return Ok(());
             }
         }
@@ -154,6 +168,7 @@ impl Run<'_> {
                 (false, _) => Some(*counted),
             };
             *counted += 1;
+            self.decoded += 1;
             // What a decoder made up in the place of damage is no frame of this video.
             let sound = !frame.is_corrupt() && !frame.has_decode_errors();
             if let Some(number) = number.filter(|number| sound && left.contains(number)) {

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Of what is said here; a child of another build is refused.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// What a video may cost; all inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,6 +48,8 @@ pub struct Recipe {
     pub gop: u32,
     /// The most frames in a row that are made from frames on both sides.
     pub b_frames: u32,
+    /// H.264: whether frames may be made from such that lie before the last one that stands alone.
+    pub open: bool,
     /// 1 to 100.
     pub quality: u8,
 }
@@ -101,10 +103,12 @@ pub enum Answer {
     },
     Open(Facts),
     /// Frames [height, width, 3] of this `size` [width, height], one after another in the memory in the order in which
-    /// they were asked for; the region lies at `place` [left, top, width, height] in them.
+    /// they were asked for; the region lies at `place` [left, top, width, height] in them. So many came from the decoder
+    /// for them.
     Frames {
         size: [u32; 2],
         place: [f64; 4],
+        decoded: u64,
     },
     /// So many f32 of one channel at 48 kHz, from the beginning of the memory.
     Sound {

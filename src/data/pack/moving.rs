@@ -30,11 +30,24 @@ impl Videos {
         Some(match self.encode.unwrap_or(EncodeVideo::H264) {
             EncodeVideo::H264 => {
                 let (gop, quality) = (self.gop.unwrap_or(Options::GOP), options.quality.unwrap_or(Options::H264));
-                (Recipe { codec: Codec::H264, container: Container::Mp4, gop, b_frames: 2, quality }, "mp4")
+                (
+                    Recipe { codec: Codec::H264, container: Container::Mp4, gop, b_frames: 2, open: false, quality },
+                    "mp4",
+                )
             }
             EncodeVideo::Mjpeg => {
                 let quality = options.quality.unwrap_or(Options::QUALITY);
-                (Recipe { codec: Codec::Mjpeg, container: Container::Mkv, gop: 1, b_frames: 0, quality }, "mkv")
+                (
+                    Recipe {
+                        codec: Codec::Mjpeg,
+                        container: Container::Mkv,
+                        gop: 1,
+                        b_frames: 0,
+                        open: false,
+                        quality,
+                    },
+                    "mkv",
+                )
             }
         })
     }
