@@ -1,22 +1,33 @@
 //! Spectrograms that are made where a model computes, beside those of a feed.
 
+use crate::listen::packed;
 use crate::pace::{asks_nothing, spans};
+use crate::shard::text;
 use crate::sound::{furthest, values, view};
+use crate::speech;
 use crate::step::{self, BATCH, BUCKET, LR, tiny};
-use crate::support::{Outcome, normal};
+use crate::support::{Outcome, normal, read};
 use libtest_mimic::Failed;
+use occlude::config::Config;
 use occlude::data::order::rows;
 use occlude::data::sound::Clip;
 use occlude::device::World;
 use occlude::device::solo::{Solo, threads};
 use occlude::fault::Code;
+use occlude::feed::Feed;
 use occlude::grid::Grid;
 use occlude::method::Method;
 use occlude::op::shuffle::Origin;
+use occlude::optim::flat::Flat;
 use occlude::part::view::View;
 use occlude::part::view::spectrogram::Sound;
+use occlude::run::evaluate::{Feature, features::Encoder};
+use occlude::run::open::{Resume, open};
 use occlude::run::pace::{Ahead, Share};
 use occlude::run::step::{Outcome as Told, Stepper};
+use occlude::run::{dump, reconstruct};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -25,6 +36,7 @@ crate::trials![
     a_gpu_is_fed_samples_and_a_cpu_spectrograms,
     steps_on_samples_take_the_path_of_steps_on_spectrograms,
     a_step_ahead_on_samples_asks_nothing_of_the_device,
+    a_run_on_samples_sees_and_shows_what_one_on_spectrograms_does,
 ];
 
 fn raw(view: &View) -> View {
@@ -173,5 +185,55 @@ fn a_step_ahead_on_samples_asks_nothing_of_the_device() -> Outcome {
     asks_nothing(&spans(|step| {
         drop(ahead.step(&mut stepper, &share(step, &view, world.as_ref(), 4), LR).expect("a step"));
     }));
+    Ok(())
+}
+
+/// What a run leaves of its first step: the dump, the sheet of pictures, class tokens and statistics of the step's samples.
+fn first_step(raw: bool, sounds: &str, folder: &Path) -> Result<(BTreeMap<String, Tensor>, Vec<Tensor>), Failed> {
+    let mut config = Config::parse(&speech::config(sounds, 2)?.to_string(), &[])?;
+    config.view.sound.as_mut().ok_or("a view of sounds")?.raw = raw;
+    let world: Arc<dyn World> = Arc::new(Solo::new(Device::Cpu));
+    let mut run = open(&config, &text(folder), &Resume::Never, &world)?;
+    let order = run.order.take().ok_or("an order")?;
+    let rows = Feed::train(run.source.clone(), order, 6, 0, 1, 0..1)?.next().ok_or("a step")??;
+    let [_, .., width] = run.source.shape;
+    assert_eq!((rows.pixels.size()[4], raw), (width, width > 32), "samples where they are asked for");
+    let share = Share {
+        pixels: rows.pixels.shallow_clone(),
+        origins: rows.origins(),
+        text: None,
+        valid: Some(rows.valid.clone()),
+        seed: 5,
+        micro: 4,
+    };
+    let micro = share.batches(Device::Cpu)?;
+    run.stepper.step(&micro, LR, |stepper, outcome| dump::write(folder, 0, 0, stepper, &micro, outcome, LR, 0.0))?;
+    let sheet = reconstruct::sheet(&run.stepper, &run.source, &config)?.into_raw();
+    let mut seen = vec![Tensor::from_slice(&sheet).to_kind(Kind::Float) / 255.0];
+    for feature in [Feature::Class, Feature::Statistics] {
+        let method = config.method.build(&config.input)?;
+        let flat = Flat::new(method.table(), 3, Kind::Float, Device::Cpu)?;
+        seen.push(Encoder::new(config.clone(), method, flat, Some(feature))?.features(&rows)?);
+    }
+    run.close();
+    Ok((read(&folder.join("dump/step-00000000-rank-0.safetensors"))?, seen))
+}
+
+fn a_run_on_samples_sees_and_shows_what_one_on_spectrograms_does() -> Outcome {
+    let (folder, sounds) = packed()?;
+    let run = |raw, name: &str| first_step(raw, &text(&sounds), &folder.path().join(name));
+    let ((wanted, pictures), (got, shown)) = (run(false, "plain")?, run(true, "raw")?);
+    assert!(wanted.keys().eq(got.keys()) && wanted.contains_key("input"));
+    let off = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+    for (name, wanted) in &wanted {
+        assert_eq!(wanted.size(), got[name].size(), "{name}");
+        let off = off(wanted, &got[name]);
+        assert!(off <= 1e-3, "{name} is off by {off}");
+    }
+    assert!(wanted["keep"].equal(&got["keep"]), "the same tokens are hidden");
+    for (wanted, shown) in pictures.iter().zip(&shown) {
+        let off = off(wanted, shown);
+        assert!(off <= 1e-2, "{:?} is off by {off}", wanted.size());
+    }
     Ok(())
 }

@@ -27,7 +27,7 @@ crate::trials![
 ];
 
 /// The tiny config for so many steps of six sounds.
-fn config(train: &str, steps: u64) -> Result<Value, Failed> {
+pub fn config(train: &str, steps: u64) -> Result<Value, Failed> {
     let mut config: Value = serde_json::from_slice(&std::fs::read(root().join("configs/tiny/audio_mae.json"))?)?;
     config["data"] = json!({"train": train, "threads": 1});
     config["train"] = json!({"steps": steps, "global_batch": 6, "seed": 5});

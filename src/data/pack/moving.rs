@@ -27,27 +27,18 @@ impl Videos {
         if !(smaller || self.encode.is_some() || self.gop.is_some() || self.rate(facts).is_some()) {
             return None;
         }
+        // Groups are closed, so that a clip begins at the one frame that stands alone ahead of it.
+        let open = false;
         Some(match self.encode.unwrap_or(EncodeVideo::H264) {
             EncodeVideo::H264 => {
-                let (gop, quality) = (self.gop.unwrap_or(Options::GOP), options.quality.unwrap_or(Options::H264));
-                (
-                    Recipe { codec: Codec::H264, container: Container::Mp4, gop, b_frames: 2, open: false, quality },
-                    "mp4",
-                )
+                let (codec, container, quality) =
+                    (Codec::H264, Container::Mp4, options.quality.unwrap_or(Options::H264));
+                (Recipe { codec, container, gop: self.gop.unwrap_or(Options::GOP), b_frames: 2, open, quality }, "mp4")
             }
             EncodeVideo::Mjpeg => {
+                let (codec, container) = (Codec::Mjpeg, Container::Mkv);
                 let quality = options.quality.unwrap_or(Options::QUALITY);
-                (
-                    Recipe {
-                        codec: Codec::Mjpeg,
-                        container: Container::Mkv,
-                        gop: 1,
-                        b_frames: 0,
-                        open: false,
-                        quality,
-                    },
-                    "mkv",
-                )
+                (Recipe { codec, container, gop: 1, b_frames: 0, open, quality }, "mkv")
             }
         })
     }

@@ -107,9 +107,10 @@ impl View {
         if self.sound.is_some() { Medium::Sound } else { Medium::Picture }
     }
 
-    /// The same for a model on this device. A GPU makes spectrograms itself: for one, views of sounds stay samples.
+    /// The same for a model on this device. A GPU makes spectrograms itself: for one, views of sounds stay samples, and those
+    /// that do so already go on.
     pub fn on(&self, device: Device) -> View {
-        let sound = |sound: &Sound| Sound { raw: device.is_cuda(), ..sound.clone() };
+        let sound = |sound: &Sound| Sound { raw: sound.raw || device.is_cuda(), ..sound.clone() };
         View { sound: self.sound.as_ref().map(sound), ..self.clone() }
     }
 
