@@ -121,8 +121,8 @@ impl Filterbank {
     fn power(&mut self, samples: &[f32]) {
         let mean = sum(samples) / samples.len() as f32;
         let (frame, padding) = self.frame.split_at_mut(samples.len());
-        // Kaldi takes the sample ahead of the first to be the first.
-        frame[0] = (samples[0] - mean) * (1.0 - PRE_EMPHASIS) * self.window[0];
+        // Where the window is 0.
+        frame[0] = 0.0;
         let pairs = samples.iter().zip(&samples[1..]);
         for ((value, (before, now)), window) in frame[1..].iter_mut().zip(pairs).zip(&self.window[1..]) {
             *value = ((now - mean) - PRE_EMPHASIS * (before - mean)) * window;

@@ -15,7 +15,7 @@ const SOUNDS: i64 = 32;
 /// For one view, on one device.
 pub struct LogMel {
     frames: Frames,
-    /// fp64 [L].
+    /// Of all samples of a frame but the first, fp64 [L − 1].
     window: Tensor,
     /// fp32 [bins, mels].
     filters: Tensor,
@@ -29,7 +29,7 @@ impl LogMel {
         let (frames, filters) = (Frames::at(sound.rate), Filterbank::new(sound.rate, mels as usize).dense());
         Ok(LogMel {
             frames,
-            window: Tensor::f_from_slice(&frames.window())?.f_to_device(device)?,
+            window: Tensor::f_from_slice(&frames.window()[1..])?.f_to_device(device)?,
             filters: Tensor::f_from_slice(&filters)?.f_view([-1, mels])?.f_to_device(device)?,
             mean: sound.mean,
             scale: sound.scale(),
@@ -52,9 +52,9 @@ impl LogMel {
         // In fp64: what a filter far below the loudest one holds would be mere rounding.
         let frames = frames.f_to_kind(Kind::Double)?;
         let frames = &frames - frames.f_mean_dim(2, true, Kind::Double)?;
-        // Kaldi takes the sample ahead of the first to be the first.
-        let before = Tensor::f_cat(&[frames.f_narrow(2, 0, 1)?, frames.f_narrow(2, 0, length - 1)?], 2)?;
-        let frames = (frames - before * f64::from(PRE_EMPHASIS)) * &self.window;
+        // The window is 0 at the first sample; without it all phases turn, and no power changes.
+        let [before, now] = [0, 1].map(|first| frames.narrow(2, first, length - 1));
+        let frames = (now - before * f64::from(PRE_EMPHASIS)) * &self.window;
         let bins = self.filters.size()[0];
         let spectrum = frames.f_fft_rfft(2 * bins, -1, "backward")?.f_narrow(2, 0, bins)?.f_view_as_real()?;
         let power = spectrum.f_square()?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?;
