@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Makes labelled clips of motion: moving shapes, encoded as H.264 in MP4. Made up, not filmed; say so wherever they are used.
+"""Generates labeled synthetic clips of moving shapes, encoded as H.264 in MP4. Say that they are synthetic wherever you use them.
 
 usage: make_shapes.py FOLDER [--videos 3000] [--seed 0]
 
 A clip is 24 frames of 48 x 48 pixels at 12 frames a second. The class is the motion: left, right, up, down, grow or
-shrink. A square, disc or triangle of any grey lies at any place on a darker ground;
-it moves by 2 to 3 pixels a frame, and what leaves on one side comes in on the other; or its size changes by about a pixel
-a frame between 8 and 24, and begins anew when it is there. No single frame tells the class, so that a model must look at
-several. FOLDER/<class>/<number>.mp4 are the same for the same seed and PyAV.
+shrink. A gray square, disc or triangle lies at a random position on a darker background. It
+moves by 2 to 3 pixels a frame and wraps around, or its size changes by about a pixel a frame between 8 and 24 and wraps
+around. No single frame determines the class, so a model must use several. The files FOLDER/<class>/<number>.mp4 are the
+same for the same seed and PyAV version.
 
-PyAV brings its own encoder (libx264) and is fetched from PyPI into FOLDER.tools; it starts itself again with the Python of
+PyAV, which includes libx264, is installed from PyPI into FOLDER.tools. The script restarts itself with the Python of
 .deps/venv, which has numpy.
 """
 
@@ -19,7 +19,7 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".deps/venv/bin/python"
 if pathlib.Path(sys.prefix).resolve() != PYTHON.parent.parent.resolve():
     os.execv(PYTHON, [str(PYTHON), *sys.argv])
@@ -35,7 +35,7 @@ ROWS, COLUMNS = numpy.mgrid[0:SIDE, 0:SIDE].astype(float)
 
 
 def shape(kind, size, x, y):
-    """Where a shape lies that is `size` across, its middle at (x, y) of a torus."""
+    """Returns the mask of a shape of this size, centered at (x, y) of a torus."""
     right = (COLUMNS - x + SIDE / 2) % SIDE - SIDE / 2
     down = (ROWS - y + SIDE / 2) % SIDE - SIDE / 2
     half = size / 2
@@ -47,7 +47,7 @@ def shape(kind, size, x, y):
 
 
 def clip(motion, draw):
-    """The frames of one clip, uint8 [FRAMES, SIDE, SIDE]."""
+    """Returns the frames of one clip, uint8 [FRAMES, SIDE, SIDE]."""
     kind = draw.choice(["square", "disc", "triangle"])
     x, y, size = draw.uniform(0, SIDE), draw.uniform(0, SIDE), draw.uniform(SMALL, LARGE)
     light, dark = draw.uniform(150, 250), draw.uniform(20, 90)
@@ -71,12 +71,12 @@ def write(av, path, frames):
         out.mux(stream.encode())
 
 
-def pyav(place):
-    """PyAV, fetched once."""
-    if not (place / "av").exists():
+def import_pyav(folder):
+    """Installs PyAV if it is missing and imports it."""
+    if not (folder / "av").exists():
         pip = [PYTHON, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
-        subprocess.run([*pip, "--only-binary=:all:", "--target", place, PYAV], check=True)
-    sys.path.insert(0, str(place))
+        subprocess.run([*pip, "--only-binary=:all:", "--target", folder, PYAV], check=True)
+    sys.path.insert(0, str(folder))
     import av
 
     return av
@@ -87,19 +87,19 @@ def main():
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--videos", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    if asked.folder.exists():
-        return print(f"{asked.folder} is there already")
-    av = pyav(asked.folder.with_name(asked.folder.name + ".tools"))
-    part = asked.folder.with_name(asked.folder.name + ".part")
+    options = parser.parse_args()
+    if options.folder.exists():
+        return print(f"{options.folder} exists already")
+    av = import_pyav(options.folder.with_name(options.folder.name + ".tools"))
+    part = options.folder.with_name(options.folder.name + ".part")
     for motion in CLASSES:
         (part / motion).mkdir(parents=True, exist_ok=True)
-    for number in range(asked.videos):
+    for number in range(options.videos):
         motion = CLASSES[number % len(CLASSES)]
-        frames = clip(motion, numpy.random.default_rng([asked.seed, number]))
+        frames = clip(motion, numpy.random.default_rng([options.seed, number]))
         write(av, part / motion / f"{number:05}.mp4", frames)
-    part.rename(asked.folder)
-    print(f"{asked.videos} clips of {len(CLASSES)} motions in {asked.folder}")
+    part.rename(options.folder)
+    print(f"{options.videos} clips of {len(CLASSES)} motions in {options.folder}")
 
 
 if __name__ == "__main__":

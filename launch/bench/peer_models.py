@@ -1,17 +1,17 @@
-"""Masked autoencoders and FLIP as other people train them in PyTorch, as programs that take turns (turns.py).
+"""PyTorch implementations of masked autoencoders and FLIP, as programs for interleave.py.
 
-usage: peer_models.py transformers|videomae|blocks|open_clip eager|compile NUMBERS_JSON
+usage: peer_models.py transformers|videomae|blocks|open_clip eager|compile SIZES_JSON
 
 transformers  ViTMAEForPreTraining
-videomae      VideoMAEForPreTraining of transformers, tubes drawn anew at every step
-blocks        timm's vision transformer blocks, put together as the official repository (facebookresearch/mae) has it; with
-              blocks of PyTorch's own modules where timm is not installed
-open_clip     its two towers with patch dropout, and its contrastive loss
+videomae      VideoMAEForPreTraining of transformers, with new tube masks at every step
+blocks        timm's vision transformer blocks in the official repository's model (facebookresearch/mae); blocks of
+              PyTorch's own modules if timm is not installed
+open_clip     its two encoders with patch dropout, and its contrastive loss
 
-NUMBERS: side, patch, encoder and decoder (width, depth, heads), batch, dtype (fp32, or bf16 by autocast), device, threads;
-for videomae also frames, ratio; for open_clip instead of the decoder: text (width, depth, heads), embed, vocabulary,
-length, ratio.
-Input is normalised pixels in the device's memory; AdamW is PyTorch's fused one, with the official groups.
+SIZES: side, patch, encoder and decoder (width, depth, heads), batch, dtype (fp32, or bf16 by autocast), device, threads;
+for videomae also frames and ratio; for open_clip, instead of the decoder, text (width, depth, heads), embed_dim,
+vocab_size, context_length and ratio.
+The input is normalized pixels in the device's memory; AdamW is PyTorch's fused one, with the official parameter groups.
 """
 import functools
 import json
@@ -27,7 +27,7 @@ NORM = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 class Block(nn.Module):
-    """timm's block, for where there is no timm."""
+    """timm's block, used if timm is not installed."""
 
     def __init__(self, width, heads, mlp_ratio, qkv_bias, norm_layer):
         super().__init__()
@@ -52,7 +52,7 @@ class Official(nn.Module):
         tokens, self.patch = (side // patch) ** 2, patch
         self.embed = nn.Conv2d(3, width, patch, patch)
         self.cls, self.mask = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1, inner))
-        # Fixed tables of sines; their values cost nothing.
+        # Fixed tables of sines; their values do not affect the time.
         self.register_buffer("positions", torch.randn(1, 1 + tokens, width))
         self.register_buffer("decoder_positions", torch.randn(1, 1 + tokens, inner))
         make = lambda width, heads: block(width, heads, 4, qkv_bias=True, norm_layer=NORM)
@@ -65,10 +65,10 @@ class Official(nn.Module):
         x = self.embed(images).flatten(2).transpose(1, 2) + self.positions[:, 1:]
         batch, tokens, width = x.shape
         restore = (order := torch.rand(batch, tokens, device=x.device).argsort(1)).argsort(1)
-        kept = int(tokens * (1 - RATIO))
-        x = x.gather(1, order[:, :kept, None].expand(-1, -1, width))
+        visible = int(tokens * (1 - RATIO))
+        x = x.gather(1, order[:, :visible, None].expand(-1, -1, width))
         hidden = torch.ones(batch, tokens, device=x.device)
-        hidden[:, :kept] = 0
+        hidden[:, :visible] = 0
         x = torch.cat([(self.cls + self.positions[:, :1]).expand(batch, -1, -1), x], 1)
         for block in self.blocks:
             x = block(x)
@@ -85,15 +85,15 @@ class Official(nn.Module):
         return self.pred(self.decoder_norm(x))[:, 1:]
 
     def forward(self, images):
-        guess, hidden = self.predicted(images)
+        pred, hidden = self.predict(images)
         batch, channels, side, _ = images.shape
         n = side // self.patch
-        truth = images.reshape(batch, channels, n, self.patch, n, self.patch)
-        truth = truth.permute(0, 2, 4, 3, 5, 1).reshape(batch, n * n, -1)
-        truth = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, keepdim=True) + 1e-6) ** 0.5
-        return (((guess - truth) ** 2).mean(-1) * hidden).sum() / hidden.sum()
+        target = images.reshape(batch, channels, n, self.patch, n, self.patch)
+        target = target.permute(0, 2, 4, 3, 5, 1).reshape(batch, n * n, -1)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+        return (((pred - target) ** 2).mean(-1) * hidden).sum() / hidden.sum()
 
-    def predicted(self, images):
+    def predict(self, images):
         x, hidden, restore = self.encode(images)
         return self.decode(x, restore), hidden
 
@@ -133,7 +133,7 @@ class ByVideoMae(nn.Module):
 
 
 class ByOpenClip(nn.Module):
-    def __init__(self, side, patch, encoder, text, embed, vocabulary, length, ratio):
+    def __init__(self, side, patch, encoder, text, embed_dim, vocab_size, context_length, ratio):
         super().__init__()
         from open_clip.loss import ClipLoss
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -141,16 +141,16 @@ class ByOpenClip(nn.Module):
         (width, depth, heads), (inner, layers, parts) = encoder, text
         vision = CLIPVisionCfg(
             layers=depth, width=width, head_width=width // heads, patch_size=patch, image_size=side, patch_dropout=ratio)
-        words = CLIPTextCfg(
-            context_length=length, vocab_size=vocabulary, width=inner, heads=parts, layers=layers)
-        self.model, self.loss = CLIP(embed, vision, words), ClipLoss()
+        text_config = CLIPTextCfg(
+            context_length=context_length, vocab_size=vocab_size, width=inner, heads=parts, layers=layers)
+        self.model, self.loss = CLIP(embed_dim, vision, text_config), ClipLoss()
 
     def forward(self, images, ids):
         return self.loss(*self.model(images, ids))
 
 
-def blocks_of():
-    """The block to build with, and whose it is."""
+def block_class():
+    """Returns the block class and its origin."""
     try:
         from timm.models.vision_transformer import Block as Timms
     except ImportError:
@@ -161,7 +161,7 @@ def blocks_of():
 def build(name, numbers):
     if name == "open_clip":
         import open_clip
-        keys = ("side", "patch", "encoder", "text", "embed", "vocabulary", "length", "ratio")
+        keys = ("side", "patch", "encoder", "text", "embed_dim", "vocab_size", "context_length", "ratio")
         return ByOpenClip(*[numbers[key] for key in keys]), f"open_clip {open_clip.__version__}"
     shape = [numbers[key] for key in ("side", "patch", "encoder", "decoder")]
     if name == "videomae":
@@ -170,7 +170,7 @@ def build(name, numbers):
     if name == "transformers":
         import transformers
         return ByTransformers(*shape), f"transformers {transformers.__version__}"
-    block, whose = blocks_of()
+    block, whose = block_class()
     return Official(block, *shape), whose
 
 
@@ -188,9 +188,9 @@ def main():
     frames = [numbers["frames"]] if name == "videomae" else []
     batch = [torch.randn(numbers["batch"], *frames, 3, numbers["side"], numbers["side"], device=device)]
     if name == "open_clip":
-        batch.append(torch.randint(numbers["vocabulary"], (numbers["batch"], numbers["length"]), device=device))
+        batch.append(torch.randint(numbers["vocab_size"], (numbers["batch"], numbers["context_length"]), device=device))
     run = torch.compile(model) if mode == "compile" else model
-    rest = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=numbers["dtype"] == "bf16"):
@@ -201,12 +201,12 @@ def main():
 
     for line in sys.stdin:
         steps = int(line)
-        rest()
-        began = time.perf_counter()
+        synchronize()
+        start = time.perf_counter()
         for _ in range(steps):
             step()
-        rest()
-        print(f"{(time.perf_counter() - began) / steps:.6f}", flush=True)
+        synchronize()
+        print(f"{(time.perf_counter() - start) / steps:.6f}", flush=True)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     on_gpu = device.type == "cuda"
     print(json.dumps({"whose": whose, "parameters": sum(p.numel() for p in trained), "memory": {
