@@ -1,67 +1,70 @@
-// AdamW over flat buffers, in PyTorch's order of operations. All that changes from step to step is read from memory, so
-// that a recorded graph of launches goes on being right: control = learning rate, weight decay, clip scale, and whether
-// to move at all.
+// AdamW (Loshchilov and Hutter, 2019) over flat buffers, in PyTorch's order of operations. Everything that changes from
+// step to step is read from device memory, so that a captured CUDA graph stays valid: control = learning rate, weight
+// decay, clip scale, and 1 if the update is applied.
 #include "device.cuh"
 
 typedef GRADIENT G;
 typedef WEIGHT W;
 
-// Per tensor of the table: counts its updates, and → numbers [tensors, 4]: whether it moves, what decay leaves of a
-// weight, the length of a step, the second moment's correction.
-KERNEL(128) void adamw_numbers(Global<const float> control, Global<const float> decays, Global<const float> used,
-                               Global<float> steps, Global<float> numbers, float log_beta1, float log_beta2,
-                               int tensors) {
+// Increments the step count of each tensor that is updated, and writes scalars [tensors, 4]: whether it is updated, the
+// factor 1 - lr · weight decay, the step size lr / (1 - β1^step), and the bias correction of the second moment.
+KERNEL(128)
+void adamw_scalars(Global<const float> control, Global<const float> decays, Global<const float> used,
+                   Global<float> steps, Global<float> scalars, float log_beta1, float log_beta2, int tensors) {
   const int tensor = block() * 128 + thread();
   if (tensor >= tensors) return;
-  const bool moves = control[3] != 0 && used[tensor] != 0;
+  const bool is_updated = control[3] != 0 && used[tensor] != 0;
   float step = steps[tensor];
-  if (moves) steps.set(tensor, step += 1);
-  // 1 - β^step without the loss of digits that the difference would bring.
-  const float first = -expm1f(step * log_beta1), second = -expm1f(step * log_beta2);
-  const Pack<float, 4> number = {
-      {float(moves), 1 - control[0] * control[1] * decays[tensor], moves ? control[0] / first : 0, second}};
-  numbers.store<4>(4 * tensor, number);
+  if (is_updated) steps.set(tensor, step += 1);
+  // 1 - β^step by expm1, which avoids cancellation.
+  const float correction1 = -expm1f(step * log_beta1), correction2 = -expm1f(step * log_beta2);
+  const Pack<float, 4> scalar = {{float(is_updated), 1 - control[0] * control[1] * decays[tensor],
+                                  is_updated ? control[0] / correction1 : 0, correction2}};
+  scalars.store<4>(4 * tensor, scalar);
 }
-ENTRY(adamw_numbers)
+ENTRY(adamw_scalars)
 
-// Buffers [n]; owner [n / 128, rounded up]: which tensor a run of 128 elements belongs to. `narrowed`, where given,
-// gets the weights once more in its own dtype. Four elements a thread.
-KERNEL(256) void adamw(Global<float> weight, Global<float> first, Global<float> second, Global<const G> gradient,
-                       Global<W> narrowed, Global<const int> owner, Global<const float> numbers,
-                       Global<const float> control, i64 n, float rest1, float beta2, float rest2, float eps) {
-  const i64 at = (i64(block()) * 256 + thread()) * 4;
-  if (at >= n) return;
-  const auto number = numbers.load<4>(4 * i64(owner[at / 128]));
-  if (number.at[0] == 0) return;
-  const float clip = control[2];
-  const bool whole = at + 4 <= n;
+// Updates buffers of n elements. owner [n / 128, rounded up] is the tensor that each run of 128 elements belongs to.
+// compute_weight, if present, receives the weights in its own dtype. Four elements per thread.
+KERNEL(256)
+void adamw(Global<float> weight, Global<float> exp_avg, Global<float> exp_avg_sq, Global<const G> gradient,
+           Global<W> compute_weight, Global<const int> owner, Global<const float> scalars, Global<const float> control,
+           i64 n, float one_minus_beta1, float beta2, float one_minus_beta2, float eps) {
+  const i64 index = (i64(block()) * 256 + thread()) * 4;
+  if (index >= n) return;
+  const auto scalar = scalars.load<4>(4 * i64(owner[index / 128]));
+  if (scalar.data[0] == 0) return;
+  const float clip_scale = control[2];
+  const bool is_full = index + 4 <= n;
   Pack<float, 4> w = {}, m = {}, v = {}, g = {};
-  if (whole) {
-    w = weight.load<4>(at), m = first.load<4>(at), v = second.load<4>(at);
-    const auto in = gradient.load<4>(at);
-    for (int i = 0; i < 4; ++i) g.at[i] = wide(in.at[i]);
+  if (is_full) {
+    w = weight.load<4>(index), m = exp_avg.load<4>(index), v = exp_avg_sq.load<4>(index);
+    const auto in = gradient.load<4>(index);
+    for (int i = 0; i < 4; ++i) g.data[i] = wide(in.data[i]);
   } else {
     for (int i = 0; i < 3; ++i)
-      if (at + i < n) w.at[i] = weight[at + i], m.at[i] = first[at + i], v.at[i] = second[at + i], g.at[i] = wide(gradient[at + i]);
+      if (index + i < n)
+        w.data[i] = weight[index + i], m.data[i] = exp_avg[index + i], v.data[i] = exp_avg_sq[index + i],
+        g.data[i] = wide(gradient[index + i]);
   }
-  Pack<W, 4> low;
+  Pack<W, 4> rounded;
   for (int i = 0; i < 4; ++i) {
-    const float up = g.at[i] * clip;
-    m.at[i] += rest1 * (up - m.at[i]);
-    v.at[i] = v.at[i] * beta2 + rest2 * (up * up);
-    const float root = sqrtf(v.at[i] / number.at[3]) + eps;
-    w.at[i] = w.at[i] * number.at[1] - m.at[i] / root * number.at[2];
-    low.at[i] = narrow<W>(w.at[i]);
+    const float clipped = g.data[i] * clip_scale;
+    m.data[i] += one_minus_beta1 * (clipped - m.data[i]);
+    v.data[i] = v.data[i] * beta2 + one_minus_beta2 * (clipped * clipped);
+    const float root = sqrtf(v.data[i] / scalar.data[3]) + eps;
+    w.data[i] = w.data[i] * scalar.data[1] - m.data[i] / root * scalar.data[2];
+    rounded.data[i] = narrow<W>(w.data[i]);
   }
-  if (whole) {
-    weight.store<4>(at, w), first.store<4>(at, m), second.store<4>(at, v);
-    if (narrowed.given()) narrowed.store<4>(at, low);
+  if (is_full) {
+    weight.store<4>(index, w), exp_avg.store<4>(index, m), exp_avg_sq.store<4>(index, v);
+    if (compute_weight.is_present()) compute_weight.store<4>(index, rounded);
     return;
   }
   for (int i = 0; i < 3; ++i) {
-    if (at + i >= n) return;
-    weight.set(at + i, w.at[i]), first.set(at + i, m.at[i]), second.set(at + i, v.at[i]);
-    if (narrowed.given()) narrowed.set(at + i, low.at[i]);
+    if (index + i >= n) return;
+    weight.set(index + i, w.data[i]), exp_avg.set(index + i, m.data[i]), exp_avg_sq.set(index + i, v.data[i]);
+    if (compute_weight.is_present()) compute_weight.set(index + i, rounded.data[i]);
   }
 }
 ENTRY(adamw)

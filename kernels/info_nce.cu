@@ -1,58 +1,60 @@
-// What lies between the matrix products of a contrastive loss, one block a row: of the dot products of a query with
-// every key, the log-sum-exp in one pass; and, backwards, the slope of each dot product. WIDE neighbours at a time.
+// The steps between the matrix products of the InfoNCE loss, one block per row: forward, the log-sum-exp of a query's
+// logits in one pass; backward, the gradient of each dot product. Loads move WIDE neighboring elements at a time.
 #include "device.cuh"
 
 typedef ELEMENT T;
 
-// dots [rows, columns], row r's own key being column first + r → losses, normals [rows]: the row's loss, and the
-// log-sum-exp of its logits scale · dots.
-KERNEL(256) void info_nce(Global<const float> dots, Global<const float> scale, Global<float> losses,
-                          Global<float> normals, int columns, int first) {
-  const auto room = shared<float>(0, 8);
+// dots [rows, columns]; the positive key of row r is column first + r → losses [rows] and normalizers [rows], the
+// log-sum-exp of the logits scale · dots.
+KERNEL(256)
+void info_nce(Global<const float> dots, Global<const float> scale, Global<float> losses, Global<float> normalizers,
+              int columns, int first) {
+  const auto scratch = shared<float>(0, 8);
   const float s = scale[0];
   const i64 row = i64(block()) * columns;
-  // The greatest logit so far, and the sum of exponentials against it.
-  float most = -3e38f, sum = 0;
-  for (int at = int(thread()) * WIDE; at < columns; at += 256 * WIDE) {
-    const auto in = dots.load<WIDE>(row + at);
-    float high = most;
-    for (int i = 0; i < WIDE; ++i) high = fmaxf(high, s * in.at[i]);
-    sum *= expf(most - high), most = high;
-    for (int i = 0; i < WIDE; ++i) sum += expf(s * in.at[i] - most);
+  // The running maximum of the logits and the sum of exponentials relative to it.
+  float running_max = -3e38f, sum = 0;
+  for (int column = int(thread()) * WIDE; column < columns; column += 256 * WIDE) {
+    const auto in = dots.load<WIDE>(row + column);
+    float new_max = running_max;
+    for (int i = 0; i < WIDE; ++i) new_max = fmaxf(new_max, s * in.data[i]);
+    sum *= expf(running_max - new_max), running_max = new_max;
+    for (int i = 0; i < WIDE; ++i) sum += expf(s * in.data[i] - running_max);
   }
-  const float of_warp = warp_max(most);
-  if (lane() == 0) room.set(warp(), of_warp);
+  const float warp_maximum = warp_max(running_max);
+  if (lane() == 0) scratch.set(warp(), warp_maximum);
   barrier();
-  float high = room[0];
-  for (u32 w = 1; w < 8; ++w) high = fmaxf(high, room[w]);
-  sum = block_sum(sum * expf(most - high), room);
+  float new_max = scratch[0];
+  for (u32 w = 1; w < 8; ++w) new_max = fmaxf(new_max, scratch[w]);
+  sum = block_sum(sum * expf(running_max - new_max), scratch);
   if (thread() != 0) return;
-  const float normal = high + logf(sum);
-  normals.set(block(), normal);
-  losses.set(block(), normal - s * dots[row + first + block()]);
+  const float normalizer = new_max + logf(sum);
+  normalizers.set(block(), normalizer);
+  losses.set(block(), normalizer - s * dots[row + first + block()]);
 }
 ENTRY(info_nce)
 
-// → slopes [rows, columns]: of the loss times `upstream` by each dot product; parts [rows]: by the scale.
-KERNEL(256) void info_nce_backward(Global<const float> dots, Global<const float> scale, Global<const float> normals,
-                                   Global<const float> upstream, Global<T> slopes, Global<float> parts, int columns,
-                                   int first) {
-  const auto room = shared<float>(0, 8);
-  const float s = scale[0], normal = normals[block()], up = upstream[0];
+// → g_dots [rows, columns]: the gradient of the loss times `upstream` with respect to each dot product; parts [rows]:
+// its gradient with respect to the scale.
+KERNEL(256)
+void info_nce_backward(Global<const float> dots, Global<const float> scale, Global<const float> normalizers,
+                       Global<const float> upstream, Global<T> g_dots, Global<float> parts, int columns, int first) {
+  const auto scratch = shared<float>(0, 8);
+  const float s = scale[0], normalizer = normalizers[block()], g_loss = upstream[0];
   const i64 row = i64(block()) * columns;
-  const int own = first + int(block());
+  const int positive = first + int(block());
   float sum = 0;
-  for (int at = int(thread()) * WIDE; at < columns; at += 256 * WIDE) {
-    const auto in = dots.load<WIDE>(row + at);
+  for (int column = int(thread()) * WIDE; column < columns; column += 256 * WIDE) {
+    const auto in = dots.load<WIDE>(row + column);
     Pack<T, WIDE> out;
     for (int i = 0; i < WIDE; ++i) {
-      const float g = up * (expf(s * in.at[i] - normal) - (at + i == own ? 1.0f : 0.0f));
-      sum += g * in.at[i];
-      out.at[i] = narrow<T>(s * g);
+      const float g = g_loss * (expf(s * in.data[i] - normalizer) - (column + i == positive ? 1.0f : 0.0f));
+      sum += g * in.data[i];
+      out.data[i] = narrow<T>(s * g);
     }
-    slopes.store<WIDE>(row + at, out);
+    g_dots.store<WIDE>(row + column, out);
   }
-  sum = block_sum(sum, room);
+  sum = block_sum(sum, scratch);
   if (thread() == 0) parts.set(block(), sum);
 }
 ENTRY(info_nce_backward)

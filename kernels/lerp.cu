@@ -1,25 +1,26 @@
-// A flat buffer moves towards another by a share, which is a number or, where given, a value in memory.
+// Moves a flat buffer toward another by a weight, which is a constant or, if present, a value in device memory.
 #include "device.cuh"
 
-// As libtorch has it: from the nearer end, so that shares of 0 and 1 are exact.
-DEVICE float moved(float from, float to, float share) {
-  return share < 0.5f ? from + share * (to - from) : to - (to - from) * (1 - share);
+// The formula of libtorch: starts at the nearer end, so that weights of 0 and 1 are exact.
+DEVICE float lerp(float from, float to, float weight) {
+  return weight < 0.5f ? from + weight * (to - from) : to - (to - from) * (1 - weight);
 }
 
-// average, current [n]. Four elements a thread.
-KERNEL(256) void lerp_flat(Global<float> average, Global<const float> current, Global<const float> value, float number,
-                           i64 n) {
-  const i64 at = (i64(block()) * 256 + thread()) * 4;
-  if (at >= n) return;
-  const float share = value.given() ? value[0] : number;
-  if (share == 0) return;
-  if (at + 4 <= n) {
-    auto a = average.load<4>(at);
-    const auto b = current.load<4>(at);
-    for (int i = 0; i < 4; ++i) a.at[i] = moved(a.at[i], b.at[i], share);
-    average.store<4>(at, a);
+// average, current [n]. Four elements per thread.
+KERNEL(256)
+void lerp_flat(Global<float> average, Global<const float> current, Global<const float> device_weight,
+               float constant_weight, i64 n) {
+  const i64 index = (i64(block()) * 256 + thread()) * 4;
+  if (index >= n) return;
+  const float weight = device_weight.is_present() ? device_weight[0] : constant_weight;
+  if (weight == 0) return;
+  if (index + 4 <= n) {
+    auto a = average.load<4>(index);
+    const auto b = current.load<4>(index);
+    for (int i = 0; i < 4; ++i) a.data[i] = lerp(a.data[i], b.data[i], weight);
+    average.store<4>(index, a);
     return;
   }
-  for (i64 i = at; i < n; ++i) average.set(i, moved(average[i], current[i], share));
+  for (i64 i = index; i < n; ++i) average.set(i, lerp(average[i], current[i], weight));
 }
 ENTRY(lerp_flat)

@@ -1,207 +1,57 @@
-//! The one test binary: the modules below, in travel order.
+//! The test binary: one module for each module of src, in the same order.
 
-mod bar;
-mod heap;
-mod job;
-mod parity;
 mod support;
 
-mod rng;
-mod bridge;
-mod record;
-mod node;
-mod fused;
-mod cuda;
-mod gpu;
-mod device;
-mod nccl;
-mod launch;
-mod launchers;
-mod emulator;
-mod op;
-mod kernel;
-mod kernel_attention;
-mod kernel_tokens;
-mod kernel_windows;
-mod kernel_flat;
-mod kernel_targets;
-mod nvrtc;
-mod occupancy;
-mod store;
-mod shard;
-mod order;
-mod decode;
-mod hostile;
-mod clip;
-mod footage;
-mod view;
-mod augment;
-mod timm;
-mod mix;
-mod sound;
-mod sound_speed;
-mod feed;
-mod server;
-mod repeats;
-mod stream;
-mod cloud;
-mod far;
-mod steady;
-mod pack;
-mod inspect;
-mod listen;
-mod mae;
-mod videomae;
-mod audio_mae;
-mod padding;
-mod speech;
-mod omnimae;
-mod work;
-mod optim;
-mod config;
-mod step;
-mod pace;
-mod log_mel;
-mod gpu_step;
-mod gpu_parity;
-mod probe;
-mod overlap;
-mod sharded;
-mod recompute;
-mod lease;
-mod checkpoint;
-mod damage;
-mod full_disk;
-mod watch;
-mod report;
-mod resume;
-mod turns;
-mod asked;
-mod elsewhere;
-mod trouble;
-mod refuse;
-mod small_disk;
-mod evaluate;
-mod verbs;
-mod bench;
-mod peers;
-mod exchange;
-mod flip;
-mod vocabulary;
-mod captions;
-mod exchange_videomae;
-mod pth;
-mod architecture;
+modules![
+    rng,
+    bridge,
+    dist,
+    op,
+    data,
+    view,
+    part,
+    loader,
+    log,
+    method,
+    optim,
+    config,
+    checkpoint,
+    interop,
+    train,
+    evaluate,
+    bench,
+    inspect,
+    report,
+    doctor,
+    cli,
+    launch,
+    architecture,
+];
 
 fn main() {
-    // Cases that want a process, or a world, of their own run this binary again.
+    // Cases that need their own process or world run this binary again.
     if let Ok(case) = std::env::var("OCCLUDE_CASE") {
-        std::process::exit(bridge::case(&case));
+        std::process::exit(support::child_process::dispatch(&case));
     }
-    // What the program keeps between runs, it keeps for the tests in a folder that goes with them.
+    // The cache folder of the program is temporary during the tests.
     if std::env::var_os("OCCLUDE_TESTS").is_none() {
         let cache = tempfile::tempdir().expect("a folder");
-        let mut again = std::process::Command::new(std::env::current_exe().expect("this binary"));
-        again.args(std::env::args_os().skip(1)).env("OCCLUDE_TESTS", "1").env("XDG_CACHE_HOME", cache.path());
-        // This binary lies in another folder than the programs.
-        again.env("OCCLUDE_DECODE", env!("CARGO_BIN_EXE_occlude-decode"));
-        let status = again.status().expect("this binary starts");
+        let mut child = std::process::Command::new(std::env::current_exe().expect("this binary"));
+        child.args(std::env::args_os().skip(1)).env("OCCLUDE_TESTS", "1").env("XDG_CACHE_HOME", cache.path());
+        // This binary is not in the folder of the programs.
+        child.env("OCCLUDE_DECODE", env!("CARGO_BIN_EXE_occlude-decode"));
+        let status = child.status().expect("this binary starts");
         drop(cache);
         std::process::exit(status.code().unwrap_or(101));
     }
-    // Kernels are tested on a GPU too, where there is one; libtorch's first answer about CUDA is its last.
+    // Kernels are also tested on a GPU where there is one; libtorch caches its first answer about CUDA, so open it
+    // first.
     if std::path::Path::new("/dev/nvidiactl").exists() {
-        occlude::bridge::open_cuda();
+        occlude::bridge::load_cuda();
     }
     let arguments = libtest_mimic::Arguments::from_args();
-    let mut trials = Vec::new();
-    trials.extend(rng::trials());
-    trials.extend(bridge::trials());
-    trials.extend(record::trials());
-    trials.extend(node::trials());
-    trials.extend(fused::trials());
-    trials.extend(cuda::trials());
-    trials.extend(gpu::trials());
-    trials.extend(device::trials());
-    trials.extend(nccl::trials());
-    trials.extend(launch::trials());
-    trials.extend(launchers::trials());
-    trials.extend(emulator::trials());
-    trials.extend(op::trials());
-    trials.extend(kernel::trials());
-    trials.extend(kernel_attention::trials());
-    trials.extend(kernel_tokens::trials());
-    trials.extend(kernel_windows::trials());
-    trials.extend(kernel_flat::trials());
-    trials.extend(kernel_targets::trials());
-    trials.extend(nvrtc::trials());
-    trials.extend(occupancy::trials());
-    trials.extend(store::trials());
-    trials.extend(shard::trials());
-    trials.extend(order::trials());
-    trials.extend(decode::trials());
-    trials.extend(hostile::trials());
-    trials.extend(clip::trials());
-    trials.extend(footage::trials());
-    trials.extend(view::trials());
-    trials.extend(augment::trials());
-    trials.extend(timm::trials());
-    trials.extend(mix::trials());
-    trials.extend(sound::trials());
-    trials.extend(sound_speed::trials());
-    trials.extend(feed::trials());
-    trials.extend(repeats::trials());
-    trials.extend(stream::trials());
-    trials.extend(cloud::trials());
-    trials.extend(far::trials());
-    trials.extend(steady::trials());
-    trials.extend(pack::trials());
-    trials.extend(inspect::trials());
-    trials.extend(listen::trials());
-    trials.extend(mae::trials());
-    trials.extend(videomae::trials());
-    trials.extend(audio_mae::trials());
-    trials.extend(padding::trials());
-    trials.extend(speech::trials());
-    trials.extend(omnimae::trials());
-    trials.extend(work::trials());
-    trials.extend(optim::trials());
-    trials.extend(config::trials());
-    trials.extend(step::trials());
-    trials.extend(pace::trials());
-    trials.extend(log_mel::trials());
-    trials.extend(gpu_step::trials());
-    trials.extend(gpu_parity::trials());
-    trials.extend(probe::trials());
-    trials.extend(overlap::trials());
-    trials.extend(sharded::trials());
-    trials.extend(recompute::trials());
-    trials.extend(lease::trials());
-    trials.extend(checkpoint::trials());
-    trials.extend(damage::trials());
-    trials.extend(full_disk::trials());
-    trials.extend(watch::trials());
-    trials.extend(report::trials());
-    trials.extend(resume::trials());
-    trials.extend(turns::trials());
-    trials.extend(asked::trials());
-    trials.extend(elsewhere::trials());
-    trials.extend(trouble::trials());
-    trials.extend(refuse::trials());
-    trials.extend(small_disk::trials());
-    trials.extend(evaluate::trials());
-    trials.extend(verbs::trials());
-    trials.extend(bench::trials());
-    trials.extend(peers::trials());
-    trials.extend(exchange::trials());
-    trials.extend(flip::trials());
-    trials.extend(vocabulary::trials());
-    trials.extend(captions::trials());
-    trials.extend(exchange_videomae::trials());
-    trials.extend(pth::trials());
-    trials.extend(architecture::trials());
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    job::clean();
-    captions::clean();
+    let conclusion = libtest_mimic::run(&arguments, trials());
+    support::training_job::remove_shared_data();
+    method::captioned_images::remove_shared_data();
     conclusion.exit();
 }

@@ -1,5 +1,5 @@
-// How the C functions of the bridge fail: no exception crosses the boundary, each returns false and leaves its reason,
-// for the thread that called, in occlude_reason().
+// Error handling of the bridge's C functions: no exception crosses the boundary. A function that fails returns false
+// and leaves its error, per thread, in occlude_last_error().
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -8,7 +8,7 @@
 
 namespace occlude {
 
-inline thread_local std::string reason;
+inline thread_local std::string last_error;
 
 template <class Body>
 bool guarded(Body body) {
@@ -16,11 +16,11 @@ bool guarded(Body body) {
     body();
     return true;
   } catch (const c10::Error& error) {
-    reason = error.what_without_backtrace();
+    last_error = error.what_without_backtrace();
   } catch (const std::exception& error) {
-    reason = error.what();
+    last_error = error.what();
   } catch (...) {
-    reason = "an unknown exception";
+    last_error = "an unknown exception";
   }
   return false;
 }

@@ -1,157 +1,172 @@
-//! libtorch's fused operations that tch leaves out, and which of its attention kernels may run.
+//! Fused operations of libtorch that tch does not expose, and the priority of its attention kernels.
 
-use super::checked;
-use crate::fault::{Fault, Result};
+use super::check;
+use crate::error::{Error, Result};
 use tch::Tensor;
 use torch_sys::C_tensor;
+
+/// Inputs of the backward pass of layer norm; mirrored in C++.
+#[repr(C)]
+struct LayerNormInputs {
+    gradient: *const C_tensor,
+    x: *const C_tensor,
+    mean: *const C_tensor,
+    rstd: *const C_tensor,
+    scale: *const C_tensor,
+    shift: *const C_tensor,
+}
+
+/// Lists of `n` tensors each; mirrored in C++.
+#[repr(C)]
+struct AdamWTensors {
+    weights: *const *const C_tensor,
+    gradients: *const *const C_tensor,
+    exp_avg: *const *const C_tensor,
+    exp_avg_sq: *const *const C_tensor,
+    steps: *const *const C_tensor,
+    n: usize,
+}
+
+/// [`AdamWOptions`] as C reads them; mirrored in C++.
+#[repr(C)]
+struct AdamWScalars {
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    weight_decay: f64,
+    eps: f64,
+}
 
 unsafe extern "C" {
     fn occlude_linear(out: *mut *mut C_tensor, x: *const C_tensor, w: *const C_tensor, b: *const C_tensor) -> bool;
     fn occlude_layer_norm_backward(
         out: *mut *mut C_tensor,
-        gradient: *const C_tensor,
-        x: *const C_tensor,
-        mean: *const C_tensor,
-        rstd: *const C_tensor,
-        scale: *const C_tensor,
-        shift: *const C_tensor,
-        wanted: *const bool,
+        inputs: *const LayerNormInputs,
+        needs_grad: *const bool,
     ) -> bool;
-    fn occlude_adamw(
-        weights: *const *const C_tensor,
-        gradients: *const *const C_tensor,
-        first: *const *const C_tensor,
-        second: *const *const C_tensor,
-        steps: *const *const C_tensor,
-        n: usize,
-        lr: f64,
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        eps: f64,
-    ) -> bool;
-    fn occlude_set_sdp_order(order: *const i64, n: usize) -> bool;
-    fn occlude_sdp_order(order: *mut i64, n: usize) -> usize;
+    fn occlude_adamw(tensors: *const AdamWTensors, scalars: *const AdamWScalars) -> bool;
+    fn occlude_set_sdp_backends(backends: *const i64, n: usize) -> bool;
+    fn occlude_sdp_backends(backends: *mut i64, n: usize) -> usize;
 }
 
-/// x [.., K] · w [N, K]ᵀ + b [N] → [.., N] on a CPU through oneDNN, with its gradients.
+/// Computes `x [.., K] · w [N, K]ᵀ + b [N] → [.., N]` on a CPU with oneDNN, differentiably.
 pub fn linear(x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     // SAFETY: the handles live through the call; on success `out` is a new handle that the returned tensor owns.
     unsafe {
-        checked(occlude_linear(&mut out, x.as_ptr(), w.as_ptr(), b.as_ptr()), "linear")?;
+        check(occlude_linear(&mut out, x.as_ptr(), w.as_ptr(), b.as_ptr()), "linear")?;
         Ok(Tensor::from_ptr(out))
     }
 }
 
-/// The gradients of [`Tensor::native_layer_norm`] over the last dimension, of those of x, scale and shift that are
-/// `wanted`: gradient and x [.., D], mean and rstd [.., 1] as the forward gave them, scale and shift [D].
+/// Returns the gradients of x, scale and shift for [`Tensor::native_layer_norm`] over the last dimension, each only if
+/// `needs_grad` asks for it. `gradient` and `x` are [.., D]; `mean` and `rstd` are the [.., 1] outputs of the forward
+/// pass; `scale` and `shift` are `[D]`.
 pub fn layer_norm_backward(
     gradient: &Tensor,
     x: &Tensor,
     [mean, rstd]: [&Tensor; 2],
     [scale, shift]: [&Tensor; 2],
-    wanted: [bool; 3],
+    needs_grad: [bool; 3],
 ) -> Result<[Option<Tensor>; 3]> {
     let mut out = [std::ptr::null_mut(); 3];
-    // SAFETY: the handles live through the call; `out` and `wanted` have three places each.
-    let good = unsafe {
-        occlude_layer_norm_backward(
-            out.as_mut_ptr(),
-            gradient.as_ptr(),
-            x.as_ptr(),
-            mean.as_ptr(),
-            rstd.as_ptr(),
-            scale.as_ptr(),
-            shift.as_ptr(),
-            wanted.as_ptr(),
-        )
+    let inputs = LayerNormInputs {
+        gradient: gradient.as_ptr(),
+        x: x.as_ptr(),
+        mean: mean.as_ptr(),
+        rstd: rstd.as_ptr(),
+        scale: scale.as_ptr(),
+        shift: shift.as_ptr(),
     };
-    checked(good, "layer norm, backward")?;
-    // SAFETY: each place holds a new handle, owned by the tensor that is made of it, or null.
+    // SAFETY: the handles live through the call; `out` and `needs_grad` have three elements each.
+    let success = unsafe { occlude_layer_norm_backward(out.as_mut_ptr(), &inputs, needs_grad.as_ptr()) };
+    check(success, "layer norm, backward")?;
+    // SAFETY: each element is a new handle, owned by the tensor that is made of it, or null.
     Ok(out.map(|handle| (!handle.is_null()).then(|| unsafe { Tensor::from_ptr(handle) })))
 }
 
-/// The numbers of one AdamW update.
+/// Hyperparameters of one AdamW update.
 #[derive(Clone, Copy, Debug)]
-pub struct AdamW {
+pub struct AdamWOptions {
     pub lr: f64,
-    pub betas: (f64, f64),
+    pub betas: [f64; 2],
     pub weight_decay: f64,
     pub eps: f64,
 }
 
-/// libtorch's fused AdamW over lists of tensors, in place; `steps` [1] each, counted up here.
+/// Updates lists of tensors in place with libtorch's fused AdamW. Each of `steps`, a tensor of one element, counts the
+/// updates of its tensor and is incremented here.
+///
+/// # Panics
+/// If the lists differ in length.
 pub fn adamw(
     weights: &[Tensor],
     gradients: &[Tensor],
-    first: &[Tensor],
-    second: &[Tensor],
+    exp_avg: &[Tensor],
+    exp_avg_sq: &[Tensor],
     steps: &[Tensor],
-    with: AdamW,
+    options: AdamWOptions,
 ) -> Result<()> {
     let n = weights.len();
-    assert!([gradients.len(), first.len(), second.len(), steps.len()].iter().all(|&l| l == n), "lists of one length");
+    assert!([gradients, exp_avg, exp_avg_sq, steps].iter().all(|list| list.len() == n), "lists of one length");
     if n == 0 {
-        // libtorch finds no kernel for lists of nothing.
+        // libtorch finds no kernel for empty lists.
         return Ok(());
     }
-    let handles = |tensors: &[Tensor]| tensors.iter().map(|t| t.as_ptr()).collect::<Vec<_>>();
-    let [w, g, m, v, s] = [weights, gradients, first, second, steps].map(handles);
-    // SAFETY: five arrays of `n` live handles.
-    let good = unsafe {
-        occlude_adamw(
-            w.as_ptr(),
-            g.as_ptr(),
-            m.as_ptr(),
-            v.as_ptr(),
-            s.as_ptr(),
-            n,
-            with.lr,
-            with.betas.0,
-            with.betas.1,
-            with.weight_decay,
-            with.eps,
-        )
+    let [weights, gradients, exp_avg, exp_avg_sq, steps] =
+        [weights, gradients, exp_avg, exp_avg_sq, steps].map(handles);
+    let tensors = AdamWTensors {
+        weights: weights.as_ptr(),
+        gradients: gradients.as_ptr(),
+        exp_avg: exp_avg.as_ptr(),
+        exp_avg_sq: exp_avg_sq.as_ptr(),
+        steps: steps.as_ptr(),
+        n,
     };
-    checked(good, "AdamW")
+    let AdamWOptions { lr, betas: [beta1, beta2], weight_decay, eps } = options;
+    let scalars = AdamWScalars { lr, beta1, beta2, weight_decay, eps };
+    // SAFETY: five arrays of `n` live handles.
+    check(unsafe { occlude_adamw(&tensors, &scalars) }, "AdamW")
 }
 
-/// A kernel behind `scaled_dot_product_attention`. The numbers are those of `at::SDPBackend`.
+fn handles(tensors: &[Tensor]) -> Vec<*const C_tensor> {
+    tensors.iter().map(Tensor::as_ptr).collect()
+}
+
+/// A kernel of `scaled_dot_product_attention`. The values are those of `at::SDPBackend`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i64)]
-pub enum Backend {
+pub enum SdpBackend {
     /// The formula, operation by operation.
     Math = 0,
     Flash = 1,
-    /// Memory-efficient attention, as xFormers has it; takes any mask and dtype.
+    /// Memory-efficient attention (xFormers); accepts any mask and dtype.
     Efficient = 2,
     Cudnn = 3,
 }
 
-const BACKENDS: [Backend; 4] = [Backend::Math, Backend::Flash, Backend::Efficient, Backend::Cudnn];
+const BACKENDS: [SdpBackend; 4] = [SdpBackend::Math, SdpBackend::Flash, SdpBackend::Efficient, SdpBackend::Cudnn];
 
-/// Lets `scaled_dot_product_attention` use these kernels and no other, the first that takes the shapes, in this
-/// order, for the whole process. Where none takes them, attention fails. On a CPU the order does not count: flash is
-/// taken where it is allowed, then the formula.
+/// Restricts `scaled_dot_product_attention` to these kernels, for the whole process. The first one that supports the
+/// shapes is used; if none does, attention fails. On a CPU the order has no effect: flash has priority over math.
 ///
 /// # Errors
-/// [`Code::Usage`](crate::fault::Code::Usage) where no kernel is named, or one twice.
-pub fn set_sdp_order(order: &[Backend]) -> Result<()> {
-    let twice = order.iter().enumerate().any(|(at, backend)| order[..at].contains(backend));
-    if order.is_empty() || twice {
-        return Err(Fault::usage(format!("kernels for attention: wanted one or more, each once; got {order:?}")));
+/// [`ExitCode::Usage`](crate::error::ExitCode::Usage) if the list is empty or names a kernel twice.
+pub fn set_sdp_backends(backends: &[SdpBackend]) -> Result<()> {
+    let repeated = backends.iter().enumerate().any(|(index, backend)| backends[..index].contains(backend));
+    if backends.is_empty() || repeated {
+        return Err(Error::usage(format!("kernels for attention: wanted one or more, each once; got {backends:?}")));
     }
-    let numbers: Vec<i64> = order.iter().map(|&backend| backend as i64).collect();
+    let values: Vec<i64> = backends.iter().map(|&backend| backend as i64).collect();
     // SAFETY: an array with its length, which is copied.
-    checked(unsafe { occlude_set_sdp_order(numbers.as_ptr(), numbers.len()) }, "the order of attention kernels")
+    check(unsafe { occlude_set_sdp_backends(values.as_ptr(), values.len()) }, "the priority of attention kernels")
 }
 
-/// The kernels that `scaled_dot_product_attention` may use, in the order in which they are tried.
-pub fn sdp_order() -> Vec<Backend> {
-    let mut numbers = [0; 8];
+/// Returns the kernels that `scaled_dot_product_attention` may use, in order of priority.
+pub fn sdp_backends() -> Vec<SdpBackend> {
+    let mut values = [0; 8];
     // SAFETY: an array with its length; no more than that is written.
-    let n = unsafe { occlude_sdp_order(numbers.as_mut_ptr(), numbers.len()) };
-    let known = |number: &i64| BACKENDS.into_iter().find(|&backend| backend as i64 == *number);
-    numbers[..n].iter().filter_map(known).collect()
+    let n = unsafe { occlude_sdp_backends(values.as_mut_ptr(), values.len()) };
+    let from_value = |value: &i64| BACKENDS.into_iter().find(|&backend| backend as i64 == *value);
+    values[..n].iter().filter_map(from_value).collect()
 }

@@ -1,133 +1,156 @@
-//! What tch leaves out: autograd nodes, gradient hooks, `.grad` as views of a buffer of our own, the fused CPU forms of
-//! operations, the bytes of a tensor. Together with `device/mpi.rs` the only place for `unsafe`.
+//! Parts of libtorch that tch does not expose: autograd nodes, gradient hooks, `.grad` as views of a buffer, fused CPU
+//! operations, the bytes of a tensor, CUDA streams and graphs. Also the safe interface to libjpeg-turbo.
 
-pub mod cuda; // the CUDA half: streams, events, graphs, memory
-mod fused; // fused operations; the order of attention kernels
-pub mod lend; // a tensor over bytes of ours
-pub mod jpeg; // libjpeg-turbo: a JPEG's header, and its pixels
-mod node; // an autograd node of closures
-pub mod record; // what libtorch runs, by name and time
-pub mod profile; // the same, and what a GPU runs, for the tools that people look with
+pub mod cuda; // the CUDA library of the bridge: streams, events, graphs, memory
+mod fused; // fused operations; priority of the attention kernels
+pub mod from_blob; // a tensor over foreign memory
+pub mod jpeg; // libjpeg-turbo: the header and the pixels of a JPEG
+mod autograd; // custom autograd functions with closures
+pub mod record; // names and times of libtorch's operations
+pub mod profile; // Chrome traces and NVTX ranges
 
-pub use fused::{AdamW, Backend, adamw, layer_norm_backward, linear, sdp_order, set_sdp_order};
-pub use node::{Forward, backward, node};
+pub use autograd::{ForwardOutput, apply_function, backward};
+pub use fused::{AdamWOptions, SdpBackend, adamw, layer_norm_backward, linear, sdp_backends, set_sdp_backends};
 
-use crate::fault::{Fault, Result};
-use std::ffi::{CStr, c_char, c_int, c_void};
+use crate::error::{Error, Result};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
 unsafe extern "C" {
-    fn occlude_reason() -> *const c_char;
-    fn occlude_open_cuda() -> bool;
-    fn occlude_keep_memory();
-    fn occlude_mask_signals(numbers: *const c_int, n: usize, keep: bool) -> bool;
-    fn occlude_memory_in_use() -> usize;
-    fn occlude_copy(to: *const C_tensor, from: *const C_tensor) -> bool;
-    fn occlude_on_gradient(
+    fn occlude_last_error() -> *const c_char;
+    fn occlude_load_cuda() -> bool;
+    fn occlude_install_caching_allocator();
+    fn occlude_mask_signals(signals: *const c_int, n: usize, block: bool) -> bool;
+    fn occlude_execute(program: *const c_char, arguments: *const *const c_char, environment: *const *const c_char);
+    fn occlude_allocated_bytes() -> usize;
+    fn occlude_copy_non_blocking(to: *const C_tensor, from: *const C_tensor) -> bool;
+    fn occlude_register_grad_hook(
         leaf: *const C_tensor,
-        call: extern "C" fn(*mut c_void, usize),
+        hook: extern "C" fn(*mut c_void, usize),
         context: *mut c_void,
         index: usize,
     ) -> bool;
-    fn occlude_set_gradient(leaf: *const C_tensor, gradient: *const C_tensor) -> bool;
+    fn occlude_set_grad(leaf: *const C_tensor, gradient: *const C_tensor) -> bool;
 }
 
-/// What the last failed call of this thread said, in one line.
-fn reason() -> String {
-    // SAFETY: the reason is a C string that lives until this thread's next failing call.
-    let reason = unsafe { CStr::from_ptr(occlude_reason()) }.to_string_lossy().into_owned();
-    reason.lines().next().unwrap_or("no reason given").to_string()
+/// Returns the first line of the error of this thread's last failed call.
+fn last_error() -> String {
+    // SAFETY: the error is a C string that lives until this thread's next failing call.
+    let text = unsafe { CStr::from_ptr(occlude_last_error()) }.to_string_lossy().into_owned();
+    text.lines().next().unwrap_or("no reason given").to_string()
 }
 
-fn checked(good: bool, what: &str) -> Result<()> {
-    if good { Ok(()) } else { Err(Fault::failed(format!("{what}: {}", reason()))) }
+/// Turns the status of a bridge call into a result; `what` names the call in the error.
+fn check(success: bool, what: &str) -> Result<()> {
+    if success { Ok(()) } else { Err(Error::failed(format!("{what}: {}", last_error()))) }
 }
 
-/// Opens libtorch's CUDA half, which the linker drops because nothing refers to it, and then ours ([`cuda`]). It must
-/// come before any question about CUDA, since libtorch keeps its first answer. Returns whether libtorch has such a half.
-pub fn open_cuda() -> bool {
+/// Loads libtorch_cuda, which the linker drops because nothing refers to it, and then the bridge's own CUDA library
+/// ([`cuda`]). Must be called before any question about CUDA, because libtorch caches its first answer. Returns whether
+/// libtorch_cuda was loaded.
+pub fn load_cuda() -> bool {
     // SAFETY: dlopen of a library that libtorch itself ships.
-    let there = unsafe { occlude_open_cuda() };
-    cuda::open(there);
-    there
+    let loaded = unsafe { occlude_load_cuda() };
+    cuda::load_library(loaded);
+    loaded
 }
 
-/// Keeps large CPU blocks for the next step instead of giving them back to the kernel. Call once, at the start.
-pub fn keep_memory() {
+/// Installs a caching allocator for CPU tensors, which keeps large blocks for the next step instead of returning them
+/// to the kernel. Must be called once, at the start.
+pub fn install_caching_allocator() {
     // SAFETY: installs an allocator that lives as long as the process.
-    unsafe { occlude_keep_memory() }
+    unsafe { occlude_install_caching_allocator() }
 }
 
-/// Keeps signals from this thread and from those that it will start, or lets them through to it again.
-pub fn mask_signals(numbers: &[c_int], keep: bool) -> Result<()> {
-    // SAFETY: the numbers live through the call.
-    match unsafe { occlude_mask_signals(numbers.as_ptr(), numbers.len(), keep) } {
-        true => Ok(()),
-        false => Err(Fault::failed("the system refuses to mask signals")),
+/// Blocks signals for this thread and the threads that it starts afterwards, or unblocks them.
+pub fn mask_signals(signals: &[c_int], block: bool) -> Result<()> {
+    // SAFETY: the signals live through the call.
+    if unsafe { occlude_mask_signals(signals.as_ptr(), signals.len(), block) } {
+        Ok(())
+    } else {
+        Err(Error::failed("the system does not allow to mask signals"))
     }
 }
 
-/// Bytes of CPU tensors that live, of those made since [`keep_memory`]; with what the C library adds to each.
-pub fn memory_in_use() -> usize {
+/// Replaces this process by another program; returns only if that fails. Blocked and ignored signals stay so.
+pub fn execute(program: &CStr, arguments: &[CString], environment: &[CString]) {
+    let arguments = null_terminated(arguments);
+    let environment = null_terminated(environment);
+    // SAFETY: both arrays end with a null pointer, and the strings live through the call.
+    unsafe { occlude_execute(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) }
+}
+
+/// Returns pointers to the strings and a null pointer.
+fn null_terminated(strings: &[CString]) -> Vec<*const c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+}
+
+/// Returns the bytes of all live CPU tensors made since [`install_caching_allocator`], including the overhead of the
+/// C library.
+pub fn allocated_bytes() -> usize {
     // SAFETY: no arguments.
-    unsafe { occlude_memory_in_use() }
+    unsafe { occlude_allocated_bytes() }
 }
 
-/// Hooks on the gradients of leaves; they fall silent when this is dropped together with its leaves.
-pub struct Hooks {
-    // Boxed so that the address handed to C++ stays; never touched from this side after the hooks are set.
-    _call: Box<Call>,
+/// Hooks that are called when the gradients of leaf tensors have been accumulated. Must outlive every backward pass
+/// through its leaves.
+pub struct GradHooks {
+    // Boxed so that its address, which C++ holds, does not change.
+    _closure: Box<HookClosure>,
 }
 
-struct Call {
-    fired: Box<dyn Fn(usize) + Send + Sync>,
+struct HookClosure {
+    hook: Box<dyn Fn(usize) + Send + Sync>,
 }
 
-extern "C" fn fired(context: *mut c_void, index: usize) {
-    // SAFETY: `context` is the `Call` that `Hooks` keeps alive for as long as its leaves are trained.
-    let call = unsafe { &*context.cast::<Call>() };
-    // A panic must not unwind through C++ frames: say what happened and end the process.
-    if catch_unwind(AssertUnwindSafe(|| (call.fired)(index))).is_err() {
+extern "C" fn call_hook(context: *mut c_void, index: usize) {
+    // SAFETY: `context` is the `HookClosure` that `GradHooks` keeps alive for as long as its leaves are trained.
+    let closure = unsafe { &*context.cast::<HookClosure>() };
+    // A panic must not unwind through C++ frames.
+    if catch_unwind(AssertUnwindSafe(|| (closure.hook)(index))).is_err() {
         eprintln!("a gradient hook panicked at tensor {index}");
         std::process::abort();
     }
 }
 
-impl Hooks {
-    /// Calls `then(i)` on the thread of the autograd engine each time the gradient of `leaves[i]` has been
-    /// accumulated, in the order in which backward reaches them. The hooks stay for the life of the leaves, so the
-    /// returned value must outlive every backward pass through them.
-    pub fn set(leaves: &[Tensor], then: impl Fn(usize) + Send + Sync + 'static) -> Result<Hooks> {
-        let call = Box::new(Call { fired: Box::new(then) });
-        let context: *const Call = &*call;
+impl GradHooks {
+    /// Registers `hook(i)`, which the autograd engine calls on one of its threads each time the gradient of `leaves[i]`
+    /// has been accumulated, in the order in which backward reaches the leaves. The hooks stay for the life of the
+    /// leaves.
+    pub fn register(leaves: &[Tensor], hook: impl Fn(usize) + Send + Sync + 'static) -> Result<GradHooks> {
+        let closure = Box::new(HookClosure { hook: Box::new(hook) });
+        let context: *const HookClosure = &*closure;
         for (index, leaf) in leaves.iter().enumerate() {
             // SAFETY: `context` outlives the hooks, see above.
-            let good = unsafe { occlude_on_gradient(leaf.as_ptr(), fired, context.cast_mut().cast(), index) };
-            checked(good, "gradient hook")?;
+            let success =
+                unsafe { occlude_register_grad_hook(leaf.as_ptr(), call_hook, context.cast_mut().cast(), index) };
+            check(success, "gradient hook")?;
         }
-        Ok(Hooks { _call: call })
+        Ok(GradHooks { _closure: closure })
     }
 }
 
-/// Makes `gradient` (same shape, any float dtype) the `.grad` of `leaf`: backward adds into it in place.
-pub fn set_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
+/// Sets the `.grad` of `leaf` to `gradient` (same shape, any float dtype); backward adds into it in place.
+pub fn set_grad(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: both handles live through the call; libtorch counts its own reference to the gradient.
-    checked(unsafe { occlude_set_gradient(leaf.as_ptr(), gradient.as_ptr()) }, "set gradient")
+    check(unsafe { occlude_set_grad(leaf.as_ptr(), gradient.as_ptr()) }, "set gradient")
 }
 
-/// Copies into `to`, of the same shape, as `Tensor::copy_` does but without waiting: between a GPU and pinned memory the
-/// copy is queued on the current stream, and neither tensor's values are to be relied on before that has come so far.
-pub fn copy(to: &Tensor, from: &Tensor) -> Result<()> {
+/// Copies `from` into `to`, of the same shape, as `to.copy_(from, non_blocking=True)` does: between a GPU and pinned
+/// memory the copy is queued on the current stream. The values must not be read before the stream has completed it.
+pub fn copy_non_blocking(to: &Tensor, from: &Tensor) -> Result<()> {
     // SAFETY: both handles live through the call; libtorch keeps pinned memory that is freed until the copy is done.
-    checked(unsafe { occlude_copy(to.as_ptr(), from.as_ptr()) }, "copy")
+    check(unsafe { occlude_copy_non_blocking(to.as_ptr(), from.as_ptr()) }, "copy")
 }
 
-/// The bytes of a contiguous CPU tensor, read where they lie.
+/// Returns the bytes of a contiguous CPU tensor without a copy.
+///
+/// # Panics
+/// If the tensor is on another device or not contiguous.
 pub fn bytes(tensor: &Tensor) -> &[u8] {
-    assert!(tensor.device() == Device::Cpu && tensor.is_contiguous(), "bytes() wants a contiguous CPU tensor");
-    let length = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    let length = contiguous_length(tensor);
     if length == 0 {
         return &[];
     }
@@ -135,13 +158,21 @@ pub fn bytes(tensor: &Tensor) -> &[u8] {
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), length) }
 }
 
-/// The bytes of a contiguous CPU tensor, to be written. The caller sees to it that no other view is read meanwhile.
+/// Returns the mutable bytes of a contiguous CPU tensor. The caller must not use other views of the same memory
+/// meanwhile.
+///
+/// # Panics
+/// If the tensor is on another device or not contiguous.
 pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
-    assert!(tensor.device() == Device::Cpu && tensor.is_contiguous(), "bytes_mut() wants a contiguous CPU tensor");
-    let length = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    let length = contiguous_length(tensor);
     if length == 0 {
         return &mut [];
     }
     // SAFETY: as in `bytes`; the exclusive borrow of the handle stands for the exclusive use of the memory.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) }
+}
+
+fn contiguous_length(tensor: &Tensor) -> usize {
+    assert!(tensor.device() == Device::Cpu && tensor.is_contiguous(), "only a contiguous CPU tensor has plain bytes");
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }

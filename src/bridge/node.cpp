@@ -1,4 +1,4 @@
-// An autograd node whose backward is a closure on the other side of the boundary.
+// Custom autograd functions whose backward is a closure of the Rust side.
 
 #include "bridge.h"
 
@@ -19,60 +19,86 @@ namespace {
 
 using torch::autograd::variable_list;
 
-// The tensors are handed over: what `saved`, `gradients` and `out` point to belongs to the receiver. `out` has one
-// place for each input, null where there is no gradient. False: it failed and has called occlude_refuse.
-using Call = bool (*)(const void* context, at::Tensor* const* saved, size_t n_saved, at::Tensor* const* gradients,
-                      size_t n_gradients, const bool* wanted, at::Tensor** out, size_t n_inputs);
-using Drop = void (*)(void* context);
+// The structures below are mirrored in autograd.rs.
 
-// The closure, dropped once, on whatever thread lets go of it.
+// Borrowed handles of n tensors.
+struct HandleList {
+  const at::Tensor* const* handles;
+  size_t n;
+};
+
+// Handles of n tensors that the receiver owns.
+struct OwnedHandleList {
+  at::Tensor* const* handles;
+  size_t n;
+};
+
+// The arguments of a backward call. `needs_grad` and `out` have one element per input. The receiver sets each element
+// of `out` to a new handle, or leaves it null where there is no gradient.
+struct BackwardArgs {
+  OwnedHandleList saved;
+  OwnedHandleList gradients;
+  const bool* needs_grad;
+  at::Tensor** out;
+  size_t n_inputs;
+};
+
+struct BackwardCallback {
+  bool (*call)(const void* context, const BackwardArgs* args);  // after an error: occlude_set_last_error, then false
+  void (*drop)(void* context);
+  void* context;
+};
+
+OwnedHandleList list(const std::vector<at::Tensor*>& handles) { return {handles.data(), handles.size()}; }
+
+std::vector<at::Tensor*> new_handles(const variable_list& tensors) {
+  std::vector<at::Tensor*> handles;
+  handles.reserve(tensors.size());
+  for (const auto& tensor : tensors) handles.push_back(new at::Tensor(tensor));
+  return handles;
+}
+
+// Owns the closure; drops it once, on any thread.
 class Closure {
  public:
-  Closure(Call call, Drop drop, void* context) : call_(call), drop_(drop), context_(context) {}
+  explicit Closure(const BackwardCallback& callback) : callback_(callback) {}
   Closure(const Closure&) = delete;
   Closure& operator=(const Closure&) = delete;
-  ~Closure() { let_go(); }
+  ~Closure() { release(); }
 
-  void let_go() {
-    if (context_ != nullptr) drop_(std::exchange(context_, nullptr));
+  void release() {
+    if (callback_.context != nullptr) callback_.drop(std::exchange(callback_.context, nullptr));
   }
-  bool gone() const { return context_ == nullptr; }
+  bool released() const { return callback_.context == nullptr; }
 
   variable_list operator()(const variable_list& saved, const variable_list& gradients,
-                           const std::vector<char>& wanted) const {
-    const auto handed = [](const variable_list& all) {
-      std::vector<at::Tensor*> handles;
-      handles.reserve(all.size());
-      for (const auto& one : all) handles.push_back(new at::Tensor(one));
-      return handles;
-    };
-    const auto given = handed(saved), incoming = handed(gradients);
-    std::vector<at::Tensor*> out(wanted.size(), nullptr);
+                           const std::vector<char>& needs_grad) const {
+    const auto saved_handles = new_handles(saved), gradient_handles = new_handles(gradients);
+    std::vector<at::Tensor*> out(needs_grad.size(), nullptr);
     static_assert(sizeof(bool) == sizeof(char));
-    const bool good = call_(context_, given.data(), given.size(), incoming.data(), incoming.size(),
-                            reinterpret_cast<const bool*>(wanted.data()), out.data(), out.size());
-    variable_list outgoing(out.size());
+    const BackwardArgs args = {list(saved_handles), list(gradient_handles),
+                               reinterpret_cast<const bool*>(needs_grad.data()), out.data(), out.size()};
+    const bool success = callback_.call(callback_.context, &args);
+    variable_list results(out.size());
     for (size_t i = 0; i < out.size(); ++i) {
       if (out[i] == nullptr) continue;
-      if (wanted[i]) outgoing[i] = *out[i];
+      if (needs_grad[i]) results[i] = *out[i];
       delete out[i];
     }
-    // A plain exception, since the text of libtorch's own ends in the addresses of this function's callers.
-    if (!good) throw std::runtime_error(occlude::reason);
-    return outgoing;
+    // A plain exception, because the text of a c10::Error ends with the backtrace of this function's callers.
+    if (!success) throw std::runtime_error(occlude::last_error);
+    return results;
   }
 
  private:
-  Call call_;
-  Drop drop_;
-  void* context_;
+  BackwardCallback callback_;
 };
 
 struct Node : torch::autograd::Node {
   Closure closure;
   std::vector<torch::autograd::SavedVariable> saved;
 
-  Node(Call call, Drop drop, void* context) : closure(call, drop, context) {}
+  explicit Node(const BackwardCallback& callback) : closure(callback) {}
 
   std::string name() const override { return "occlude::bridge::node"; }
 
@@ -83,26 +109,26 @@ struct Node : torch::autograd::Node {
           "a node's backward is not recorded, so that no second derivative can be had through it: "
           "call backward without create_graph");
     }
-    if (closure.gone()) {
+    if (closure.released()) {
       throw std::runtime_error(
           "backward has run through this node before, and what it had saved is freed: "
-          "keep the graph in the first pass where a second one follows");
+          "retain the graph in the first pass if a second one follows");
     }
     for (size_t i = 0; i < gradients.size(); ++i) {
       if (!gradients[i].defined()) gradients[i] = input_metadata(i).zeros_like();
     }
-    variable_list seen;
-    seen.reserve(saved.size());
-    for (const auto& one : saved) seen.push_back(one.unpack());
-    std::vector<char> wanted(num_outputs());
-    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
-    return closure(seen, gradients, wanted);
+    variable_list unpacked;
+    unpacked.reserve(saved.size());
+    for (const auto& variable : saved) unpacked.push_back(variable.unpack());
+    std::vector<char> needs_grad(num_outputs());
+    for (size_t i = 0; i < needs_grad.size(); ++i) needs_grad[i] = task_should_compute_output(i);
+    return closure(unpacked, gradients, needs_grad);
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> guard(mutex_);
     saved.clear();
-    closure.let_go();
+    closure.release();
   }
 };
 
@@ -110,57 +136,59 @@ struct Node : torch::autograd::Node {
 
 extern "C" {
 
-// Leaves the text of a failure for the one who called; a closure does so before it returns false.
-void occlude_refuse(const char* text, size_t length) { occlude::reason.assign(text, length); }
+// Sets the error of this thread; a callback calls it before it returns false.
+void occlude_set_last_error(const char* text, size_t length) { occlude::last_error.assign(text, length); }
 
-// Whether an operation on these inputs is to be recorded.
-bool occlude_is_recorded(const at::Tensor* const* inputs, size_t n) {
+// Returns whether autograd records an operation on these inputs.
+bool occlude_needs_recording(HandleList inputs) {
   if (!c10::GradMode::is_enabled()) return false;
-  for (size_t i = 0; i < n; ++i) {
-    if (inputs[i]->requires_grad()) return true;
+  for (size_t i = 0; i < inputs.n; ++i) {
+    if (inputs.handles[i]->requires_grad()) return true;
   }
   return false;
 }
 
-// Backward from `outputs` with their gradients [n] into every leaf behind them.
-bool occlude_backward(const at::Tensor* const* outputs, const at::Tensor* const* gradients, size_t n) {
+// Runs backward from `outputs` with their gradients into every leaf.
+bool occlude_backward(HandleList outputs, HandleList gradients) {
   return occlude::guarded([&] {
-    variable_list from, with;
-    for (size_t i = 0; i < n; ++i) from.push_back(*outputs[i]), with.push_back(*gradients[i]);
-    torch::autograd::backward(from, with, /*retain_graph=*/false, /*create_graph=*/false);
+    variable_list roots, root_gradients;
+    for (size_t i = 0; i < outputs.n; ++i) {
+      roots.push_back(*outputs.handles[i]);
+      root_gradients.push_back(*gradients.handles[i]);
+    }
+    torch::autograd::backward(roots, root_gradients, /*retain_graph=*/false, /*create_graph=*/false);
   });
 }
 
-// Makes `results` [n_outputs], new handles of the outputs that depend on the inputs through the closure. The context is
-// the node's from here on, also where this fails.
-bool occlude_node(const at::Tensor* const* inputs, size_t n_inputs, const at::Tensor* const* outputs,
-                  at::Tensor** results, size_t n_outputs, const at::Tensor* const* saved, size_t n_saved, Call call,
-                  Drop drop, void* context) {
-  const auto node = std::shared_ptr<Node>(new Node(call, drop, context), torch::autograd::deleteNode);
+// Writes `results`, new handles of the outputs that depend on the inputs through the callback. The node owns the
+// callback's context from here on, also after an error.
+bool occlude_record_node(HandleList inputs, HandleList outputs, HandleList saved, at::Tensor** results,
+                         const BackwardCallback* callback) {
+  const auto node = std::shared_ptr<Node>(new Node(*callback), torch::autograd::deleteNode);
   return occlude::guarded([&] {
     torch::autograd::edge_list edges;
-    edges.reserve(n_inputs);
-    for (size_t i = 0; i < n_inputs; ++i) {
-      const bool wants = inputs[i]->requires_grad();
-      edges.push_back(wants ? torch::autograd::impl::gradient_edge(*inputs[i]) : torch::autograd::Edge());
+    edges.reserve(inputs.n);
+    for (size_t i = 0; i < inputs.n; ++i) {
+      const at::Tensor& input = *inputs.handles[i];
+      edges.push_back(input.requires_grad() ? torch::autograd::impl::gradient_edge(input) : torch::autograd::Edge());
     }
     node->set_next_edges(std::move(edges));
-    // A detached tensor shares its version counter, so that a change in place is found out, and does not know the
-    // node: an output that is saved keeps nothing alive that keeps it alive.
-    node->saved.reserve(n_saved);
-    for (size_t i = 0; i < n_saved; ++i) node->saved.emplace_back(saved[i]->detach(), false);
-    // Detached too, since an output may be an input, or a view of one.
-    variable_list made;
-    made.reserve(n_outputs);
-    for (size_t i = 0; i < n_outputs; ++i) {
-      made.push_back(outputs[i]->detach());
-      if (torch::autograd::isDifferentiableType(made.back().scalar_type())) {
-        torch::autograd::set_history(made.back(), node);
+    // A detached tensor shares its version counter, so that a modification in place is detected, and does not refer to
+    // the node: a saved output makes no reference cycle.
+    node->saved.reserve(saved.n);
+    for (size_t i = 0; i < saved.n; ++i) node->saved.emplace_back(saved.handles[i]->detach(), false);
+    // Detached too, because an output may be an input or a view of one.
+    variable_list detached;
+    detached.reserve(outputs.n);
+    for (size_t i = 0; i < outputs.n; ++i) {
+      detached.push_back(outputs.handles[i]->detach());
+      if (torch::autograd::isDifferentiableType(detached.back().scalar_type())) {
+        torch::autograd::set_history(detached.back(), node);
       } else {
-        node->add_input_metadata(made.back());  // its place among the gradients
+        node->add_input_metadata(detached.back());  // reserves its index among the gradients
       }
     }
-    for (size_t i = 0; i < n_outputs; ++i) results[i] = new at::Tensor(std::move(made[i]));
+    for (size_t i = 0; i < outputs.n; ++i) results[i] = new at::Tensor(std::move(detached[i]));
   });
 }
 }

@@ -1,5 +1,5 @@
-// Where the time goes, by libtorch's own profiler: its operations and our scopes (record.cpp) as a Chrome trace, with the
-// kernels of a GPU where CUPTI can see one, or as NVTX ranges for Nsight Systems.
+// libtorch's profiler: its operations and the program's scopes (record.cpp) as a Chrome trace, with the kernels of a
+// GPU if CUPTI is permitted, or as NVTX ranges for Nsight Systems.
 
 #include "bridge.h"
 
@@ -15,7 +15,7 @@ using torch::autograd::profiler::ActivityType;
 using torch::autograd::profiler::ProfilerConfig;
 using torch::autograd::profiler::ProfilerState;
 
-const std::unordered_set<at::RecordScope> everything;
+const std::unordered_set<at::RecordScope> all_scopes;  // an empty set means all
 
 }  // namespace
 
@@ -27,10 +27,11 @@ bool occlude_trace_begin(bool cuda) {
     if (cuda) activities.insert(ActivityType::CUDA);
     const ProfilerConfig config(ProfilerState::KINETO);
     torch::autograd::profiler::prepareProfiler(config, activities);
-    torch::autograd::profiler::enableProfiler(config, activities, everything);
+    torch::autograd::profiler::enableProfiler(config, activities, all_scopes);
   });
 }
 
+// Writes the trace to `path`, or discards it if `path` is null.
 bool occlude_trace_end(const char* path) {
   return guarded([&] {
     const auto result = torch::autograd::profiler::disableProfiler();
@@ -39,7 +40,9 @@ bool occlude_trace_end(const char* path) {
 }
 
 bool occlude_nvtx_begin() {
-  return guarded([] { torch::autograd::profiler::enableProfiler(ProfilerConfig(ProfilerState::NVTX), {}, everything); });
+  return guarded([] {
+    torch::autograd::profiler::enableProfiler(ProfilerConfig(ProfilerState::NVTX), {}, all_scopes);
+  });
 }
 
 bool occlude_nvtx_end() {

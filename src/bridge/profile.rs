@@ -1,8 +1,8 @@
-//! What libtorch runs, and our scopes among it ([`scope`](super::record::scope)), for a Chrome trace or for Nsight
-//! Systems.
+//! Profiles of libtorch's operations and of this program's scopes ([`scope`](super::record::scope)): Chrome traces, and
+//! NVTX ranges for Nsight Systems.
 
-use super::checked;
-use crate::fault::{Fault, Result};
+use super::check;
+use crate::error::{Error, Result};
 use std::ffi::{CString, c_char};
 use std::marker::PhantomData;
 use std::os::unix::ffi::OsStrExt;
@@ -15,58 +15,59 @@ unsafe extern "C" {
     fn occlude_nvtx_end() -> bool;
 }
 
-/// Records what this thread, and backward for it, does: libtorch's operations and our scopes.
-pub struct Trace {
-    /// The profiler belongs to the thread that began it.
+/// libtorch's profiler (Kineto): records the operations and scopes of its thread and of the thread's backward passes.
+pub struct Profiler {
+    /// The profiler belongs to the thread that started it.
     _this_thread: PhantomData<*const ()>,
 }
 
-impl Trace {
-    /// Begins to record; on a GPU its kernels too, where CUPTI lets them be seen. One at a time.
-    pub fn begin(cuda: bool) -> Result<Trace> {
+impl Profiler {
+    /// Starts to record; with `cuda` also the kernels of the GPU, if CUPTI is permitted. There can be one at a time.
+    pub fn start(cuda: bool) -> Result<Profiler> {
         // SAFETY: a plain value.
-        checked(unsafe { occlude_trace_begin(cuda) }, "a trace")?;
-        Ok(Trace { _this_thread: PhantomData })
+        check(unsafe { occlude_trace_begin(cuda) }, "a trace")?;
+        Ok(Profiler { _this_thread: PhantomData })
     }
 
-    /// Writes what was recorded as JSON in the form of Chrome's trace viewer.
-    pub fn end(self, path: &Path) -> Result<()> {
+    /// Stops and writes the trace as JSON for Chrome's trace viewer.
+    pub fn save(self, path: &Path) -> Result<()> {
+        let Ok(path) = CString::new(path.as_os_str().as_bytes()) else {
+            return Err(Error::usage("a path with a NUL in it"));
+        };
         std::mem::forget(self);
-        let name = CString::new(path.as_os_str().as_bytes()).map_err(|_| Fault::usage("a path with a NUL in it"));
-        // SAFETY: a C string or null.
-        let ended = |path: *const c_char| checked(unsafe { occlude_trace_end(path) }, "a trace");
-        match name {
-            Ok(name) => ended(name.as_ptr()),
-            Err(fault) => ended(std::ptr::null()).and(Err(fault)),
-        }
+        // SAFETY: a C string.
+        check(unsafe { occlude_trace_end(path.as_ptr()) }, "a trace")
     }
 }
 
-impl Drop for Trace {
+impl Drop for Profiler {
     fn drop(&mut self) {
-        // SAFETY: null: what was recorded is thrown away. Whatever ended the work is the news, not this.
+        // SAFETY: null discards the records. An error here would hide the one that ended the work.
         let _ = unsafe { occlude_trace_end(std::ptr::null()) };
     }
 }
 
-/// While it lives, libtorch's operations and our scopes are NVTX ranges, which `nsys profile` shows.
-pub struct Nvtx {
+/// A guard during whose life libtorch's operations and this program's scopes are NVTX ranges, which `nsys profile`
+/// shows.
+pub struct NvtxRanges {
     _this_thread: PhantomData<*const ()>,
 }
 
-impl Nvtx {
+impl NvtxRanges {
+    /// Starts to emit NVTX ranges on this thread.
+    ///
     /// # Errors
-    /// Where libtorch's CUDA half, which knows NVTX, is not open.
-    pub fn begin() -> Result<Nvtx> {
+    /// If libtorch_cuda, which implements NVTX, is not loaded.
+    pub fn start() -> Result<NvtxRanges> {
         // SAFETY: no arguments.
-        checked(unsafe { occlude_nvtx_begin() }, "NVTX ranges")?;
-        Ok(Nvtx { _this_thread: PhantomData })
+        check(unsafe { occlude_nvtx_begin() }, "NVTX ranges")?;
+        Ok(NvtxRanges { _this_thread: PhantomData })
     }
 }
 
-impl Drop for Nvtx {
+impl Drop for NvtxRanges {
     fn drop(&mut self) {
-        // SAFETY: no arguments; it was begun on this thread.
+        // SAFETY: no arguments; started on this thread.
         let _ = unsafe { occlude_nvtx_end() };
     }
 }

@@ -1,4 +1,4 @@
-// What libtorch runs, noted as it begins and ends.
+// Names and times of libtorch's operations.
 
 #include "bridge.h"
 
@@ -15,13 +15,13 @@ namespace {
 
 struct Span {
   std::string name;
-  uint64_t thread, start, end;  // nanoseconds of the steady clock; no end: it has not come
+  uint64_t thread, start, end;  // nanoseconds of the steady clock; end is 0 until the span has ended
 };
 
-// The callbacks carry no context of their own, hence one notebook for the process.
+// The callbacks have no context of their own, so there is one list of spans for the process.
 std::mutex lock;
 std::vector<Span> spans;
-uint64_t turn = 0;  // counts notebooks: what began in an earlier one is not ended in this one
+uint64_t generation = 0;  // of the list: a span that began in an earlier one is not ended in this one
 at::CallbackHandle handle = at::INVALID_CALLBACK_HANDLE;
 
 uint64_t now() {
@@ -29,10 +29,10 @@ uint64_t now() {
   return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(since).count());
 }
 
-struct Begun : at::ObserverContext {
-  uint64_t turn;
+struct SpanContext : at::ObserverContext {
+  uint64_t generation;
   size_t index;
-  Begun(uint64_t turn, size_t index) : turn(turn), index(index) {}
+  SpanContext(uint64_t generation, size_t index) : generation(generation), index(index) {}
 };
 
 std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& function) {
@@ -41,48 +41,48 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& function) {
   if (overload != nullptr && *overload != '\0') name.append(".").append(overload);
   const std::lock_guard<std::mutex> guard(lock);
   spans.push_back({std::move(name), at::RecordFunction::currentThreadId(), now(), 0});
-  return std::make_unique<Begun>(turn, spans.size() - 1);
+  return std::make_unique<SpanContext>(generation, spans.size() - 1);
 }
 
 void end(const at::RecordFunction&, at::ObserverContext* context) {
-  const auto* begun = static_cast<Begun*>(context);
+  const auto* span = static_cast<SpanContext*>(context);
   const uint64_t time = now();
   const std::lock_guard<std::mutex> guard(lock);
-  if (begun != nullptr && begun->turn == turn) spans[begun->index].end = time;
+  if (span != nullptr && span->generation == generation) spans[span->index].end = time;
 }
 
 }  // namespace
 
 extern "C" {
 
-// Notes what this thread runs from now on, and the backward passes that it starts.
+// Starts to record the operations of this thread and of the backward passes that it starts.
 bool occlude_record_start() {
   return occlude::guarded([&] {
     {
       const std::lock_guard<std::mutex> guard(lock);
       spans.clear();
-      ++turn;
+      ++generation;
     }
     handle = at::addThreadLocalCallback(at::RecordFunctionCallback(begin, end));
   });
 }
 
-// Ends that, on the same thread, and hands over what has ended by now, in the order in which it began.
-void occlude_record_stop(void (*each)(void* context, const char* name, uint64_t thread, uint64_t start, uint64_t end),
+// Stops on the same thread, and visits the spans that have ended, in the order of their beginning.
+void occlude_record_stop(void (*visit)(void* context, const char* name, uint64_t thread, uint64_t start, uint64_t end),
                          void* context) {
   at::removeCallback(handle);
-  std::vector<Span> noted;
+  std::vector<Span> recorded;
   {
     const std::lock_guard<std::mutex> guard(lock);
-    noted.swap(spans);
-    ++turn;
+    recorded.swap(spans);
+    ++generation;
   }
-  for (const auto& span : noted) {
-    if (span.end != 0) each(context, span.name.c_str(), span.thread, span.start, span.end);
+  for (const auto& span : recorded) {
+    if (span.end != 0) visit(context, span.name.c_str(), span.thread, span.start, span.end);
   }
 }
 
-// A span of the caller's own. Null where nobody notes it.
+// Begins a span of the program. Returns null if nothing records.
 void* occlude_scope_begin(const char* name) {
   auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE);
   if (!callbacks.has_value()) return nullptr;

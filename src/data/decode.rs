@@ -1,29 +1,31 @@
-//! Bytes of a member become pixels: JPEG, PNG, WebP and videos (`clip.rs`), told apart by their first bytes.
+//! Decodes a member's bytes to pixels: JPEG, PNG, WebP and videos (`video.rs`), distinguished by their first bytes.
 //!
-//! Upright as the camera's EXIF entry says; 16 bits scaled to 8; alpha dropped; grey and CMYK made as Pillow's `convert`
-//! does. Sizes are checked on the header, before anything of that size is allocated. Pixels of a JPEG are those of
-//! libjpeg-turbo, and so Pillow's bit for bit. Of a JPEG only the part that a view shows is decoded.
+//! Images are upright according to their EXIF orientation; 16 bits are scaled to 8; alpha is dropped; grayscale and
+//! CMYK are converted as Pillow's `convert` does. Sizes are checked on the header, before anything of that size is
+//! allocated. Pixels of a JPEG are those of libjpeg-turbo, and so equal Pillow's bit for bit. Only the region of a JPEG
+//! that a view shows is decoded.
 
-mod colour; // channels and bits as stored → as wanted
-mod jpeg; // which part of a JPEG is decoded, and at what scale
-mod still; // PNG and WebP
-mod turn; // EXIF's orientation
+mod color; // conversion of channels and bit depth
+mod jpeg; // region and scale of a JPEG
+mod png_webp; // PNG and WebP
+mod orientation; // EXIF orientation
 
-use super::clip::{self, Facts, Video, Videos};
-use super::complete::{Lack, Whole, complete};
+use super::truncation::{ImageStructure, ImageStructureError, read_structure};
+use super::video::{self, VideoDecoder, VideoInfo, VideoReader};
 use crate::bridge::jpeg as turbo;
-use crate::fault::{Code, Fault, Result};
+use crate::error::{Error, ExitCode, Result};
 use image::ImageDecoder;
 use image::metadata::Orientation;
-use turn::Turn;
+use orientation::ExifOrientation;
 
-/// One decoded sample before its view: 8-bit pixels.
+/// A decoded image, 8 bits per channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Decoded {
+pub struct DecodedImage {
     pub width: u32,
     pub height: u32,
-    /// Channels interleaved: [height, width, channels].
+    /// Number of channels: 1 (grayscale) or 3 (RGB).
     pub channels: u32,
+    /// [height, width, channels].
     pub pixels: Vec<u8>,
 }
 
@@ -36,328 +38,355 @@ pub struct Region {
     pub height: u32,
 }
 
-/// A region of a picture as it was decoded: pixels that show it and perhaps more around it, and where it lies in them.
-/// At a scale below 1 its borders need not be whole pixels.
+impl Region {
+    /// Returns [left, top, width, height] in fractional pixels.
+    fn to_f64(self) -> [f64; 4] {
+        [self.left, self.top, self.width, self.height].map(f64::from)
+    }
+}
+
+/// A decoded region: pixels that contain it, perhaps with a margin, and its box in them. At a scale below 1 the box may
+/// have fractional borders.
 #[derive(Clone, Copy, Debug)]
-pub struct Part<'a> {
-    pub image: &'a Decoded,
+pub struct DecodedRegion<'a> {
+    pub image: &'a DecodedImage,
     pub left: f64,
     pub top: f64,
     pub width: f64,
     pub height: f64,
 }
 
-/// What a picture may cost; all inclusive.
+/// Limits of an image; all inclusive.
 ///
-/// They bound the time as well. Worst found at the defaults, seconds of one core (AMD EPYC, 2026): 2.4 for a lossy
-/// WebP of 50 million pixels of noise, 1.2 for a crafted progressive JPEG whose lawful scans refine nothing, 0.4 for a
-/// PNG of noise.
+/// They bound decoding time as well. Worst cases found at the defaults, in seconds of one core (AMD EPYC, 2026): 2.4
+/// for a lossy WebP of 50 million pixels of noise, 1.2 for a crafted progressive JPEG whose valid scans refine nothing,
+/// 0.4 for a PNG of noise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct ImageLimits {
     /// Bytes of the file.
     pub max_bytes: usize,
     /// Pixels of a side.
     pub max_side: u32,
-    /// Pixels of the picture. A picture takes at most 8 bytes of memory for each of them, as much again for what its
-    /// decoder keeps, and what its profiles or, in a WebP, its tables of codes take.
+    /// Pixels of the image. An image takes at most 8 bytes of memory per pixel, as much again for the state of its
+    /// decoder, and the size of its profiles or, in a WebP, of its code tables.
     pub max_pixels: u64,
-    /// Passes over the picture that a JPEG may ask for. Encoders write about ten; each costs time for every pixel.
+    /// Scans of a JPEG. Encoders write about ten; each takes time for every pixel.
     pub max_scans: u32,
 }
 
-impl Default for Limits {
+impl Default for ImageLimits {
     /// 64 MiB, 16,384 pixels a side, 50 million pixels, 64 scans.
     fn default() -> Self {
-        Limits { max_bytes: 64 << 20, max_side: 1 << 14, max_pixels: 50_000_000, max_scans: 64 }
+        ImageLimits { max_bytes: 64 << 20, max_side: 1 << 14, max_pixels: 50_000_000, max_scans: 64 }
     }
 }
 
-/// Decodes pictures one after another; one for each thread. It keeps libjpeg-turbo's state and its buffers, so that
-/// pixels need no new memory once the largest picture was seen (beyond 32 MiB they are given back).
-pub struct Decoder {
-    limits: Limits,
-    jpeg: Option<turbo::Decompressor>,
-    videos: Videos,
-    scratch: Scratch,
-}
-
-/// The buffers of a decoder.
-struct Scratch {
-    /// Nanoseconds of processor that pixels took.
-    spent: u64,
-    /// Pixels as the file has them.
-    stored: Vec<u8>,
-    /// Pixels as they are given out.
-    upright: Decoded,
-}
-
-/// A picture whose header was read: whole and within the limits.
-pub struct Picture<'a> {
-    width: u32,
-    height: u32,
-    channels: u32,
-    source: Source<'a>,
-}
-
-/// What was read, as stored: width and height of the pixels, and where the region lies in them, [left, top, width,
-/// height].
-struct Placed {
-    size: [u32; 2],
-    place: [f64; 4],
-}
-
-enum Source<'a> {
-    Jpeg(turbo::Opened<'a>, Turn, &'a mut Scratch),
-    Still(Box<dyn ImageDecoder + 'a>, Turn, &'a mut Scratch),
-    Ready(&'a Decoded),
-    Moving(Video<'a>, &'a mut Scratch),
-}
-
-impl Decoder {
-    /// Videos have limits of their own, [`clip::Limits::default`].
-    pub fn new(limits: Limits) -> Decoder {
-        let upright = Decoded { width: 0, height: 0, channels: 0, pixels: Vec::new() };
-        let (videos, scratch) =
-            (Videos::new(clip::Limits::default()), Scratch { spent: 0, stored: Vec::new(), upright });
-        Decoder { limits, jpeg: None, videos, scratch }
-    }
-
-    /// Reads the header alone. `channels` of the pixels to come: 1 (grey) or 3 (red, green, blue). Faults with
-    /// Code::Corrupt on anything that is not a whole picture, or a video, within the limits; and as [`Videos::open`] does.
-    pub fn open<'a>(&'a mut self, bytes: &'a [u8], channels: u32) -> Result<Picture<'a>> {
-        assert!(channels == 1 || channels == 3, "{channels} channels");
-        let Decoder { limits, jpeg, videos, scratch } = self;
-        if clip::is_video(bytes) {
-            let video = videos.open(bytes)?;
-            let (width, height) = (video.facts.width, video.facts.height);
-            return Ok(Picture { width, height, channels, source: Source::Moving(video, scratch) });
-        }
-        if bytes.len() > limits.max_bytes {
-            return Err(corrupt(format!("{} bytes, the limit is {}", bytes.len(), limits.max_bytes)));
-        }
-        let whole = complete(bytes).map_err(|lack| match lack {
-            Lack::Format => corrupt("neither JPEG, PNG, WebP nor a video"),
-            Lack::End => corrupt("the file was cut before the end of the picture"),
-        })?;
-        let (source, turn, size) = match whole {
-            Whole::Jpeg { exif, scans } => {
-                if scans > limits.max_scans {
-                    return Err(corrupt(format!("a JPEG of {scans} scans, the limit is {}", limits.max_scans)));
-                }
-                if jpeg.is_none() {
-                    *jpeg = Some(turbo::Decompressor::new(limits.bounds())?);
-                }
-                let opened = jpeg.as_mut().expect("made above").open(bytes)?;
-                let size = [opened.head.width, opened.head.height];
-                limits.allow(size)?;
-                let turn = Turn::from(exif.and_then(Orientation::from_exif_chunk));
-                (Source::Jpeg(opened, turn, scratch), turn, size)
-            }
-            Whole::Png { size } | Whole::WebP { size } => {
-                // The header says it before the decoder is asked; of a WebP, each picture inside.
-                limits.allow(size)?;
-                let (decoder, turn) = still::open(bytes, size)?;
-                let size = decoder.dimensions().into();
-                limits.allow(size)?;
-                (Source::Still(decoder, turn, scratch), turn, size)
-            }
-        };
-        let [width, height] = turn.size(size);
-        Ok(Picture { width, height, channels, source })
-    }
-}
-
-impl Decoder {
-    /// Nanoseconds of processor that pixels took since this was last asked; reading headers does not count.
-    pub fn spent(&mut self) -> u64 {
-        std::mem::take(&mut self.scratch.spent)
-    }
-}
-
-/// Nanoseconds that this thread has used of a processor.
-fn processor() -> u64 {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
-}
-
-impl Limits {
-    fn allow(&self, [width, height]: [u32; 2]) -> Result<()> {
+impl ImageLimits {
+    fn check_size(&self, [width, height]: [u32; 2]) -> Result<()> {
         if width == 0 || height == 0 || width.max(height) > self.max_side {
-            return Err(corrupt(format!("{width}x{height} pixels, a side may have {}", self.max_side)));
+            return Err(corrupt_image(format!("{width}x{height} pixels, a side may have {}", self.max_side)));
         }
         if u64::from(width) * u64::from(height) > self.max_pixels {
-            return Err(corrupt(format!("{width}x{height} pixels, the limit is {} in all", self.max_pixels)));
+            return Err(corrupt_image(format!("{width}x{height} pixels, the limit is {} in all", self.max_pixels)));
         }
         Ok(())
     }
 
-    /// A JPEG of several scans keeps two bytes for each pixel of at most four channels, in whole units.
-    fn bounds(&self) -> turbo::Bounds {
-        let units = 64 * u64::from(self.max_side) + self.max_pixels;
-        turbo::Bounds { pixels: self.max_pixels, scans: self.max_scans, memory: units.saturating_mul(8) }
+    /// Returns the limits for libjpeg-turbo. A JPEG of several scans keeps two bytes for each pixel of at most four
+    /// channels, in whole coding units.
+    fn jpeg_limits(&self) -> turbo::JpegLimits {
+        let max_coefficients = 64 * u64::from(self.max_side) + self.max_pixels;
+        turbo::JpegLimits {
+            max_pixels: self.max_pixels,
+            max_scans: self.max_scans,
+            max_memory: max_coefficients.saturating_mul(8),
+        }
     }
 }
 
-impl<'a> Picture<'a> {
-    /// Width in pixels, upright.
+/// A decoder of images and videos; one per thread. It reuses libjpeg-turbo's state and its buffers, so that pixels need
+/// no new memory once the largest image was decoded (buffers beyond 32 MiB are freed).
+pub struct VisualDecoder {
+    limits: ImageLimits,
+    jpeg: Option<turbo::Decompressor>,
+    videos: VideoDecoder,
+    buffers: DecodeBuffers,
+}
+
+/// The buffers of a decoder.
+struct DecodeBuffers {
+    /// CPU time of decoding pixels.
+    cpu_nanoseconds: u64,
+    /// Pixels in the orientation of the file.
+    stored: Vec<u8>,
+    /// The upright image, which is returned.
+    upright: DecodedImage,
+}
+
+/// An image or a video whose header was read: complete and within the limits. Pixels are decoded on request.
+pub struct LazyImage<'a> {
+    width: u32,
+    height: u32,
+    channels: u32,
+    source: ImageSource<'a>,
+}
+
+/// A decoded region in the orientation of the file.
+struct StoredRegion {
+    /// Width and height of the pixels.
+    size: [u32; 2],
+    /// Box of the region in them, [left, top, width, height].
+    region: [f64; 4],
+}
+
+enum ImageSource<'a> {
+    Jpeg(turbo::JpegReader<'a>, ExifOrientation, &'a mut DecodeBuffers),
+    PngOrWebp(Box<dyn ImageDecoder + 'a>, ExifOrientation, &'a mut DecodeBuffers),
+    Decoded(&'a DecodedImage),
+    Video(VideoReader<'a>, &'a mut DecodeBuffers),
+}
+
+impl VisualDecoder {
+    /// Makes a decoder with these limits for images and [`video::VideoLimits::default`] for videos.
+    pub fn new(limits: ImageLimits) -> VisualDecoder {
+        let upright = DecodedImage { width: 0, height: 0, channels: 0, pixels: Vec::new() };
+        VisualDecoder {
+            limits,
+            jpeg: None,
+            videos: VideoDecoder::new(video::VideoLimits::default()),
+            buffers: DecodeBuffers { cpu_nanoseconds: 0, stored: Vec::new(), upright },
+        }
+    }
+
+    /// Reads the header of an image or video that will be decoded to 1 (grayscale) or 3 (RGB) channels.
+    ///
+    /// # Errors
+    /// ExitCode::Corrupt for anything that is not a complete image, or a video, within the limits; and the errors of
+    /// [`VideoDecoder::open`].
+    pub fn open<'a>(&'a mut self, bytes: &'a [u8], channels: u32) -> Result<LazyImage<'a>> {
+        assert!(channels == 1 || channels == 3, "{channels} channels");
+        let VisualDecoder { limits, jpeg, videos, buffers } = self;
+        if video::is_video(bytes) {
+            let video = videos.open(bytes)?;
+            let VideoInfo { width, height, .. } = video.info;
+            return Ok(LazyImage { width, height, channels, source: ImageSource::Video(video, buffers) });
+        }
+        if bytes.len() > limits.max_bytes {
+            return Err(corrupt_image(format!("{} bytes, the limit is {}", bytes.len(), limits.max_bytes)));
+        }
+        let structure = read_structure(bytes).map_err(|error| match error {
+            ImageStructureError::UnknownFormat => corrupt_image("neither JPEG, PNG, WebP nor a video"),
+            ImageStructureError::Truncated => corrupt_image("the file was cut before the end of the image"),
+        })?;
+        let (source, orientation, size) = match structure {
+            ImageStructure::Jpeg { exif, scans } => {
+                if scans > limits.max_scans {
+                    let message = format!("a JPEG of {scans} scans, the limit is {}", limits.max_scans);
+                    return Err(corrupt_image(message));
+                }
+                if jpeg.is_none() {
+                    *jpeg = Some(turbo::Decompressor::new(limits.jpeg_limits())?);
+                }
+                let reader = jpeg.as_mut().expect("made above").read_header(bytes)?;
+                let size = [reader.header.width, reader.header.height];
+                limits.check_size(size)?;
+                let orientation = ExifOrientation::from(exif.and_then(Orientation::from_exif_chunk));
+                (ImageSource::Jpeg(reader, orientation, buffers), orientation, size)
+            }
+            ImageStructure::Png { size } | ImageStructure::WebP { size } => {
+                // Checked before the decoder is made; for a WebP this covers each image inside.
+                limits.check_size(size)?;
+                let (decoder, orientation) = png_webp::open(bytes, size)?;
+                let size = decoder.dimensions().into();
+                limits.check_size(size)?;
+                (ImageSource::PngOrWebp(decoder, orientation, buffers), orientation, size)
+            }
+        };
+        let [width, height] = orientation.orient_size(size);
+        Ok(LazyImage { width, height, channels, source })
+    }
+
+    /// Returns the CPU nanoseconds that decoding of pixels took since the last call; headers are not counted.
+    pub fn take_cpu_nanoseconds(&mut self) -> u64 {
+        std::mem::take(&mut self.buffers.cpu_nanoseconds)
+    }
+}
+
+/// Returns the CPU time of this thread.
+fn thread_cpu_nanoseconds() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+impl<'a> LazyImage<'a> {
+    /// Returns the width in pixels, upright.
     pub fn width(&self) -> u32 {
         self.width
     }
 
-    /// Height in pixels, upright.
+    /// Returns the height in pixels, upright.
     pub fn height(&self) -> u32 {
         self.height
     }
 
-    /// Channels of its pixels once decoded.
+    /// Returns the number of channels after decoding.
     pub fn channels(&self) -> u32 {
         self.channels
     }
 
-    /// All pixels.
-    pub fn whole(self) -> Result<&'a Decoded> {
-        let all = Region { left: 0, top: 0, width: self.width, height: self.height };
-        let least = [self.width, self.height];
-        Ok(self.decode(all, least)?.image)
+    /// Decodes the full image.
+    pub fn decode_full(self) -> Result<&'a DecodedImage> {
+        let full = Region { left: 0, top: 0, width: self.width, height: self.height };
+        let min_size = [self.width, self.height];
+        Ok(self.decode(full, min_size)?.image)
     }
 
-    /// The pixels of `region` (upright coordinates) and perhaps more around it. A JPEG may come smaller, by 1/2, 1/4 or
-    /// 1/8, while the region still has at least `least` [width, height] pixels; ask for the region's own size where
-    /// it may not.
+    /// Decodes `region` (upright coordinates), perhaps with a margin. A JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+    /// size while the region keeps at least `min_size` [width, height] pixels; pass the region's own size for full
+    /// scale.
     ///
-    /// At full size the region's pixels are those of [`Picture::whole`], without exception: libjpeg-turbo takes chroma
-    /// beyond the cut from one sample further, so two pixels more are decoded on either side. On damage below or right
-    /// of the region `whole` may fault where this does not.
-    pub fn region(self, region: Region, least: [u32; 2]) -> Result<Part<'a>> {
+    /// At full scale the region's pixels equal those of [`LazyImage::decode_full`]: libjpeg-turbo interpolates chroma
+    /// at a crop's border differently, so two more pixels are decoded on either side. For damage below or to the right
+    /// of the region only `decode_full` may return an error.
+    pub fn decode_region(self, region: Region, min_size: [u32; 2]) -> Result<DecodedRegion<'a>> {
         let Region { left, top, width, height } = region;
         let inside = width > 0
             && height > 0
             && left.checked_add(width).is_some_and(|right| right <= self.width)
             && top.checked_add(height).is_some_and(|bottom| bottom <= self.height);
-        assert!(inside, "{region:?} of a picture of {}x{}", self.width, self.height);
-        self.decode(region, least)
+        assert!(inside, "{region:?} of an image of {}x{}", self.width, self.height);
+        self.decode(region, min_size)
     }
 
-    /// What is known of a video; none for a still picture.
-    pub fn video(&self) -> Option<&Facts> {
+    /// Returns the metadata of a video; none for an image.
+    pub fn video_info(&self) -> Option<&VideoInfo> {
         match &self.source {
-            Source::Moving(video, _) => Some(&video.facts),
+            ImageSource::Video(video, _) => Some(&video.info),
             _ => None,
         }
     }
 
-    /// Frames of a video, in rising order and perhaps several times the same: `see` is shown the `region` of each, as
-    /// [`Picture::region`] gives it, with its place in `indices`. Faults with Code::Corrupt where one cannot be decoded,
-    /// and for a still picture.
-    pub fn clip(
+    /// Decodes frames of a video; `indices` ascend and may repeat. Calls `on_frame` for each with its position in
+    /// `indices` and the `region` as [`LazyImage::decode_region`] returns it.
+    ///
+    /// # Errors
+    /// ExitCode::Corrupt where a frame cannot be decoded, and for an image.
+    pub fn decode_frames(
         self,
         indices: &[u64],
         region: Region,
-        least: [u32; 2],
-        mut see: impl FnMut(usize, &Part),
+        min_size: [u32; 2],
+        mut on_frame: impl FnMut(usize, &DecodedRegion),
     ) -> Result<()> {
-        let Picture { channels, source: Source::Moving(video, scratch), .. } = self else {
-            return Err(corrupt("a still picture where a video is wanted"));
+        let LazyImage { channels, source: ImageSource::Video(video, buffers), .. } = self else {
+            return Err(corrupt_image("an image where a video is expected"));
         };
         let mut unique = indices.to_vec();
         unique.dedup();
-        let frames = video.frames(&unique, [region.left, region.top, region.width, region.height], least)?;
-        let upright = &mut scratch.upright;
-        ([upright.width, upright.height], upright.channels) = (frames.size, channels);
-        let [left, top, w, h] = frames.place;
-        let mut shown = 0..indices.len();
-        for (at, index) in unique.iter().enumerate() {
-            let began = processor();
-            fit(&mut scratch.upright.pixels, frames.bytes());
-            frames.read(at, &mut scratch.upright.pixels)?;
+        let frames = video.frames(&unique, [region.left, region.top, region.width, region.height], min_size)?;
+        [buffers.upright.width, buffers.upright.height] = frames.size;
+        buffers.upright.channels = channels;
+        let [left, top, width, height] = frames.region;
+        let mut positions = 0..indices.len();
+        for (frame, index) in unique.iter().enumerate() {
+            let start = thread_cpu_nanoseconds();
+            resize_buffer(&mut buffers.upright.pixels, frames.bytes());
+            frames.read(frame, &mut buffers.upright.pixels)?;
             if channels == 1 {
-                colour::rgb_to_grey(&mut scratch.upright.pixels);
+                color::rgb_to_gray(&mut buffers.upright.pixels);
             }
-            scratch.spent += processor() - began;
-            let part = Part { image: &scratch.upright, left, top, width: w, height: h };
-            while shown.start < indices.len() && indices[shown.start] == *index {
-                see(shown.next().expect("one is left"), &part);
+            buffers.cpu_nanoseconds += thread_cpu_nanoseconds() - start;
+            let decoded = DecodedRegion { image: &buffers.upright, left, top, width, height };
+            while positions.start < indices.len() && indices[positions.start] == *index {
+                on_frame(positions.next().expect("checked by the loop condition"), &decoded);
             }
         }
         Ok(())
     }
 
-    /// A video encoded anew, as [`Video::recode`] does it; Code::Corrupt for a still picture.
-    pub fn recode(self, recipe: &clip::Recipe, fps: Option<f64>, shorter: Option<u32>) -> Result<Vec<u8>> {
+    /// Encodes a video again, like [`VideoReader::transcode`].
+    ///
+    /// # Errors
+    /// ExitCode::Corrupt for an image.
+    pub fn transcode(
+        self,
+        encoding: &video::VideoEncoding,
+        fps: Option<f64>,
+        short_side: Option<u32>,
+    ) -> Result<Vec<u8>> {
         match self.source {
-            Source::Moving(video, _) => video.recode(recipe, fps, shorter),
-            _ => Err(corrupt("a still picture where a video is wanted")),
+            ImageSource::Video(video, _) => video.transcode(encoding, fps, short_side),
+            _ => Err(corrupt_image("an image where a video is expected")),
         }
     }
 
-    fn decode(self, region: Region, least: [u32; 2]) -> Result<Part<'a>> {
-        let began = processor();
-        let Picture { channels, source, .. } = self;
-        let (scratch, turn, part) = match source {
-            Source::Ready(image) => return Ok(Part::whole_pixels(image, region)),
-            Source::Moving(..) => return Err(corrupt("a video where a still picture is wanted")),
-            Source::Jpeg(mut opened, turn, scratch) => {
-                let stored = turn.stored(region, [opened.head.width, opened.head.height]);
-                let part = jpeg::read(&mut opened, stored, turn.size(least), channels, &mut scratch.stored)?;
-                (scratch, turn, part)
+    fn decode(self, region: Region, min_size: [u32; 2]) -> Result<DecodedRegion<'a>> {
+        let start = thread_cpu_nanoseconds();
+        let LazyImage { channels, source, .. } = self;
+        let (buffers, orientation, stored) = match source {
+            ImageSource::Decoded(image) => return Ok(DecodedRegion::new(image, region.to_f64())),
+            ImageSource::Video(..) => return Err(corrupt_image("a video where an image is expected")),
+            ImageSource::Jpeg(mut reader, orientation, buffers) => {
+                let stored = orientation.to_stored(region, [reader.header.width, reader.header.height]);
+                let min_size = orientation.orient_size(min_size);
+                let stored = jpeg::read(&mut reader, stored, min_size, channels, &mut buffers.stored)?;
+                (buffers, orientation, stored)
             }
-            Source::Still(decoder, turn, scratch) => {
-                let [width, height] = still::read(decoder, channels, scratch)?;
-                let stored = turn.stored(region, [width, height]);
-                let place = [stored.left, stored.top, stored.width, stored.height].map(f64::from);
-                (scratch, turn, Placed { size: [width, height], place })
+            ImageSource::PngOrWebp(decoder, orientation, buffers) => {
+                let size = png_webp::read(decoder, channels, buffers)?;
+                let region = orientation.to_stored(region, size).to_f64();
+                (buffers, orientation, StoredRegion { size, region })
             }
         };
-        let Scratch { spent, stored, upright } = scratch;
-        [upright.width, upright.height] = turn.size(part.size);
+        let DecodeBuffers { cpu_nanoseconds, stored: pixels, upright } = buffers;
+        [upright.width, upright.height] = orientation.orient_size(stored.size);
         upright.channels = channels;
-        turn.pixels(stored, part.size, channels as usize, &mut upright.pixels);
-        let [left, top, width, height] = turn.place(part.place, part.size);
-        *spent += processor() - began;
-        Ok(Part { image: upright, left, top, width, height })
+        orientation.orient_pixels(pixels, stored.size, channels as usize, &mut upright.pixels);
+        let region = orientation.to_upright(stored.region, stored.size);
+        *cpu_nanoseconds += thread_cpu_nanoseconds() - start;
+        Ok(DecodedRegion::new(upright, region))
     }
 }
 
-/// Pixels that were decoded already.
-impl<'a> From<&'a Decoded> for Picture<'a> {
-    fn from(image: &'a Decoded) -> Self {
-        let Decoded { width, height, channels, .. } = *image;
-        Picture { width, height, channels, source: Source::Ready(image) }
+impl<'a> From<&'a DecodedImage> for LazyImage<'a> {
+    fn from(image: &'a DecodedImage) -> Self {
+        let DecodedImage { width, height, channels, .. } = *image;
+        LazyImage { width, height, channels, source: ImageSource::Decoded(image) }
     }
 }
 
-impl<'a> Part<'a> {
-    fn whole_pixels(image: &'a Decoded, region: Region) -> Self {
-        let [left, top, width, height] = [region.left, region.top, region.width, region.height].map(f64::from);
-        Part { image, left, top, width, height }
+impl<'a> DecodedRegion<'a> {
+    fn new(image: &'a DecodedImage, [left, top, width, height]: [f64; 4]) -> Self {
+        DecodedRegion { image, left, top, width, height }
     }
 }
 
-/// Makes `buffer` `length` bytes long, whatever they are. It grows in whole MiB, and is given back where it is large
-/// and was needed for one picture alone.
-fn fit(buffer: &mut Vec<u8>, length: usize) {
-    const KEPT: usize = 32 << 20;
-    if length > buffer.capacity() || buffer.capacity() > KEPT.max(2 * length) {
+/// Makes `buffer` `length` bytes long, with unspecified content. The buffer grows in whole MiB; a large one is freed
+/// where a much smaller one suffices.
+fn resize_buffer(buffer: &mut Vec<u8>, length: usize) {
+    const MAX_KEPT_BYTES: usize = 32 << 20;
+    if length > buffer.capacity() || buffer.capacity() > MAX_KEPT_BYTES.max(2 * length) {
+        // Freed before the new one is allocated, so that both never exist at once.
         *buffer = Vec::new();
         *buffer = vec![0; length.next_multiple_of(1 << 20)];
     }
     buffer.resize(length, 0);
 }
 
-/// Decodes one picture to 1 (grey) or 3 (red, green, blue) channels, with a decoder of its own.
-pub fn decode(bytes: &[u8], channels: u32, limits: &Limits) -> Result<Decoded> {
-    let mut decoder = Decoder::new(*limits);
-    decoder.open(bytes, channels)?.whole()?;
-    Ok(decoder.scratch.upright)
+/// Decodes one image to 1 (grayscale) or 3 (RGB) channels, with a decoder of its own.
+pub fn decode(bytes: &[u8], channels: u32, limits: &ImageLimits) -> Result<DecodedImage> {
+    let mut decoder = VisualDecoder::new(*limits);
+    decoder.open(bytes, channels)?.decode_full()?;
+    Ok(decoder.buffers.upright)
 }
 
-/// Reads the header alone: width and height, upright, once the file is whole and within the limits.
-pub fn probe(bytes: &[u8], limits: &Limits) -> Result<(u32, u32)> {
-    let mut decoder = Decoder::new(*limits);
-    let picture = decoder.open(bytes, 3)?;
-    Ok((picture.width, picture.height))
+/// Reads the header alone and returns width and height, upright, if the file is complete and within the limits.
+pub fn probe(bytes: &[u8], limits: &ImageLimits) -> Result<(u32, u32)> {
+    let mut decoder = VisualDecoder::new(*limits);
+    let image = decoder.open(bytes, 3)?;
+    Ok((image.width, image.height))
 }
 
-fn corrupt(why: impl std::fmt::Display) -> Fault {
-    Fault::new(Code::Corrupt, format!("not a picture that can be decoded: {why}"))
+fn corrupt_image(why: impl std::fmt::Display) -> Error {
+    Error::new(ExitCode::Corrupt, format!("not an image that can be decoded: {why}"))
 }

@@ -1,271 +1,293 @@
-//! The order of samples: pure, and ignorant of the world.
+//! The order of samples: a pure function that knows nothing of ranks.
 //!
-//! Position p of a training belongs to epoch p / N; the N positions of an epoch are a permutation of the N samples,
-//! another one in every epoch. Shards come in random order; each run of `open_shards` of them is a window, and the
-//! samples of a window are mixed among each other, so that at most that many shards are read at a time (twice as many
-//! where one window gives way to the next). Of several sources each has its own order and counts its own epochs; of
-//! every 4,096 positions each source has its share by weight, to within one, in random places. Sources of samples that
-//! do not go into one batch take turns instead: a whole step is of one kind, and of every 4,096 steps each kind has its
-//! share by the weights of its sources. Nothing depends on what was asked before: a training resumes at any position, on
-//! any number of ranks, by asking for that position.
+//! Position p of a training belongs to epoch p / N. The N positions of an epoch are a permutation of the N samples,
+//! another one in every epoch. Shards come in random order; every `open_shards` consecutive shards form a window, and
+//! the samples of a window are shuffled together, so that at most that many shards are read at a time (twice as many
+//! where one window gives way to the next). Each source of a mixture has its own order and counts its own epochs; in
+//! every block of 4,096 positions each source has the share of its weight, to within one, at random places. Sources of
+//! different kinds, whose samples cannot share a batch, alternate by step: a whole step is of one kind, and in every
+//! block of 4,096 steps each kind has the share of the weights of its sources. Nothing depends on earlier calls: a
+//! training resumes at any position, on any number of ranks.
 
-use crate::rng::{Draw, Purpose};
+use crate::rng::{Philox, Purpose};
 use std::ops::Range;
 use std::sync::Mutex;
 
-/// Positions, or steps, that are shared out at a time.
+/// Number of positions, or steps, that are assigned at a time.
 const BLOCK: u64 = 4096;
 
-/// Of each place of a block who has it, and how many of the block's places before it are theirs.
-type Block = Vec<(u32, u32)>;
+/// Random stream that assigns steps to kinds; those of a kind's own mixture are below it.
+const KIND_STREAM: u32 = 4095;
 
-/// What stands at a position.
+/// The owner of each place of a block, and the number of the owner's earlier places in the block.
+type AssignmentBlock = Vec<(u32, u32)>;
+
+/// A sample at a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pick {
-    /// The epoch that its source is in.
+pub struct SampleRef {
+    /// Epoch of the sample's source.
     pub epoch: u64,
-    /// Numbered through the sources.
+    /// Index of the sample over all sources.
     pub sample: u64,
-    /// Which of the sample's showings in this epoch it is.
+    /// Index among the repeats of the sample in this epoch.
     pub repeat: u32,
 }
 
-/// Sources of one kind, whose samples share a batch.
+/// Sources of one kind, whose samples may share a batch.
 #[derive(Debug)]
-struct Taker {
+struct SourceGroup {
     kind: usize,
     sources: Vec<usize>,
-    /// How they share positions, or runs of them.
+    /// Assigns positions, or runs of `repeats` positions, to the sources.
     shares: Shares,
-    /// Positions in a row that show the same sample.
+    /// Number of consecutive positions with the same sample.
     repeats: u64,
 }
 
-/// The order of one data set, or of a mixture, under one seed.
+/// Assigns steps to kinds.
 #[derive(Debug)]
-pub struct Order {
-    sources: Vec<Source>,
-    /// Samples in front of each source, and at the end all of them.
-    starts: Vec<u64>,
-    kinds: Vec<Taker>,
-    /// How the kinds share steps, and the positions of a step; none where there is one kind.
-    turns: Option<(Shares, u64)>,
+struct Alternation {
+    shares: Shares,
+    /// Number of positions of a step.
+    step: u64,
 }
 
-impl Order {
-    /// The order of shards of these sizes. At least one sample, at least one open shard, at most 2³² samples in a
-    /// window.
-    pub fn new(sizes: &[u64], seed: u64, open_shards: usize) -> Order {
-        Self::mixed(&[(sizes.to_vec(), 1.0)], seed, open_shards)
+/// The sample order of a data set or a mixture, for one seed.
+#[derive(Debug)]
+pub struct SampleOrder {
+    sources: Vec<SourceOrder>,
+    /// Index of the first sample of each source; the last entry is the total.
+    starts: Vec<u64>,
+    kinds: Vec<SourceGroup>,
+    /// None where there is one kind.
+    alternation: Option<Alternation>,
+}
+
+impl SampleOrder {
+    /// Makes the order of one source with shards of these sizes. There must be at least one sample, and at most 2³²
+    /// samples in a window.
+    pub fn new(sizes: &[u64], seed: u64, open_shards: usize) -> SampleOrder {
+        Self::with_sources(&[(sizes.to_vec(), 1.0)], seed, open_shards)
     }
 
-    /// The order of several sources: the sizes of their shards, and their weights, each at least 1/4096 of the sum.
-    pub fn mixed(sources: &[(Vec<u64>, f64)], seed: u64, open_shards: usize) -> Order {
-        Self::by_turns(sources, &vec![0; sources.len()], 1, seed, open_shards)
+    /// Makes the order of several sources: their shard sizes and weights, each weight at least 1/4096 of the sum.
+    pub fn with_sources(sources: &[(Vec<u64>, f64)], seed: u64, open_shards: usize) -> SampleOrder {
+        Self::alternating(sources, &vec![0; sources.len()], 1, seed, open_shards)
     }
 
-    /// As `mixed`, where each source's samples are of a kind, a small number: each run of `step` positions is of one kind.
-    pub fn by_turns(sources: &[(Vec<u64>, f64)], kind: &[usize], step: u64, seed: u64, open_shards: usize) -> Order {
+    /// Makes the order of several sources of different kinds: `kinds` gives a small number for each source, and each
+    /// run of `step` positions is of one kind.
+    pub fn alternating(
+        sources: &[(Vec<u64>, f64)],
+        kinds: &[usize],
+        step: u64,
+        seed: u64,
+        open_shards: usize,
+    ) -> SampleOrder {
         let mut starts = vec![0];
         let mut orders = Vec::new();
-        for (number, (sizes, _)) in sources.iter().enumerate() {
-            let order = Source::new(sizes, seed, number as u32, open_shards);
-            starts.push(starts.last().expect("a start") + order.samples());
+        for (index, (sizes, _)) in sources.iter().enumerate() {
+            let order = SourceOrder::new(sizes, seed, index as u32, open_shards);
+            starts.push(starts.last().expect("it begins with 0") + order.sample_count());
             orders.push(order);
         }
-        let (mut kinds, mut weights) = (Vec::new(), Vec::new());
-        for which in 0..=kind.iter().copied().max().expect("a source") {
-            let own: Vec<usize> = (0..sources.len()).filter(|&source| kind[source] == which).collect();
-            let shares: Vec<f64> = own.iter().map(|&source| sources[source].1).collect();
-            if !own.is_empty() {
-                weights.push(shares.iter().sum());
-                let shares = Shares::new(&shares, seed, which as u32);
-                kinds.push(Taker { kind: which, sources: own, shares, repeats: 1 });
+        let mut groups = Vec::new();
+        let mut group_weights = Vec::new();
+        for kind in 0..=kinds.iter().copied().max().expect("at least one source") {
+            let members: Vec<usize> = (0..sources.len()).filter(|&source| kinds[source] == kind).collect();
+            let weights: Vec<f64> = members.iter().map(|&source| sources[source].1).collect();
+            if !members.is_empty() {
+                group_weights.push(weights.iter().sum());
+                let shares = Shares::new(&weights, seed, kind as u32);
+                groups.push(SourceGroup { kind, sources: members, shares, repeats: 1 });
             }
         }
-        let turns = (kinds.len() > 1).then(|| (Shares::new(&weights, seed, TURNS), step));
-        Order { sources: orders, starts, kinds, turns }
+        let alternation =
+            (groups.len() > 1).then(|| Alternation { shares: Shares::new(&group_weights, seed, KIND_STREAM), step });
+        SampleOrder { sources: orders, starts, kinds: groups, alternation }
     }
 
-    /// Each sample of this kind stands at so many positions in a row: a reader opens it once for all of them.
-    pub fn repeating(mut self, kind: usize, repeats: u32) -> Order {
-        let takers = self.kinds.iter_mut().filter(|taker| taker.kind == kind);
-        takers.for_each(|taker| taker.repeats = u64::from(repeats.max(1)));
+    /// Repeats each sample of a kind at `repeats` consecutive positions, so that it is decoded once for all of them.
+    pub fn with_repeats(mut self, kind: usize, repeats: u32) -> SampleOrder {
+        for group in self.kinds.iter_mut().filter(|group| group.kind == kind) {
+            group.repeats = u64::from(repeats.max(1));
+        }
         self
     }
 
-    /// N, over all sources.
-    pub fn samples(&self) -> u64 {
-        *self.starts.last().expect("a start")
+    /// Returns N, the number of samples of all sources.
+    pub fn sample_count(&self) -> u64 {
+        *self.starts.last().expect("it begins with 0")
     }
 
-    /// The epoch that a position's source is in, and the sample (numbered through the sources) that stands there.
-    pub fn at(&self, position: u64) -> (u64, u64) {
-        let Pick { epoch, sample, .. } = self.pick(position);
+    /// Returns the epoch and the sample at a position.
+    pub fn epoch_and_sample(&self, position: u64) -> (u64, u64) {
+        let SampleRef { epoch, sample, .. } = self.sample_at(position);
         (epoch, sample)
     }
 
-    /// What stands at a position.
-    pub fn pick(&self, position: u64) -> Pick {
-        let (kind, position) = match &self.turns {
+    /// Returns the sample at a position.
+    pub fn sample_at(&self, position: u64) -> SampleRef {
+        let (kind, position) = match &self.alternation {
             None => (0, position),
-            Some((turns, step)) => {
-                let (kind, before) = turns.at(position / step);
-                (kind, before * step + position % step)
+            Some(Alternation { shares, step }) => {
+                let (kind, earlier) = shares.owner(position / step);
+                (kind, earlier * step + position % step)
             }
         };
-        let Taker { sources, shares, repeats, .. } = &self.kinds[kind];
-        let (source, within) = shares.at(position / repeats);
-        let source = sources[source];
-        let (epoch, sample) = self.sources[source].at(within);
-        Pick { epoch, sample: self.starts[source] + sample, repeat: (position % repeats) as u32 }
+        let SourceGroup { sources, shares, repeats, .. } = &self.kinds[kind];
+        let (member, source_position) = shares.owner(position / repeats);
+        let source = sources[member];
+        let (epoch, sample) = self.sources[source].sample_at(source_position);
+        SampleRef { epoch, sample: self.starts[source] + sample, repeat: (position % repeats) as u32 }
     }
 }
 
-/// The stream of who takes which step, apart from those of a kind's own mixture.
-const TURNS: u32 = 4095;
-
-/// Places shared out by weight.
+/// Assigns places to owners in proportion to their weights.
 #[derive(Debug)]
 struct Shares {
-    /// The part of each and of those before it; the last is 1.
-    until: Vec<f64>,
+    /// Cumulative fraction of each owner; the last is 1.
+    cumulative: Vec<f64>,
     seed: u64,
-    /// Tells the streams of several of these apart.
+    /// Distinguishes the random streams of several values.
     stream: u32,
-    /// The block last worked out, and its number. It changes the speed of an answer, never the answer.
-    block: Mutex<Option<(u64, Block)>>,
+    /// Block of the last call with its index: a cache.
+    block: Mutex<Option<(u64, AssignmentBlock)>>,
 }
 
 impl Shares {
     fn new(weights: &[f64], seed: u64, stream: u32) -> Shares {
-        let whole: f64 = weights.iter().sum();
-        let mut until: Vec<f64> = Vec::new();
+        let sum: f64 = weights.iter().sum();
+        let mut cumulative: Vec<f64> = Vec::new();
         for weight in weights {
-            assert!(*weight >= whole / BLOCK as f64, "a share of weight {weight} among {whole}");
-            until.push(until.last().copied().unwrap_or(0.0) + weight / whole);
+            assert!(*weight >= sum / BLOCK as f64, "a weight of {weight} among {sum}");
+            cumulative.push(cumulative.last().copied().unwrap_or(0.0) + weight / sum);
         }
-        *until.last_mut().expect("a share") = 1.0;
-        Shares { until, seed, stream, block: Mutex::new(None) }
+        *cumulative.last_mut().expect("at least one weight") = 1.0;
+        Shares { cumulative, seed, stream, block: Mutex::new(None) }
     }
 
-    /// Who has a place, and how many places before it are theirs.
-    fn at(&self, place: u64) -> (usize, u64) {
-        if self.until.len() == 1 {
+    /// Returns the owner of a place, and the number of the owner's earlier places.
+    fn owner(&self, place: u64) -> (usize, u64) {
+        if self.cumulative.len() == 1 {
             return (0, place);
         }
-        let (number, at) = (place / BLOCK, (place % BLOCK) as usize);
+        let block = place / BLOCK;
+        let offset = (place % BLOCK) as usize;
         let mut cache = self.block.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if cache.as_ref().is_none_or(|(cached, _)| *cached != number) {
-            *cache = Some((number, self.share_out(number)));
+        if cache.as_ref().is_none_or(|(cached, _)| *cached != block) {
+            *cache = Some((block, self.assign(block)));
         }
-        let (who, before) = cache.as_ref().expect("a block").1[at];
-        (who as usize, self.before(who as usize, number) + u64::from(before))
+        let (owner, earlier) = cache.as_ref().expect("filled above").1[offset];
+        (owner as usize, self.count_before(owner as usize, block) + u64::from(earlier))
     }
 
-    /// Somebody's places in the blocks before `block`.
-    fn before(&self, who: usize, block: u64) -> u64 {
-        let until = |share: f64| (share * (block * BLOCK) as f64).floor() as u64;
-        until(self.until[who]) - if who == 0 { 0 } else { until(self.until[who - 1]) }
+    /// Returns the number of places of `owner` in all blocks before `block`.
+    fn count_before(&self, owner: usize, block: u64) -> u64 {
+        let cumulative_count = |fraction: f64| (fraction * (block * BLOCK) as f64).floor() as u64;
+        let end = cumulative_count(self.cumulative[owner]);
+        let start = if owner == 0 { 0 } else { cumulative_count(self.cumulative[owner - 1]) };
+        end - start
     }
 
-    fn share_out(&self, block: u64) -> Block {
+    fn assign(&self, block: u64) -> AssignmentBlock {
         let mut slots = Vec::with_capacity(BLOCK as usize);
-        for who in 0..self.until.len() {
-            let count = self.before(who, block + 1) - self.before(who, block);
-            slots.extend(std::iter::repeat_n(who as u32, count as usize));
+        for owner in 0..self.cumulative.len() {
+            let count = self.count_before(owner, block + 1) - self.count_before(owner, block);
+            slots.extend(std::iter::repeat_n(owner as u32, count as usize));
         }
-        let order = Draw::new(self.seed, block, 0, Purpose::Mixture, self.stream).order(slots.len());
-        let mut before = vec![0; self.until.len()];
-        let taken = order.into_iter().map(|slot| {
-            let who = slots[slot as usize];
-            before[who as usize] += 1;
-            (who, before[who as usize] - 1)
+        let permutation = Philox::new(self.seed, block, 0, Purpose::Mixture, self.stream).permutation(slots.len());
+        let mut counts = vec![0; self.cumulative.len()];
+        let assigned = permutation.into_iter().map(|slot| {
+            let owner = slots[slot as usize];
+            counts[owner as usize] += 1;
+            (owner, counts[owner as usize] - 1)
         });
-        taken.collect()
+        assigned.collect()
     }
 }
 
-/// The order of one source.
+/// The sample order of one source.
 #[derive(Debug)]
-struct Source {
-    /// Samples in front of each shard, and at the end all of them.
+struct SourceOrder {
+    /// Index of the first sample of each shard; the last entry is the total.
     starts: Vec<u64>,
     seed: u64,
-    /// Tells the streams of several sources apart.
-    number: u32,
+    /// Index of the source: distinguishes the random streams of several sources.
+    source: u32,
     open_shards: usize,
-    /// What was last worked out; it changes the speed of an answer, never the answer.
-    cache: Mutex<Option<(Epoch, Window)>>,
+    /// Epoch and window of the last call: a cache.
+    cache: Mutex<Option<(Epoch, ShardWindow)>>,
 }
 
 /// The shards of an epoch in their order.
 #[derive(Debug)]
 struct Epoch {
-    number: u64,
+    index: u64,
     shards: Vec<u32>,
-    /// Samples in front of each window, and at the end all of them.
-    windows: Vec<u64>,
+    /// Position of the first sample of each window; the last entry is the total.
+    window_starts: Vec<u64>,
 }
 
 /// The samples of a window in their order.
 #[derive(Debug)]
-struct Window {
-    number: usize,
+struct ShardWindow {
+    index: usize,
     samples: Vec<u64>,
 }
 
-impl Source {
-    fn new(sizes: &[u64], seed: u64, number: u32, open_shards: usize) -> Source {
+impl SourceOrder {
+    fn new(sizes: &[u64], seed: u64, source: u32, open_shards: usize) -> SourceOrder {
         let mut starts = vec![0];
         for size in sizes {
-            starts.push(starts.last().expect("a start") + size);
+            starts.push(starts.last().expect("it begins with 0") + size);
         }
-        assert!(starts.last() > Some(&0), "an order needs a sample");
-        Source { starts, seed, number, open_shards: open_shards.max(1), cache: Mutex::new(None) }
+        assert!(starts.last() > Some(&0), "an order needs at least one sample");
+        SourceOrder { starts, seed, source, open_shards: open_shards.max(1), cache: Mutex::new(None) }
     }
 
-    fn samples(&self) -> u64 {
-        *self.starts.last().expect("a start")
+    fn sample_count(&self) -> u64 {
+        *self.starts.last().expect("it begins with 0")
     }
 
-    /// The epoch of a position, and the sample (numbered in the order of the source) that stands there.
-    fn at(&self, position: u64) -> (u64, u64) {
-        let (epoch, within) = (position / self.samples(), position % self.samples());
+    /// Returns the epoch of a position, and the index of the sample in the source.
+    fn sample_at(&self, position: u64) -> (u64, u64) {
+        let epoch_index = position / self.sample_count();
+        let offset = position % self.sample_count();
         let mut cache = self.cache.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let (shards, window) = match cache.take() {
-            Some((shards, window)) if shards.number == epoch => (shards, Some(window)),
-            _ => (self.epoch(epoch), None),
+        let (epoch, window) = match cache.take() {
+            Some((epoch, window)) if epoch.index == epoch_index => (epoch, Some(window)),
+            _ => (self.epoch(epoch_index), None),
         };
-        let number = shards.windows.partition_point(|&start| start <= within) - 1;
+        let window_index = epoch.window_starts.partition_point(|&start| start <= offset) - 1;
         let window = match window {
-            Some(window) if window.number == number => window,
-            _ => self.window(&shards, number),
+            Some(window) if window.index == window_index => window,
+            _ => self.window(&epoch, window_index),
         };
-        let sample = window.samples[(within - shards.windows[number]) as usize];
-        *cache = Some((shards, window));
-        (epoch, sample)
+        let sample = window.samples[(offset - epoch.window_starts[window_index]) as usize];
+        *cache = Some((epoch, window));
+        (epoch_index, sample)
     }
 
-    fn epoch(&self, number: u64) -> Epoch {
+    fn epoch(&self, index: u64) -> Epoch {
         let count = self.starts.len() - 1;
-        let shards = Draw::new(self.seed, 0, number, Purpose::Order, self.number).order(count);
-        let mut windows = vec![0];
+        let shards = Philox::new(self.seed, 0, index, Purpose::Order, self.source).permutation(count);
+        let mut window_starts = vec![0];
         for window in shards.chunks(self.open_shards) {
             let size: u64 = window.iter().map(|&shard| self.range(shard).end - self.range(shard).start).sum();
-            windows.push(windows.last().expect("a start") + size);
+            window_starts.push(window_starts.last().expect("it begins with 0") + size);
         }
-        Epoch { number, shards, windows }
+        Epoch { index, shards, window_starts }
     }
 
-    /// The shards of a window stand in the order of the epoch; number 0 of the streams orders shards, 1 + w the
-    /// samples of window w.
-    fn window(&self, epoch: &Epoch, number: usize) -> Window {
-        let shards = epoch.shards.chunks(self.open_shards).nth(number).expect("a window of this epoch");
+    /// Shuffles the samples of a window. Random stream 0 permutes shards, stream 1 + w the samples of window w.
+    fn window(&self, epoch: &Epoch, index: usize) -> ShardWindow {
+        let shards = epoch.shards.chunks(self.open_shards).nth(index).expect("a window of this epoch");
         let samples: Vec<u64> = shards.iter().flat_map(|&shard| self.range(shard)).collect();
-        let mut draw = Draw::new(self.seed, 1 + number as u64, epoch.number, Purpose::Order, self.number);
-        let samples = draw.order(samples.len()).into_iter().map(|at| samples[at as usize]).collect();
-        Window { number, samples }
+        let mut rng = Philox::new(self.seed, 1 + index as u64, epoch.index, Purpose::Order, self.source);
+        let permutation = rng.permutation(samples.len());
+        let samples = permutation.into_iter().map(|from| samples[from as usize]).collect();
+        ShardWindow { index, samples }
     }
 
     fn range(&self, shard: u32) -> Range<u64> {
@@ -273,10 +295,22 @@ impl Source {
     }
 }
 
-/// The rows of a global batch of G that rank r of W takes: ⌊rG/W⌋ .. ⌊(r+1)G/W⌋; none where there are more ranks than
-/// rows.
-pub fn rows(global_batch: u64, rank: usize, world: usize) -> Range<u64> {
-    assert!(rank < world, "rank {rank} of {world}");
-    let bound = |rank: usize| (u128::from(global_batch) * rank as u128 / world as u128) as u64;
-    bound(rank)..bound(rank + 1)
+/// Returns the rows of a global batch of G that rank r of W reads: ⌊rG/W⌋ .. ⌊(r+1)G/W⌋; empty where there are more
+/// ranks than rows.
+pub fn rank_rows(global_batch: u64, rank: usize, world_size: usize) -> Range<u64> {
+    assert!(rank < world_size, "rank {rank} of {world_size}");
+    let start = |rank: usize| (u128::from(global_batch) * rank as u128 / world_size as u128) as u64;
+    start(rank)..start(rank + 1)
+}
+
+/// Returns the samples that a rank reads, like [`rank_rows`], but with boundaries only at multiples of `block`, so that
+/// the samples that share a block do not depend on the number of ranks.
+pub fn rank_block_rows(samples: u64, block: u64, rank: usize, world_size: usize) -> Range<u64> {
+    let blocks = rank_rows(samples.div_ceil(block), rank, world_size);
+    (blocks.start * block).min(samples)..(blocks.end * block).min(samples)
+}
+
+/// Returns the maximum number of blocks that a rank reads.
+pub fn max_rank_blocks(samples: u64, block: u64, world_size: usize) -> u64 {
+    samples.div_ceil(block).div_ceil(world_size as u64)
 }

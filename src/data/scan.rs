@@ -1,110 +1,113 @@
-//! The strict reading of a tar that has no index, on a disk or in a store.
+//! Strict reader of a tar that has no index, on a disk or in a store.
 //!
-//! A tar has no end-to-end check of its own: cut at a member's boundary, or with one header zeroed, it reads as a
-//! shorter tar without an error. Here every block from the first to the last is accounted for: headers follow each
-//! other without a gap, every member ends inside the file, and the last is followed by at least two blocks of zeros
-//! and by nothing else. Names are keys, never paths, and nothing is unpacked.
+//! A tar has no end-to-end checksum: cut at a member's boundary, or with one header zeroed, it reads as a shorter tar
+//! without an error. This reader therefore accounts for every block: headers follow each other without a gap, every
+//! member ends inside the file, and the last member is followed by at least two blocks of zeros and nothing else. Names
+//! are keys, never paths, and nothing is unpacked.
 
-use super::index::{self, Index, Member};
+use super::index::{self, Index, Member, split_name};
 use super::store::Store;
-use crate::fault::{Code, Fault, Result};
+use crate::error::{Error, ExitCode, Result};
 use std::io::{Read, Seek, SeekFrom};
 use tar::{Archive, Entry, PaxExtensions};
 
 const BLOCK: u64 = 512;
-/// The longest name of a member, in bytes.
-pub const NAME_MAX: usize = 255;
-/// The longest GNU or PAX header that describes a member, in bytes.
-const DESCRIPTION_MAX: u64 = 64 << 10;
+/// Maximum length of a member's name, in bytes.
+pub const MAX_NAME_BYTES: usize = 255;
+/// Maximum length of a GNU or PAX header that describes a member, in bytes.
+const MAX_EXTENDED_HEADER_BYTES: u64 = 64 << 10;
+/// Bytes of one read from a disk: small, because a scan skips most of the file.
+const DISK_READ_BYTES: u64 = 32 << 10;
+/// Bytes of one request to a store.
+const STORE_READ_BYTES: u64 = 8 << 20;
 
-/// The members of the tar `file` of a store, without digests: the headers are read, the bytes between are passed over.
+/// Indexes the members of the tar `file` of a store, without digests: only headers are parsed.
 pub fn scan(store: &Store, file: &str, shard_bytes: u64) -> Result<Index> {
-    let reader = || Reader::new(store, file, shard_bytes);
-    let mut archive = Archive::new(reader());
-    let (members, end) = members(&mut archive, shard_bytes)?;
-    tail(&mut reader(), end, shard_bytes)?;
+    let mut archive = Archive::new(ObjectReader::new(store, file, shard_bytes));
+    let (members, end) = read_members(&mut archive, shard_bytes)?;
+    check_tail(&mut ObjectReader::new(store, file, shard_bytes), end, shard_bytes)?;
     Index::new(shard_bytes, &members)
 }
 
-/// The bytes of members, as `scan` found them, hashed: what makes an index out of a scan. `seen` hears of every
-/// member's bytes.
-pub fn hashed(store: &Store, file: &str, scanned: &Index, mut seen: impl FnMut(u64)) -> Result<Index> {
-    let mut reader = Reader::new(store, file, scanned.header().shard_bytes);
+/// Hashes the members that `scan` found, which turns its result into a full index. Calls `progress` with the bytes of
+/// every member.
+pub fn hash_members(store: &Store, file: &str, scanned: &Index, mut progress: impl FnMut(u64)) -> Result<Index> {
+    let mut reader = ObjectReader::new(store, file, scanned.header().shard_bytes);
     let mut members = Vec::new();
     let mut bytes = Vec::new();
-    for row in scanned.rows() {
-        bytes.resize(row.length as usize, 0);
-        reader.seek(SeekFrom::Start(row.offset)).and_then(|_| reader.read_exact(&mut bytes)).map_err(unreadable)?;
+    for member in scanned.members() {
+        bytes.resize(member.length as usize, 0);
+        reader.seek(SeekFrom::Start(member.offset)).and_then(|_| reader.read_exact(&mut bytes)).map_err(read_error)?;
         let digest = Some(index::digest(&bytes));
-        members.push(Member { name: row.name.to_owned(), offset: row.offset, length: row.length, digest });
-        seen(u64::from(row.length));
+        members.push(Member { name: member.name.to_owned(), offset: member.offset, length: member.length, digest });
+        progress(u64::from(member.length));
     }
     Index::new(scanned.header().shard_bytes, &members)
 }
 
-/// An object as a file: read forwards in large pieces, with seeking.
-struct Reader<'a> {
+/// A seekable reader of an object, buffered in large pieces.
+struct ObjectReader<'a> {
     store: &'a Store,
     file: &'a str,
     length: u64,
-    at: u64,
-    /// A piece of the object, and where it begins.
-    piece: (u64, Vec<u8>),
+    position: u64,
+    buffer: Vec<u8>,
+    /// Offset of the buffer in the object.
+    buffer_start: u64,
 }
 
-impl<'a> Reader<'a> {
-    fn new(store: &'a Store, file: &'a str, length: u64) -> Reader<'a> {
-        Reader { store, file, length, at: 0, piece: (0, Vec::new()) }
+impl<'a> ObjectReader<'a> {
+    fn new(store: &'a Store, file: &'a str, length: u64) -> ObjectReader<'a> {
+        ObjectReader { store, file, length, position: 0, buffer: Vec::new(), buffer_start: 0 }
     }
 
-    fn fill(&mut self) -> std::io::Result<()> {
-        // On a disk small pieces win: a scan passes over most of the file.
-        let most = if self.store.local().is_some() { 32 << 10 } else { 8 << 20 };
-        let end = (self.at + most).min(self.length);
-        let bytes = self.store.get_range(self.file, self.at..end).map_err(std::io::Error::other)?;
-        self.piece = (self.at, bytes);
+    fn fill_buffer(&mut self) -> std::io::Result<()> {
+        let max_bytes = if self.store.local_path().is_some() { DISK_READ_BYTES } else { STORE_READ_BYTES };
+        let end = (self.position + max_bytes).min(self.length);
+        self.buffer = self.store.get_range(self.file, self.position..end).map_err(std::io::Error::other)?;
+        self.buffer_start = self.position;
         Ok(())
     }
 }
 
-impl Read for Reader<'_> {
+impl Read for ObjectReader<'_> {
     fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
-        if self.at >= self.length || out.is_empty() {
+        if self.position >= self.length || out.is_empty() {
             return Ok(0);
         }
-        let (begin, bytes) = &self.piece;
-        if self.at < *begin || self.at >= begin + bytes.len() as u64 {
-            self.fill()?;
+        let buffered = self.buffer_start..self.buffer_start + self.buffer.len() as u64;
+        if !buffered.contains(&self.position) {
+            self.fill_buffer()?;
         }
-        let (begin, bytes) = &self.piece;
-        let from = (self.at - begin) as usize;
-        let count = out.len().min(bytes.len() - from);
-        out[..count].copy_from_slice(&bytes[from..from + count]);
-        self.at += count as u64;
+        let start = (self.position - self.buffer_start) as usize;
+        let count = out.len().min(self.buffer.len() - start);
+        out[..count].copy_from_slice(&self.buffer[start..start + count]);
+        self.position += count as u64;
         Ok(count)
     }
 }
 
-impl Seek for Reader<'_> {
+impl Seek for ObjectReader<'_> {
     fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
-        let (from, by) = match to {
-            SeekFrom::Start(at) => (0, at as i128),
-            SeekFrom::Current(by) => (self.at, i128::from(by)),
-            SeekFrom::End(by) => (self.length, i128::from(by)),
+        let (origin, offset) = match to {
+            SeekFrom::Start(offset) => (0, offset as i128),
+            SeekFrom::Current(offset) => (self.position, i128::from(offset)),
+            SeekFrom::End(offset) => (self.length, i128::from(offset)),
         };
-        self.at = u64::try_from(i128::from(from) + by).map_err(std::io::Error::other)?;
-        Ok(self.at)
+        self.position = u64::try_from(i128::from(origin) + offset).map_err(std::io::Error::other)?;
+        Ok(self.position)
     }
 }
 
-/// Every member that belongs to a sample, and where the last one ends.
-fn members(archive: &mut Archive<Reader>, shard_bytes: u64) -> Result<(Vec<Member>, u64)> {
+/// Reads every member that belongs to a sample, and the offset at which the last member ends.
+fn read_members(archive: &mut Archive<ObjectReader>, shard_bytes: u64) -> Result<(Vec<Member>, u64)> {
     let mut members = Vec::new();
     let mut end = 0;
-    let mut described: Option<Vec<u8>> = None;
-    for entry in archive.entries_with_seek().map_err(unreadable)?.raw(true) {
-        let mut entry = entry.map_err(unreadable)?;
-        let (offset, length) = (entry.raw_file_position(), entry.size());
+    let mut extended_name: Option<Vec<u8>> = None;
+    for entry in archive.entries_with_seek().map_err(read_error)?.raw(true) {
+        let mut entry = entry.map_err(read_error)?;
+        let offset = entry.raw_file_position();
+        let length = entry.size();
         if entry.raw_header_position() != end || length > shard_bytes.saturating_sub(offset) {
             return Err(corrupt(format!(
                 "the member at byte {offset} declares {length} bytes, {} are left",
@@ -114,36 +117,36 @@ fn members(archive: &mut Archive<Reader>, shard_bytes: u64) -> Result<(Vec<Membe
         end = offset + length.div_ceil(BLOCK) * BLOCK;
         let kind = entry.header().entry_type();
         if kind.is_gnu_longname() || kind.is_pax_local_extensions() {
-            if let Some(name) = description(&mut entry)? {
-                described = Some(name);
+            if let Some(name) = read_extended_name(&mut entry)? {
+                extended_name = Some(name);
             }
             continue;
         }
         if kind.is_gnu_longlink() || kind.is_pax_global_extensions() {
             continue;
         }
-        let name = described.take().unwrap_or_else(|| entry.header().path_bytes().into_owned());
+        let name = extended_name.take().unwrap_or_else(|| entry.header().path_bytes().into_owned());
         if !kind.is_file() {
             continue;
         }
         if let Some(name) = sample_name(name, offset)? {
             let length = u32::try_from(length)
-                .map_err(|_| corrupt(format!("member {name} has {length} bytes; the most is {}", u32::MAX)))?;
+                .map_err(|_| corrupt(format!("member {name} has {length} bytes, the limit is {}", u32::MAX)))?;
             members.push(Member { name, offset, length, digest: None });
         }
     }
     Ok((members, end))
 }
 
-/// The name that a GNU or PAX header gives the next member. A PAX size is refused: two readers that disagree on a
+/// Reads the name that a GNU or PAX header gives the next member. A PAX size is refused: two readers that disagree on a
 /// member's size see different members (the flaw behind CVE-2025-62518), and no member here needs one.
-fn description(entry: &mut Entry<'_, Reader>) -> Result<Option<Vec<u8>>> {
+fn read_extended_name(entry: &mut Entry<'_, ObjectReader>) -> Result<Option<Vec<u8>>> {
     let offset = entry.raw_file_position();
-    if entry.size() > DESCRIPTION_MAX {
+    if entry.size() > MAX_EXTENDED_HEADER_BYTES {
         return Err(corrupt(format!("the extended header at byte {offset} has {} bytes", entry.size())));
     }
     let mut text = Vec::new();
-    entry.read_to_end(&mut text).map_err(unreadable)?;
+    entry.read_to_end(&mut text).map_err(read_error)?;
     if entry.header().entry_type().is_gnu_longname() {
         while text.last() == Some(&0) {
             text.pop();
@@ -152,7 +155,7 @@ fn description(entry: &mut Entry<'_, Reader>) -> Result<Option<Vec<u8>>> {
     }
     let mut name = None;
     for record in PaxExtensions::new(&text) {
-        let record = record.map_err(unreadable)?;
+        let record = record.map_err(read_error)?;
         match record.key_bytes() {
             b"path" => name = Some(record.value_bytes().to_vec()),
             b"size" => return Err(corrupt(format!("the PAX header at byte {offset} overrides a size"))),
@@ -162,58 +165,52 @@ fn description(entry: &mut Entry<'_, Reader>) -> Result<Option<Vec<u8>>> {
     Ok(name)
 }
 
-/// The name as text, or none where WebDataset skips the member: metadata (`__…__`) and names without key and
+/// Returns the name as text; none where WebDataset skips the member: metadata (`__…__`) and names without key and
 /// extension.
 fn sample_name(name: Vec<u8>, offset: u64) -> Result<Option<String>> {
-    if name.len() > NAME_MAX || name.contains(&0) {
+    if name.len() > MAX_NAME_BYTES || name.contains(&0) {
         return Err(corrupt(format!(
-            "the member at byte {offset} has a name of {} bytes or with a NUL in it; at most {NAME_MAX} are read",
+            "the name of the member at byte {offset} contains a NUL or has more than {MAX_NAME_BYTES} bytes ({} bytes)",
             name.len()
         )));
     }
     let name = String::from_utf8(name)
         .map_err(|_| corrupt(format!("the name of the member at byte {offset} is not UTF-8")))?;
     let metadata = !name.contains('/') && name.starts_with("__") && name.ends_with("__");
-    Ok((!metadata && split(&name).is_some()).then_some(name))
+    Ok((!metadata && split_name(&name).is_some()).then_some(name))
 }
 
-/// WebDataset's rule: the key is the name up to the first dot after the last slash, the extension the rest.
-/// `a/b/0001.seg.png` → (`a/b/0001`, `seg.png`); the extension is compared in lower case.
-pub fn split(name: &str) -> Option<(&str, &str)> {
-    let file = name.rfind('/').map_or(0, |slash| slash + 1);
-    let dot = file + name[file..].find('.')?;
-    (dot > file).then(|| (&name[..dot], &name[dot + 1..]))
-}
-
-/// After the last member come two blocks of zeros or more, and nothing else.
-fn tail(file: &mut Reader, end: u64, shard_bytes: u64) -> Result<()> {
-    let left = shard_bytes.saturating_sub(end);
-    if left < 2 * BLOCK {
+/// Checks that at least two blocks of zeros, and nothing else, follow the last member.
+fn check_tail(file: &mut ObjectReader, end: u64, shard_bytes: u64) -> Result<()> {
+    let tail_bytes = shard_bytes.saturating_sub(end);
+    if tail_bytes < 2 * BLOCK {
         return Err(corrupt(format!(
-            "{left} bytes follow the last member, two blocks of zeros are wanted: it was cut"
+            "{tail_bytes} bytes follow the last member, at least two blocks of zeros are expected: the file was cut"
         )));
     }
-    file.seek(SeekFrom::Start(end)).map_err(unreadable)?;
+    file.seek(SeekFrom::Start(end)).map_err(read_error)?;
     let mut block = [0; BLOCK as usize];
-    let mut at = end;
-    while at < shard_bytes {
-        let read = file.read(&mut block).map_err(unreadable)?;
-        if read == 0 || block[..read].iter().any(|&byte| byte != 0) {
-            return Err(corrupt(format!("bytes follow its end at byte {at}: a header was damaged there")));
+    let mut position = end;
+    while position < shard_bytes {
+        let count = file.read(&mut block).map_err(read_error)?;
+        if count == 0 || block[..count].iter().any(|&byte| byte != 0) {
+            return Err(corrupt(format!(
+                "data follow the end of the archive at byte {position}: a header was damaged there"
+            )));
         }
-        at += read as u64;
+        position += count as u64;
     }
     Ok(())
 }
 
-/// A store's own fault comes back out of the tar reader; anything else is the tar's.
-fn unreadable(error: std::io::Error) -> Fault {
-    match error.get_ref().and_then(|cause| cause.downcast_ref::<Fault>()) {
-        Some(fault) => fault.clone(),
+/// Recovers an error of the store that passed through the tar reader; any other error means a damaged tar.
+fn read_error(error: std::io::Error) -> Error {
+    match error.get_ref().and_then(|cause| cause.downcast_ref::<Error>()) {
+        Some(error) => error.clone(),
         None => corrupt(error.to_string()),
     }
 }
 
-fn corrupt(why: impl std::fmt::Display) -> Fault {
-    Fault::new(Code::Corrupt, format!("the tar is damaged: {why}; fetch or pack it again"))
+fn corrupt(why: impl std::fmt::Display) -> Error {
+    Error::new(ExitCode::Corrupt, format!("the tar is damaged: {why}; fetch or pack it again"))
 }

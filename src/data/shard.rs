@@ -1,174 +1,192 @@
-//! One shard: a WebDataset tar in a store, and its index (`index.rs`), which lies beside it, or was made by a scan
-//! (`scan.rs`) when the tar was first seen.
+//! One shard: a WebDataset tar in a store, and its index (`index.rs`), which is stored next to the tar or was made by a
+//! scan (`scan.rs`) when the tar was first opened.
 //!
-//! Bytes are fetched at each call, with the member's digest checked where the index knows it, and nothing stays open
-//! between calls: a data set may have more shards than a process may have files.
+//! Bytes are fetched at each call and checked against the digest in the index. No file stays open between calls: a data
+//! set may have more shards than a process may have open files.
 
-use super::index::{self, HEADER, Header, Index, Row};
+use super::index::{self, HEADER_BYTES, Index, IndexHeader, MemberRef};
 use super::scan;
 use super::store::{self, Store};
-use crate::fault::{Code, Fault, Result};
+use crate::error::{Error, ExitCode, Result};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// How often an index that came damaged is fetched again.
-const AGAIN: usize = 3;
+/// Maximum number of times that a damaged index is fetched again.
+const MAX_RETRIES: usize = 3;
 
-/// The extensions of pictures that `decode` reads, still and moving.
-pub const IMAGE: &[&str] = &["jpg", "jpeg", "png", "webp", "mp4", "webm", "mkv", "avi", "mov", "m4v"];
-/// Those of them that move.
-pub const VIDEO: &[&str] = &["mp4", "webm", "mkv", "avi", "mov", "m4v"];
-/// The extensions of sounds that `sound` reads.
-pub const SOUND: &[&str] = &["wav", "flac", "mp3", "ogg", "opus"];
+/// Extensions of image and video files.
+pub const IMAGE_EXTENSIONS: &[&str] = &["jpg", "jpeg", "png", "webp", "mp4", "webm", "mkv", "avi", "mov", "m4v"];
+/// Extensions of video files.
+pub const VIDEO_EXTENSIONS: &[&str] = &["mp4", "webm", "mkv", "avi", "mov", "m4v"];
+/// Extensions of audio files.
+pub const AUDIO_EXTENSIONS: &[&str] = &["wav", "flac", "mp3", "ogg", "opus"];
 
-/// Where the index of a tar is to be had.
+/// The location of a tar's index.
 #[derive(Clone, Debug)]
-enum Place {
-    /// Beside the tar.
-    Beside,
+enum IndexLocation {
+    /// Next to the tar.
+    Sidecar,
     /// In this machine's cache of scans.
-    Scanned(PathBuf),
-    /// Here: the tar was scanned and the cache cannot be written.
-    Here(Arc<Index>),
+    ScanCache(PathBuf),
+    /// In memory: the tar was scanned, and the cache is not used or cannot be written.
+    Memory(Arc<Index>),
 }
 
-/// A tar of which the header of its index has been read: how many samples it holds, not yet which.
+/// A tar of which only the header of the index has been read: the number of samples is known, their keys are not.
 #[derive(Clone, Debug)]
-pub struct Found {
+pub struct ShardInfo {
     store: Store,
     file: String,
-    header: Header,
-    place: Place,
+    header: IndexHeader,
+    location: IndexLocation,
 }
 
-impl Found {
-    /// The name of the index of a tar.
-    pub fn index_of(file: &str) -> String {
+impl ShardInfo {
+    /// Returns the file name of the index of a tar.
+    pub fn index_name(file: &str) -> String {
         format!("{file}.idx")
     }
 
-    /// Reads the header of the index of `file`, a tar of `bytes` bytes, or scans the tar where it has none. Faults:
-    /// Code::Usage where index and tar do not belong together, Code::Corrupt where one is damaged.
-    pub fn find(store: &Store, file: &str, bytes: u64, indexed: bool) -> Result<Found> {
-        let listed = |header, place| Found { store: store.clone(), file: file.to_owned(), header, place };
-        if !indexed {
-            let (index, place) = scanned(store, file, bytes).map_err(|fault| fault.at(store.name(file)))?;
-            return Ok(listed(*index.header(), place));
-        }
-        let beside = Self::index_of(file);
-        let at = |fault: Fault| fault.at(store.name(&beside));
-        let read = || store.get_range(&beside, 0..HEADER as u64).and_then(|bytes| Header::read(&bytes));
-        let header = whole(store, read).map_err(at)?;
-        if header.shard_bytes != bytes {
-            return Err(Fault::usage(format!(
-                "{} was made for a tar of {} bytes, {} has {bytes}; pack again, or delete the index to have the tar \
-                 scanned",
-                store.name(&beside),
-                header.shard_bytes,
-                store.name(file),
-            )));
-        }
-        Ok(listed(header, Place::Beside))
+    /// Reads the header of the index of `file`, a tar of `bytes` bytes, or scans the tar if it has no index.
+    ///
+    /// # Errors
+    /// ExitCode::Usage where the index belongs to another tar, ExitCode::Corrupt where index or tar is damaged.
+    pub fn read(store: &Store, file: &str, bytes: u64, indexed: bool) -> Result<ShardInfo> {
+        let (header, location) = if indexed {
+            (read_header(store, file, bytes)?, IndexLocation::Sidecar)
+        } else {
+            let scanned = load_or_scan(store, file, bytes);
+            let (index, location) = scanned.map_err(|error| error.with_context(store.display_name(file)))?;
+            (*index.header(), location)
+        };
+        Ok(ShardInfo { store: store.clone(), file: file.to_owned(), header, location })
     }
 
-    /// What the index's header says.
-    pub fn header(&self) -> &Header {
+    /// Returns the header of the index.
+    pub fn header(&self) -> &IndexHeader {
         &self.header
     }
 
-    /// The tar's name, for messages.
+    /// Returns the tar's name, for messages.
     pub fn name(&self) -> String {
-        self.store.name(&self.file)
+        self.store.display_name(&self.file)
     }
 
-    /// Whether its bytes travel over a network.
-    pub fn remote(&self) -> bool {
-        self.store.remote()
+    /// Returns whether the tar is read over a network.
+    pub fn is_remote(&self) -> bool {
+        self.store.is_remote()
     }
 
-    /// The whole index, checked.
+    /// Reads and checks the whole index.
     pub fn open(&self) -> Result<Shard> {
-        let index = match &self.place {
-            Place::Here(index) => index.clone(),
-            Place::Beside => {
-                let beside = Self::index_of(&self.file);
-                let read = whole(&self.store, || self.store.get(&beside).and_then(Index::from_bytes));
-                Arc::new(read.map_err(|fault| fault.at(self.store.name(&beside)))?)
+        let index = match &self.location {
+            IndexLocation::Memory(index) => index.clone(),
+            IndexLocation::Sidecar => {
+                let name = Self::index_name(&self.file);
+                let read = with_retries(&self.store, || self.store.get(&name).and_then(Index::from_bytes));
+                Arc::new(read.map_err(|error| error.with_context(self.store.display_name(&name)))?)
             }
-            Place::Scanned(path) => {
-                let bytes = std::fs::read(path).map_err(|error| Fault::disk(path.display(), error))?;
-                Arc::new(Index::from_bytes(bytes).map_err(|fault| fault.at(path.display()))?)
+            IndexLocation::ScanCache(path) => {
+                let bytes = std::fs::read(path).map_err(|error| Error::disk(path.display(), error))?;
+                Arc::new(Index::from_bytes(bytes).map_err(|error| error.with_context(path.display()))?)
             }
         };
         if index.header() != &self.header {
-            return Err(Fault::new(
-                Code::Corrupt,
+            return Err(Error::new(
+                ExitCode::Corrupt,
                 format!("{}: its index was replaced while the program ran; start again", self.name()),
             ));
         }
-        let path = self.store.local().map(|folder| folder.join(&self.file));
+        let path = self.store.local_path().map(|folder| folder.join(&self.file));
         Ok(Shard { store: self.store.clone(), file: self.file.clone(), path, index })
     }
 }
 
-/// What is read of an index. Bits flip on the way from a store: what came damaged is fetched again.
-fn whole<T>(store: &Store, read: impl Fn() -> Result<T>) -> Result<T> {
-    let mut got = read();
-    for _ in 0..AGAIN {
-        match got {
-            Err(fault) if fault.code == Code::Corrupt && store.remote() => {
-                tracing::warn!("{fault}; fetching it again");
-                got = read();
+/// Reads the header of the index next to a tar of `bytes` bytes.
+fn read_header(store: &Store, file: &str, bytes: u64) -> Result<IndexHeader> {
+    let name = ShardInfo::index_name(file);
+    let header = with_retries(store, || {
+        let bytes = store.get_range(&name, 0..HEADER_BYTES as u64)?;
+        IndexHeader::parse(&bytes)
+    });
+    let header = header.map_err(|error| error.with_context(store.display_name(&name)))?;
+    if header.shard_bytes != bytes {
+        return Err(Error::usage(format!(
+            "{} was made for a tar of {} bytes, {} has {bytes}; pack again, or delete the index to have the tar \
+             scanned",
+            store.display_name(&name),
+            header.shard_bytes,
+            store.display_name(file),
+        )));
+    }
+    Ok(header)
+}
+
+/// Reads part of an index, and again if it arrives damaged: bits may flip in a transfer from a store.
+fn with_retries<T>(store: &Store, read: impl Fn() -> Result<T>) -> Result<T> {
+    let mut result = read();
+    for _ in 0..MAX_RETRIES {
+        match result {
+            Err(error) if error.code == ExitCode::Corrupt && store.is_remote() => {
+                tracing::warn!("{error}; fetching it again");
+                result = read();
             }
             done => return done,
         }
     }
-    got
+    result
 }
 
-/// The index of a tar that has none: from the cache of scans, or by a scan, which is then kept there. A tar's scan is
-/// known by its URL and length; several processes wait for the first that scans.
-fn scanned(store: &Store, file: &str, bytes: u64) -> Result<(Arc<Index>, Place)> {
-    let name = store.name(file);
-    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+/// Returns the index of a tar that has none, from the cache of scans or by a scan, which is then cached. The cache key
+/// is the tar's URL and length; a file lock makes concurrent processes wait for the first scan.
+fn load_or_scan(store: &Store, file: &str, bytes: u64) -> Result<(Arc<Index>, IndexLocation)> {
+    let name = store.display_name(file);
     let scan = || {
         tracing::info!("{name} has no index: scanning it");
         scan::scan(store, file, bytes)
     };
-    // Files on this machine change under their name, and are scanned in no time.
-    let (Some(base), None) = (base, store.local()) else {
+    // Local files may change under the same name, and a local scan is fast.
+    let (Some(cache), None) = (cache_folder(), store.local_path()) else {
         let index = Arc::new(scan()?);
-        return Ok((index.clone(), Place::Here(index)));
+        return Ok((index.clone(), IndexLocation::Memory(index)));
     };
-    let id = index::hex(&index::digest(format!("{name}\0{bytes}").as_bytes()));
-    let path = base.join("occlude/scans").join(format!("{id}.idx"));
-    let locked = || -> std::io::Result<std::fs::File> {
-        std::fs::create_dir_all(path.parent().expect("a folder"))?;
+    let id = index::to_hex(&index::digest(format!("{name}\0{bytes}").as_bytes()));
+    let folder = cache.join("occlude/scans");
+    let path = folder.join(format!("{id}.idx"));
+    let lock = || -> std::io::Result<std::fs::File> {
+        std::fs::create_dir_all(&folder)?;
         let lock = std::fs::File::create(path.with_extension("lock"))?;
         lock.lock()?;
         Ok(lock)
     };
-    let _lock = locked();
-    if let Ok(index) = std::fs::read(&path).map_err(|_| ()).and_then(|bytes| Index::from_bytes(bytes).map_err(drop)) {
-        return Ok((Arc::new(index), Place::Scanned(path)));
+    let _lock = lock();
+    if let Ok(bytes) = std::fs::read(&path)
+        && let Ok(index) = Index::from_bytes(bytes)
+    {
+        return Ok((Arc::new(index), IndexLocation::ScanCache(path)));
     }
     let index = Arc::new(scan()?);
     let partial = path.with_extension("partial");
-    let place = match std::fs::write(&partial, index.bytes()).and_then(|()| std::fs::rename(&partial, &path)) {
-        Ok(()) => Place::Scanned(path),
-        Err(_) => Place::Here(index.clone()),
+    let location = match std::fs::write(&partial, index.as_bytes()).and_then(|()| std::fs::rename(&partial, &path)) {
+        Ok(()) => IndexLocation::ScanCache(path),
+        Err(_) => IndexLocation::Memory(index.clone()),
     };
-    Ok((index, place))
+    Ok((index, location))
 }
 
-/// One tar of samples.
+/// Returns the user's cache folder (XDG base directory specification).
+fn cache_folder() -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    cache.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
+}
+
+/// A tar of samples with its index.
 #[derive(Debug)]
 pub struct Shard {
     store: Store,
     file: String,
-    /// Of a tar on this machine's disk.
+    /// Path of a tar on a local disk.
     path: Option<PathBuf>,
     index: Arc<Index>,
 }
@@ -176,37 +194,39 @@ pub struct Shard {
 impl Shard {
     /// Opens one tar, by its index or by a scan.
     pub fn open(store: &Store, file: &str) -> Result<Shard> {
-        let absent = || Fault::usage(format!("{}: not found. Check the path.", store.name(file)));
-        let bytes = store.size(file)?.ok_or_else(absent)?;
-        let indexed = store.size(&Found::index_of(file))?.is_some();
-        Found::find(store, file, bytes, indexed)?.open()
+        let not_found = || Error::usage(format!("{}: not found. Check the path.", store.display_name(file)));
+        let bytes = store.size(file)?.ok_or_else(not_found)?;
+        let indexed = store.size(&ShardInfo::index_name(file))?.is_some();
+        ShardInfo::read(store, file, bytes, indexed)?.open()
     }
 
-    /// How many samples it holds.
-    pub fn samples(&self) -> usize {
-        self.index.samples()
+    /// Returns the number of samples.
+    pub fn sample_count(&self) -> usize {
+        self.index.sample_count()
     }
 
-    /// The key of sample `row`.
+    /// Returns the key of sample `row`.
     pub fn key(&self, row: usize) -> &str {
-        self.index.sample(row).next().expect("a sample has a member").split().0
+        self.index.sample_members(row).next().expect("a sample has a member").split_name().0
     }
 
-    /// Whether sample `row` has a member with the extension.
-    pub fn has(&self, row: usize, extension: &str) -> bool {
+    /// Returns whether sample `row` has a member with the extension.
+    pub fn has_member(&self, row: usize, extension: &str) -> bool {
         self.member(row, &[extension]).is_some()
     }
 
-    /// The first member of sample `row` that has one of the extensions.
-    pub fn member(&self, row: usize, extensions: &[&str]) -> Option<Row<'_>> {
-        self.index.sample(row).find(|member| {
-            let (_, extension) = member.split();
+    /// Returns the first member of sample `row` that has one of the extensions.
+    pub fn member(&self, row: usize, extensions: &[&str]) -> Option<MemberRef<'_>> {
+        self.index.sample_members(row).find(|member| {
+            let (_, extension) = member.split_name();
             extensions.iter().any(|wanted| wanted.eq_ignore_ascii_case(extension))
         })
     }
 
-    /// The bytes of the first member of sample `row` that has one of the extensions. Faults with Code::Corrupt where
-    /// there is none, where the tar is shorter than its index says, or where the digest differs.
+    /// Reads the first member of sample `row` that has one of the extensions.
+    ///
+    /// # Errors
+    /// ExitCode::Corrupt where there is no such member, the tar is shorter than its index says, or the digest differs.
     pub fn read(&self, row: usize, extensions: &[&str]) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let length = self.read_into(row, extensions, &mut bytes)?.len();
@@ -214,79 +234,87 @@ impl Shard {
         Ok(bytes)
     }
 
-    /// As [`Shard::read`], into memory that is kept: it grows where the member is longer than it, and its first bytes
-    /// are the member. From a disk nothing else is allocated.
-    pub fn read_into<'a>(&self, row: usize, extensions: &[&str], into: &'a mut Vec<u8>) -> Result<&'a [u8]> {
-        let member = self.wanted(row, extensions)?;
+    /// Reads like [`Shard::read`] into a reusable buffer and returns the part that the member fills. The buffer only
+    /// grows; reading from a disk allocates nothing else.
+    pub fn read_into<'a>(&self, row: usize, extensions: &[&str], buffer: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+        let member = self.require_member(row, extensions)?;
         let range = member.offset..member.end();
         let length = member.length as usize;
         match &self.path {
             Some(path) => {
-                into.resize(into.len().max(length), 0);
-                store::read_file(path, range, &mut into[..length])?;
+                buffer.resize(buffer.len().max(length), 0);
+                store::read_file_range(path, range, &mut buffer[..length])?;
             }
-            None => *into = self.store.get_range(&self.file, range)?,
+            None => *buffer = self.store.get_range(&self.file, range)?,
         }
-        self.whole(&member, &into[..length])?;
-        Ok(&into[..length])
+        self.verify_digest(&member, &buffer[..length])?;
+        Ok(&buffer[..length])
     }
 
-    /// As [`Shard::member`]; a sample without it is Code::Corrupt.
-    pub fn wanted(&self, row: usize, extensions: &[&str]) -> Result<Row<'_>> {
+    /// Returns the member like [`Shard::member`].
+    ///
+    /// # Errors
+    /// ExitCode::Corrupt where the sample has no such member.
+    pub fn require_member(&self, row: usize, extensions: &[&str]) -> Result<MemberRef<'_>> {
         self.member(row, extensions).ok_or_else(|| {
-            let (name, key) = (self.name(), self.key(row));
-            Fault::new(Code::Corrupt, format!("{name}: sample {key} has no member .{}", extensions.join(", .")))
+            let message =
+                format!("{}: sample {} has no member .{}", self.name(), self.key(row), extensions.join(", ."));
+            Error::new(ExitCode::Corrupt, message)
         })
     }
 
-    /// Whether `bytes` are the member's: Code::Corrupt where the index knows their digest and it is another.
-    pub fn whole(&self, member: &Row, bytes: &[u8]) -> Result<()> {
-        let Some(wanted) = member.digest else {
+    /// Checks the bytes of a member against the digest in the index, if the index has one.
+    ///
+    /// # Errors
+    /// ExitCode::Corrupt where the digests differ.
+    pub fn verify_digest(&self, member: &MemberRef, bytes: &[u8]) -> Result<()> {
+        let Some(expected) = member.digest else {
             return Ok(());
         };
-        let got = index::digest(bytes);
-        if got == wanted {
+        let actual = index::digest(bytes);
+        if actual == expected {
             return Ok(());
         }
-        Err(Fault::new(
-            Code::Corrupt,
+        Err(Error::new(
+            ExitCode::Corrupt,
             format!(
                 "{}: the bytes of {} changed: digest {}, the index says {}; fetch or pack the shard again",
                 self.name(),
                 member.name,
-                index::hex(&got),
-                index::hex(&wanted)
+                index::to_hex(&actual),
+                index::to_hex(&expected)
             ),
         ))
     }
 
-    /// The class of sample `row`: its member `.cls`, a whole number in ASCII; none where there is no such member.
-    pub fn label(&self, row: usize) -> Result<Option<i64>> {
-        if !self.has(row, "cls") {
+    /// Returns the class of sample `row`: its member `.cls`, an integer in ASCII; none where there is no such member.
+    pub fn read_label(&self, row: usize) -> Result<Option<i64>> {
+        if !self.has_member(row, "cls") {
             return Ok(None);
         }
-        self.class(row, &self.read(row, &["cls"])?).map(Some)
+        self.parse_label(row, &self.read(row, &["cls"])?).map(Some)
     }
 
-    /// The class that the bytes of a `.cls` member say.
-    pub fn class(&self, row: usize, bytes: &[u8]) -> Result<i64> {
+    /// Parses the bytes of a `.cls` member.
+    pub fn parse_label(&self, row: usize, bytes: &[u8]) -> Result<i64> {
         let label = std::str::from_utf8(bytes).ok().and_then(|text| text.trim().parse().ok());
         label.ok_or_else(|| {
             let message = format!("{}: {}.cls is not a whole number", self.name(), self.key(row));
-            Fault::new(Code::Corrupt, message)
+            Error::new(ExitCode::Corrupt, message)
         })
     }
 
-    /// A run of the tar's bytes, for many requests in flight.
+    /// Fetches a range of the tar's bytes, for many requests in flight.
     pub async fn fetch(&self, range: Range<u64>) -> Result<bytes::Bytes> {
         self.store.fetch(&self.file, range).await
     }
 
-    /// The tar's name, for messages.
+    /// Returns the tar's name, for messages.
     pub fn name(&self) -> String {
-        self.store.name(&self.file)
+        self.store.display_name(&self.file)
     }
 
+    /// Returns the index.
     pub fn index(&self) -> &Index {
         &self.index
     }

@@ -1,42 +1,46 @@
-//! An object store behind a URL: whole objects in, whole objects out, and every promise that the rest of the program
-//! leans on (atomic durable puts, an honest `create`, reads that are never short) kept in this one place.
+//! An object store behind a URL: whole objects in and out. All guarantees that the rest of the program relies on are
+//! made here: atomic durable puts, a reliable `create`, reads that are never short.
 //!
-//! Calls block. They run on a small runtime of the process, so they must not be made from inside an async task.
+//! Calls block on a small runtime of the process, so they must not be made from inside an async task.
 
 mod cloud;
-mod patience;
-mod place;
-mod profile;
-mod words;
+mod error;
+mod local_path;
+mod aws_profile;
+mod retry;
 
-use crate::fault::{Code, Fault, Result};
+use crate::error::{Error, ExitCode, Result};
 use bytes::Bytes;
+use error::StoreErrorKind;
 use futures::{StreamExt, TryStreamExt};
+use local_path::{file_url_to_path, split_scheme, to_absolute};
 use object_store::path::Path as Key;
 use object_store::{
-    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart,
+    Error as StoreError, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    WriteMultipart,
 };
-use patience::Patience;
-use place::{absolute, path_of_file_url, split_scheme};
+use retry::RetryBudget;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
-use words::Kind;
 
 /// The URL schemes that this build reads, for messages.
 const SCHEMES: &str = "file:// (or a plain path), s3://, gs://, az://, http:// and https://";
 
-/// How often `create` asks again after an answer that settles nothing.
-const CREATE_ATTEMPTS: usize = 4;
+/// Maximum number of attempts of `create` after ambiguous errors.
+const MAX_CREATE_ATTEMPTS: usize = 4;
 
-/// How long a store may be away before a program gives up, where nobody says otherwise.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+/// Default time for which a store may be unavailable before a call fails.
+pub const DEFAULT_STORE_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// An object larger than this travels in parts of this size, several at a time.
-const PART: u64 = 16 << 20;
-const PARTS_AT_A_TIME: usize = 8;
+/// Bytes of a part; a larger object is read in parts, several at a time.
+const PART_BYTES: u64 = 16 << 20;
+/// Bytes above which an object is written in parts.
+const MIN_MULTIPART_BYTES: u64 = 4 * PART_BYTES;
+/// Maximum number of parts in flight.
+const MAX_CONCURRENT_PARTS: usize = 8;
 
 static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_multi_thread()
@@ -47,7 +51,7 @@ static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
         .expect("two threads for the store")
 });
 
-/// Runs a transfer in the background, on the threads of the stores. It must not compute.
+/// Runs a transfer in the background, on the stores' threads. It must not compute.
 pub fn spawn(transfer: impl Future<Output = ()> + Send + 'static) {
     RUNTIME.spawn(transfer);
 }
@@ -55,14 +59,15 @@ pub fn spawn(transfer: impl Future<Output = ()> + Send + 'static) {
 /// A folder in an object store. Cheap to clone; clones share connections.
 #[derive(Clone)]
 pub struct Store {
-    inner: Arc<dyn ObjectStore>,
-    /// For uploads in parts: the same store, its client asking again by itself.
-    bulk: Arc<dyn ObjectStore>,
+    /// Client whose failed calls are repeated by `retry`.
+    client: Arc<dyn ObjectStore>,
+    /// Client for multipart uploads, which repeats failed calls itself.
+    upload_client: Arc<dyn ObjectStore>,
     root: Key,
-    /// Scheme and authority, in front of every URL shown.
+    /// Scheme and authority, the start of every URL in messages.
     origin: String,
-    on_disk: bool,
-    patience: Arc<Patience>,
+    is_local: bool,
+    retry: Arc<RetryBudget>,
 }
 
 impl std::fmt::Debug for Store {
@@ -72,97 +77,108 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Opens a plain path (absolute or relative) or a URL. Nothing is read or made yet: a folder that is not there
-    /// reads as empty and appears with its first object. For a cloud's store the credentials are looked for now
-    /// (Code::Credentials where there are none), by the cloud's usual chain.
+    /// Opens a plain path (absolute or relative) or a URL. Nothing is read or written: a folder that does not exist
+    /// reads as empty and is created with its first object. For a cloud store the credentials are looked up now, by the
+    /// cloud's usual chain.
+    ///
+    /// # Errors
+    /// ExitCode::Credentials where there are no credentials.
     pub fn open(url_or_path: &str) -> Result<Store> {
-        Self::open_patiently(url_or_path, PATIENCE)
+        Self::open_with_timeout(url_or_path, DEFAULT_STORE_TIMEOUT)
     }
 
-    /// As [`Store::open`]; the store may be away for so long before a call faults with Code::Store.
-    pub fn open_patiently(url_or_path: &str, limit: Duration) -> Result<Store> {
+    /// Opens like [`Store::open`]; calls fail with ExitCode::Store once the store was unavailable for `timeout`.
+    pub fn open_with_timeout(url_or_path: &str, timeout: Duration) -> Result<Store> {
         let (scheme, rest) = split_scheme(url_or_path);
         match scheme {
-            None => Self::on_disk(Path::new(rest)),
-            Some("file") => Self::on_disk(&path_of_file_url(rest)?),
+            None => Self::open_local(Path::new(rest)),
+            Some("file") => Self::open_local(&file_url_to_path(rest)?),
             Some(_) => {
-                let cloud::Opened { quick, bulk, root, origin } = cloud::open(url_or_path)?;
-                let patience = Arc::new(Patience::new(&origin, limit));
-                Ok(Store { inner: quick, bulk, root, origin, on_disk: false, patience })
+                let cloud::CloudStore { client, upload_client, root, origin } = cloud::open(url_or_path)?;
+                let retry = Arc::new(RetryBudget::new(&origin, timeout));
+                Ok(Store { client, upload_client, root, origin, is_local: false, retry })
             }
         }
     }
 
-    /// A store over a given backend; `origin` (such as `memory://`) names it in messages.
-    pub fn over(inner: Arc<dyn ObjectStore>, origin: &str) -> Store {
-        let patience = Arc::new(Patience::new(origin, Duration::ZERO));
-        Store { bulk: inner.clone(), inner, root: Key::default(), origin: origin.to_owned(), on_disk: false, patience }
+    /// Makes a store over a given backend, without retries; `origin` (such as `memory://`) names it in messages.
+    pub fn from_backend(backend: Arc<dyn ObjectStore>, origin: &str) -> Store {
+        Store {
+            upload_client: backend.clone(),
+            client: backend,
+            root: Key::default(),
+            origin: origin.to_owned(),
+            is_local: false,
+            retry: Arc::new(RetryBudget::new(origin, Duration::ZERO)),
+        }
     }
 
-    fn on_disk(path: &Path) -> Result<Store> {
-        let path = absolute(path)?;
+    /// Opens a folder on a local disk. Its errors are not retried.
+    fn open_local(path: &Path) -> Result<Store> {
+        let path = to_absolute(path)?;
         let text = path.to_str().ok_or_else(|| {
-            Fault::usage(format!("{}: a store's path must be valid UTF-8; rename it", path.display()))
+            Error::usage(format!("{}: a store's path must be valid UTF-8; rename it", path.display()))
         })?;
-        let root = Key::parse(text).map_err(|e| Fault::usage(format!("{text}: not usable as a store's path: {e}")))?;
-        let inner = Arc::new(object_store::local::LocalFileSystem::new().with_fsync(true));
-        // A disk that fails is not waited for.
-        let (origin, patience) = ("file:///".to_owned(), Arc::new(Patience::new("file:///", Duration::ZERO)));
-        Ok(Store { bulk: inner.clone(), inner, root, origin, on_disk: true, patience })
+        let root = Key::parse(text);
+        let root = root.map_err(|error| Error::usage(format!("{text}: not usable as a store's path: {error}")))?;
+        let client = Arc::new(object_store::local::LocalFileSystem::new().with_fsync(true));
+        let origin = "file:///".to_owned();
+        let retry = Arc::new(RetryBudget::new(&origin, Duration::ZERO));
+        Ok(Store { upload_client: client.clone(), client, root, origin, is_local: true, retry })
     }
 
-    /// The sub-folder `child` (which may hold slashes).
+    /// Returns the sub-folder `child` (which may contain slashes).
     ///
     /// # Panics
-    /// When `child` climbs out of its parent or holds control characters: names from outside are checked where
-    /// they are read.
-    pub fn at(&self, child: &str) -> Store {
-        let root = self.key(child).unwrap_or_else(|fault| panic!("{fault}"));
-        Store { root, ..self.clone() }
+    /// Panics if `child` leaves its parent or contains control characters: names from outside are checked where they
+    /// are read.
+    pub fn subfolder(&self, child: &str) -> Store {
+        self.try_subfolder(child).unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// The whole object. Absent: a usage fault, since a path that must exist came from the user.
+    fn try_subfolder(&self, child: &str) -> Result<Store> {
+        Ok(Store { root: self.key(child)?, ..self.clone() })
+    }
+
+    /// Reads a whole object.
+    ///
+    /// # Errors
+    /// ExitCode::Usage where it does not exist, because a required path comes from the user.
     pub fn get(&self, path: &str) -> Result<Vec<u8>> {
-        self.get_if_there(path)?.ok_or_else(|| {
-            Fault::usage(format!(
-                "{}: not found. Check the path, and that the data were written there.",
-                self.name(path)
-            ))
-        })
+        self.get_optional(path)?.ok_or_else(|| not_found(&self.display_name(path)))
     }
 
-    /// The whole object, or None when the store says that it is not there. Any other trouble is a fault.
-    pub fn get_if_there(&self, path: &str) -> Result<Option<Vec<u8>>> {
+    /// Reads a whole object; none where it does not exist.
+    pub fn get_optional(&self, path: &str) -> Result<Option<Vec<u8>>> {
         let key = self.key(path)?;
-        let answer = RUNTIME.block_on(self.patience.over(|| self.whole(&key)));
-        match answer {
-            Err(Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(self.reading(path, error)),
+        match RUNTIME.block_on(self.retry.retry(|| self.get_with_size(&key))) {
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.read_error(path, error)),
             Ok((size, bytes)) if bytes.len() as u64 == size => Ok(Some(bytes)),
-            Ok((size, bytes)) => Err(self.short(path, bytes.len(), size)),
+            Ok((size, bytes)) => Err(self.short_read_error(path, bytes.len(), size)),
         }
     }
 
-    /// An object and the size that the store gives for it: in one request, or in several at a time where it is large.
-    async fn whole(&self, key: &Key) -> object_store::Result<(u64, Vec<u8>)> {
-        let answer = self.inner.get_opts(key, GetOptions::default()).await?;
-        let (size, tag) = (answer.meta.size, answer.meta.e_tag.clone());
-        if self.on_disk || size <= PART {
-            return Ok((size, answer.bytes().await?.into()));
+    /// Reads an object and the size that the store reports: in one request, or in concurrent parts where it is large.
+    async fn get_with_size(&self, key: &Key) -> object_store::Result<(u64, Vec<u8>)> {
+        let response = self.client.get_opts(key, GetOptions::default()).await?;
+        let size = response.meta.size;
+        if self.is_local || size <= PART_BYTES {
+            return Ok((size, response.bytes().await?.into()));
         }
-        drop(answer);
-        let parts = (0..size.div_ceil(PART)).map(|part| part * PART..((part + 1) * PART).min(size));
-        // Every part is of the object that was asked about first, or there is an error.
-        let options =
-            |range| GetOptions { range: Some(GetRange::Bounded(range)), if_match: tag.clone(), ..Default::default() };
+        let etag = response.meta.e_tag.clone();
+        drop(response);
+        let ranges = (0..size.div_ceil(PART_BYTES)).map(|part| part * PART_BYTES..((part + 1) * PART_BYTES).min(size));
         let fetch = |range: Range<u64>| {
-            let options = options(range);
-            self.patience.over(move || {
+            // The ETag makes every part belong to the same version of the object.
+            let options =
+                GetOptions { range: Some(GetRange::Bounded(range)), if_match: etag.clone(), ..Default::default() };
+            self.retry.retry(move || {
                 let options = options.clone();
-                async move { self.inner.get_opts(key, options).await?.bytes().await }
+                async move { self.client.get_opts(key, options).await?.bytes().await }
             })
         };
-        let parts = futures::stream::iter(parts.map(fetch)).buffered(PARTS_AT_A_TIME);
+        let parts = futures::stream::iter(ranges.map(fetch)).buffered(MAX_CONCURRENT_PARTS);
         let bytes = parts.try_fold(Vec::new(), |mut bytes, part| async move {
             bytes.extend_from_slice(&part);
             Ok(bytes)
@@ -170,301 +186,303 @@ impl Store {
         Ok((size, bytes.await?))
     }
 
-    /// Bytes `range` of the object, all of them: a range beyond the object's end is a fault.
+    /// Reads a range of an object, in full: a range beyond the object's end is an error.
     pub fn get_range(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
-        match self.on_disk {
-            true => self.read_range(path, range),
-            false => RUNTIME.block_on(self.fetch(path, range)).map(Into::into),
+        if self.is_local {
+            self.read_local_range(path, range)
+        } else {
+            RUNTIME.block_on(self.fetch(path, range)).map(Into::into)
         }
     }
 
-    /// As [`Store::get_range`], for many requests in flight: to be awaited in what is given to [`spawn`].
+    /// Reads a range like [`Store::get_range`], for many requests in flight: to be awaited inside [`spawn`].
     pub async fn fetch(&self, path: &str, range: Range<u64>) -> Result<Bytes> {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
         let key = self.key(path)?;
-        let wanted = range.end - range.start;
-        let mut again = true;
+        let length = range.end - range.start;
+        let mut may_repeat = true;
         loop {
-            let bytes = self.patience.over(|| self.inner.get_range(&key, range.clone())).await;
-            let bytes =
-                bytes.map_err(|error| self.reading(&format!("{path} bytes {}..{}", range.start, range.end), error))?;
-            // A store or a proxy may end an answer early and call it whole; once is bad luck.
-            match bytes.len() as u64 == wanted {
-                true => return Ok(bytes),
-                false if again => again = false,
-                false => return Err(self.short(path, bytes.len(), wanted)),
+            let bytes = self.retry.retry(|| self.client.get_range(&key, range.clone())).await;
+            let bytes = bytes
+                .map_err(|error| self.read_error(&format!("{path} bytes {}..{}", range.start, range.end), error))?;
+            if bytes.len() as u64 == length {
+                return Ok(bytes);
             }
+            // A store or a proxy may end a response early without an error; that is tolerated once.
+            if !may_repeat {
+                return Err(self.short_read_error(path, bytes.len(), length));
+            }
+            may_repeat = false;
         }
     }
 
-    /// A run of bytes of a file on this machine, without a detour.
-    fn read_range(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
+    /// Reads a range of a local file directly, without the runtime.
+    fn read_local_range(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        // Refuses the same paths as the other calls.
         self.key(path)?;
         let mut bytes = vec![0; (range.end - range.start) as usize];
-        read_file(Path::new(&self.name(path)), range, &mut bytes)?;
+        read_file_range(Path::new(&self.display_name(path)), range, &mut bytes)?;
         Ok(bytes)
     }
 
-    /// The object's size in bytes, or None when it is not there.
+    /// Returns the object's size in bytes; none where it does not exist.
     pub fn size(&self, path: &str) -> Result<Option<u64>> {
         let key = self.key(path)?;
-        match RUNTIME.block_on(self.patience.over(|| self.inner.head(&key))) {
+        match RUNTIME.block_on(self.retry.retry(|| self.client.head(&key))) {
             Ok(meta) => Ok(Some(meta.size)),
-            Err(Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(self.reading(path, error)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.read_error(path, error)),
         }
     }
 
-    /// Writes the whole object, over an older one if there is one. Readers see the old or the new, never a part;
-    /// when this returns, the object survives a power cut.
+    /// Writes a whole object and replaces an older one. Readers see the old or the new object, never a part; when this
+    /// returns, the object survives a power failure.
     pub fn put(&self, path: &str, bytes: &[u8]) -> Result<()> {
         self.put_owned(path, bytes.to_vec())
     }
 
-    /// As [`Store::put`], without a copy.
+    /// Writes like [`Store::put`], without a copy.
     pub fn put_owned(&self, path: &str, bytes: Vec<u8>) -> Result<()> {
         let key = self.key(path)?;
         let length = bytes.len();
         let payload = Bytes::from(bytes);
         let put = async {
-            if !self.on_disk && length as u64 > 4 * PART {
-                return self.in_parts(&key, payload).await;
+            if !self.is_local && length as u64 > MIN_MULTIPART_BYTES {
+                return self.put_multipart(&key, payload).await;
             }
-            let put = || self.inner.put_opts(&key, PutPayload::from(payload.clone()), PutOptions::default());
-            self.patience.over(put).await.map(drop)
+            let put = || self.client.put_opts(&key, PutPayload::from(payload.clone()), PutOptions::default());
+            self.retry.retry(put).await.map(drop)
         };
-        RUNTIME.block_on(put).map_err(|error| self.writing(path, length, error))
+        RUNTIME.block_on(put).map_err(|error| self.write_error(path, length, error))
     }
 
-    /// Uploads parts, several at a time; the object appears with the last word, whole.
-    async fn in_parts(&self, key: &Key, mut bytes: Bytes) -> object_store::Result<()> {
-        let upload = self.patience.over(|| self.bulk.put_multipart(key)).await?;
-        let mut parts = WriteMultipart::new_with_chunk_size(upload, PART as usize);
+    /// Uploads concurrent parts; the whole object appears when the upload completes.
+    async fn put_multipart(&self, key: &Key, mut bytes: Bytes) -> object_store::Result<()> {
+        let upload = self.retry.retry(|| self.upload_client.put_multipart(key)).await?;
+        let mut parts = WriteMultipart::new_with_chunk_size(upload, PART_BYTES as usize);
         while !bytes.is_empty() {
-            parts.wait_for_capacity(PARTS_AT_A_TIME).await?;
-            parts.put(bytes.split_to(bytes.len().min(PART as usize)));
+            parts.wait_for_capacity(MAX_CONCURRENT_PARTS).await?;
+            parts.put(bytes.split_to(bytes.len().min(PART_BYTES as usize)));
         }
         parts.finish().await.map(drop)
     }
 
-    /// Writes the object only if none is there: true when these bytes are now the object, false when another's are.
+    /// Writes an object only if none exists. Returns true where the object now consists of these bytes, false where it
+    /// consists of others.
     ///
-    /// A store may commit and lose its answer, or report a conflict that is none, so whatever is not a plain success
-    /// is settled by reading back. The bytes must therefore be unique to the writer (hold a nonce).
+    /// A store may commit a write and lose the response, or report a false conflict, so anything but a plain success is
+    /// settled by reading back. The bytes must therefore be unique to the writer (contain a nonce).
     pub fn create(&self, path: &str, bytes: &[u8]) -> Result<bool> {
         let key = self.key(path)?;
         let mut last = None;
-        for _ in 0..CREATE_ATTEMPTS {
-            let options = PutOptions::from(PutMode::Create);
-            let Err(error) = RUNTIME.block_on(self.inner.put_opts(&key, PutPayload::from(bytes.to_vec()), options))
-            else {
+        for _ in 0..MAX_CREATE_ATTEMPTS {
+            let payload = PutPayload::from(bytes.to_vec());
+            let put = self.client.put_opts(&key, payload, PutOptions::from(PutMode::Create));
+            let Err(error) = RUNTIME.block_on(put) else {
                 return Ok(true);
             };
-            let fault = self.writing(path, bytes.len(), error);
-            match self.get_if_there(path) {
-                Ok(Some(there)) => return Ok(there == bytes),
-                // Nothing is there: the conflict was false, or the write failed for good.
-                Ok(None) if fault.code == Code::Disk => return Err(fault),
-                Ok(None) => last = Some(fault),
-                Err(_) => return Err(fault),
+            let error = self.write_error(path, bytes.len(), error);
+            match self.get_optional(path) {
+                Ok(Some(existing)) => return Ok(existing == bytes),
+                Ok(None) if error.code == ExitCode::Disk => return Err(error),
+                // The conflict was false, or the write failed.
+                Ok(None) => last = Some(error),
+                Err(_) => return Err(error),
             }
         }
         Err(last.expect("an attempt was made"))
     }
 
-    /// All objects below `prefix`, as (path relative to this store, bytes), sorted by path.
+    /// Returns all objects below `prefix`, as (path relative to this store, bytes), sorted by path.
     pub fn list(&self, prefix: &str) -> Result<Vec<(String, u64)>> {
         let key = self.key(prefix)?;
-        let found: Vec<_> = RUNTIME
-            .block_on(self.patience.over(|| self.inner.list(Some(&key)).try_collect()))
-            .map_err(|error| self.reading(prefix, error))?;
-        let mut rows: Vec<_> = found.iter().map(|meta| (self.relative(&meta.location), meta.size)).collect();
-        rows.sort();
-        Ok(rows)
+        let objects: Vec<_> = RUNTIME
+            .block_on(self.retry.retry(|| self.client.list(Some(&key)).try_collect()))
+            .map_err(|error| self.read_error(prefix, error))?;
+        let mut files: Vec<_> = objects.iter().map(|meta| (self.relative_path(&meta.location), meta.size)).collect();
+        files.sort();
+        Ok(files)
     }
 
-    /// The names of the immediate sub-folders of `prefix`, sorted. On a disk a folder may be empty.
-    pub fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+    /// Returns the names of the immediate sub-folders of `prefix`, sorted. On a disk a folder may be empty.
+    pub fn list_folders(&self, prefix: &str) -> Result<Vec<String>> {
         let key = self.key(prefix)?;
-        let found = RUNTIME
-            .block_on(self.patience.over(|| self.inner.list_with_delimiter(Some(&key))))
-            .map_err(|error| self.reading(prefix, error))?;
-        let mut names: Vec<_> = found.common_prefixes.iter().filter_map(|k| k.filename().map(str::to_owned)).collect();
+        let listing = RUNTIME
+            .block_on(self.retry.retry(|| self.client.list_with_delimiter(Some(&key))))
+            .map_err(|error| self.read_error(prefix, error))?;
+        let mut names: Vec<_> =
+            listing.common_prefixes.iter().filter_map(|key| key.filename().map(str::to_owned)).collect();
         names.sort();
         Ok(names)
     }
 
-    /// Removes the object. One that is not there is no fault.
+    /// Removes an object; it need not exist.
     pub fn delete(&self, path: &str) -> Result<()> {
         let key = self.key(path)?;
-        match RUNTIME.block_on(self.patience.over(|| self.inner.delete(&key))) {
-            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(self.writing(path, 0, error)),
+        match RUNTIME.block_on(self.retry.retry(|| self.client.delete(&key))) {
+            Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.write_error(path, 0, error)),
         }
     }
 
-    /// Removes the folder and all that is in it; on a disk also what a killed write left behind, which no listing
-    /// shows. A folder that is not there is no fault.
+    /// Removes a folder and everything in it; it need not exist. On a disk this includes temporary files of a killed
+    /// write, which are not listed.
     pub fn delete_folder(&self, path: &str) -> Result<()> {
-        if let Some(folder) = self.at_checked(path)?.local() {
+        if let Some(folder) = self.try_subfolder(path)?.local_path() {
             return match std::fs::remove_dir_all(&folder) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Fault::disk(folder.display(), error)),
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::disk(folder.display(), error)),
                 _ => Ok(()),
             };
         }
         self.list(path)?.iter().try_for_each(|(object, _)| self.delete(object))
     }
 
-    /// Whether its bytes travel over a network.
-    pub fn remote(&self) -> bool {
-        !self.on_disk
+    /// Returns whether the store is accessed over a network.
+    pub fn is_remote(&self) -> bool {
+        !self.is_local
     }
 
-    /// The folder on this machine's disk, for a local store.
-    pub fn local(&self) -> Option<PathBuf> {
-        self.on_disk.then(|| Path::new("/").join(self.root.as_ref()))
+    /// Returns the folder on the local disk, for a local store.
+    pub fn local_path(&self) -> Option<PathBuf> {
+        self.is_local.then(|| Path::new("/").join(self.root.as_ref()))
     }
 
-    /// The URL, which [`Store::open`] takes back. It never holds a query or a secret.
+    /// Returns the URL, which [`Store::open`] accepts. It contains neither a query nor a secret.
     pub fn url(&self) -> String {
         let mut url = self.origin.clone();
         for byte in self.root.as_ref().bytes() {
-            match byte {
-                b'a'..=b'z'
-                | b'A'..=b'Z'
-                | b'0'..=b'9'
-                | b'/'
-                | b'-'
-                | b'.'
-                | b'_'
-                | b'~'
-                | b'+'
-                | b'='
-                | b','
-                | b'@' => url.push(byte as char),
-                _ => url.push_str(&format!("%{byte:02X}")),
+            let is_plain = byte.is_ascii_alphanumeric() || b"/-._~+=,@".contains(&byte);
+            if is_plain {
+                url.push(byte as char);
+            } else {
+                url.push_str(&format!("%{byte:02X}"));
             }
         }
         url
     }
 
-    /// Bytes that this process may still write to a local store, None for any other.
+    /// Returns the bytes that this process may still write to a local store; none for any other.
     pub fn free_bytes(&self) -> Option<u64> {
-        let folder = self.local()?;
-        let there = folder.ancestors().find(|ancestor| ancestor.exists())?;
-        let stat = rustix::fs::statvfs(there).ok()?;
+        let folder = self.local_path()?;
+        let existing = folder.ancestors().find(|ancestor| ancestor.exists())?;
+        let stat = rustix::fs::statvfs(existing).ok()?;
         Some(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
-    fn at_checked(&self, child: &str) -> Result<Store> {
-        Ok(Store { root: self.key(child)?, ..self.clone() })
-    }
-
-    /// The full key of a path relative to this store. Refuses `..`, empty segments and control characters.
+    /// Returns the full key of a path relative to this store. Refuses `..`, empty segments and control characters.
     fn key(&self, path: &str) -> Result<Key> {
         let relative = Key::parse(path)
-            .map_err(|error| Fault::usage(format!("{}: not a path inside a store: {error}", path.escape_debug())))?;
+            .map_err(|error| Error::usage(format!("{}: not a path inside a store: {error}", path.escape_debug())))?;
         Ok(self.root.parts().chain(relative.parts()).collect())
     }
 
-    fn relative(&self, location: &Key) -> String {
+    fn relative_path(&self, location: &Key) -> String {
         let full = location.as_ref();
         full.strip_prefix(self.root.as_ref()).unwrap_or(full).trim_start_matches('/').to_owned()
     }
 
-    /// Whether the store can be asked what it holds.
-    pub fn lists(&self) -> bool {
+    /// Returns whether the store can list its objects; a web server cannot.
+    pub fn can_list(&self) -> bool {
         !self.origin.starts_with("http")
     }
 
-    /// The last part of the URL: the folder's own name, or the bucket's.
+    /// Returns the last part of the URL: the name of the folder or the bucket.
     pub fn folder_name(&self) -> String {
         let bucket = || self.origin.trim_end_matches('/').rsplit('/').next().filter(|name| !name.is_empty());
         self.root.filename().or_else(bucket).unwrap_or("data").to_owned()
     }
 
-    /// How a message names an object.
-    pub fn name(&self, path: &str) -> String {
-        match self.local() {
+    /// Returns the name of an object for messages: its path or its URL.
+    pub fn display_name(&self, path: &str) -> String {
+        match self.local_path() {
             Some(folder) => folder.join(path).display().to_string(),
             None => format!("{}/{path}", self.url().trim_end_matches('/')),
         }
     }
 
-    fn short(&self, path: &str, got: usize, wanted: u64) -> Fault {
-        let name = self.name(path);
-        Fault::new(
-            Code::Store,
-            format!("{name}: the store gave {got} of {wanted} bytes. Try again; if it stays, the object is damaged."),
+    fn short_read_error(&self, path: &str, received: usize, expected: u64) -> Error {
+        let name = self.display_name(path);
+        Error::new(
+            ExitCode::Store,
+            format!(
+                "{name}: the store returned {received} of {expected} bytes. Try again; if it stays, the object is \
+                 damaged."
+            ),
         )
     }
 
-    fn reading(&self, path: &str, error: Error) -> Fault {
-        let name = self.name(path);
-        match words::kind(&error) {
-            Kind::Absent => {
-                Fault::usage(format!("{name}: not found. Check the path, and that the data were written there."))
-            }
-            Kind::Refused => self.refused(&name, &error),
-            _ => self.away(&name, "read", &error),
+    fn read_error(&self, path: &str, error: StoreError) -> Error {
+        let name = self.display_name(path);
+        match error::classify(&error) {
+            StoreErrorKind::NotFound => not_found(&name),
+            StoreErrorKind::Denied => denied(&name, &error),
+            _ => self.unavailable(&name, "read", &error),
         }
     }
 
-    fn writing(&self, path: &str, bytes: usize, error: Error) -> Fault {
-        let name = self.name(path);
-        if words::kind(&error) == Kind::Refused {
-            return self.refused(&name, &error);
+    fn write_error(&self, path: &str, bytes: usize, error: StoreError) -> Error {
+        let name = self.display_name(path);
+        if error::classify(&error) == StoreErrorKind::Denied {
+            return denied(&name, &error);
         }
         match disk_error(&error) {
-            Some(cause) => Fault::new(
-                Code::Disk,
+            Some(cause) => Error::new(
+                ExitCode::Disk,
                 format!("{name}: cannot write {bytes} bytes: {cause}. Free space there, or choose another place."),
             ),
-            None => self.away(&name, &format!("written ({bytes} bytes)"), &error),
+            None => self.unavailable(&name, &format!("written ({bytes} bytes)"), &error),
         }
     }
 
-    fn refused(&self, name: &str, error: &Error) -> Fault {
-        let why = words::shortly(error);
-        // A clock that is off looks like a wrong key to a store that checks signatures.
-        let hint =
-            if why.contains("TimeTooSkewed") { "set this machine's clock" } else { "check them, and their rights" };
-        Fault::new(Code::Credentials, format!("{name}: the store refused the credentials: {why}; {hint}"))
-    }
-
-    fn away(&self, name: &str, what: &str, error: &Error) -> Fault {
-        let waited = match words::kind(error) == Kind::Passing && !self.patience.limit().is_zero() {
-            true => format!(" after {} s of trying", self.patience.limit().as_secs()),
-            false => String::new(),
-        };
-        Fault::new(Code::Store, format!("{name}: cannot be {what}{waited}: {}", words::shortly(error)))
+    /// Makes the error of a store that could not be used; `action` is a participle, such as "read".
+    fn unavailable(&self, name: &str, action: &str, error: &StoreError) -> Error {
+        let limit = self.retry.limit();
+        let retried = error::classify(error) == StoreErrorKind::Transient && !limit.is_zero();
+        let duration = if retried { format!(" after {} s of trying", limit.as_secs()) } else { String::new() };
+        let message = format!("{name}: cannot be {action}{duration}: {}", error::summarize(error));
+        Error::new(ExitCode::Store, message)
     }
 }
 
-/// Bytes `range` of a file on this machine, as many as `into` has. Code::Corrupt where the file ends before.
-pub(super) fn read_file(path: &Path, range: Range<u64>, into: &mut [u8]) -> Result<()> {
-    let file = std::fs::File::open(path).map_err(|error| Fault::disk(path.display(), error))?;
-    file.read_exact_at(into, range.start).map_err(|error| match error.kind() {
+fn not_found(name: &str) -> Error {
+    Error::usage(format!("{name}: not found. Check the path, and that the data were written there."))
+}
+
+fn denied(name: &str, error: &StoreError) -> Error {
+    let why = error::summarize(error);
+    // To a store that checks signatures a wrong clock looks like a wrong key.
+    let remedy =
+        if why.contains("TimeTooSkewed") { "set this machine's clock" } else { "check them, and their permissions" };
+    Error::new(ExitCode::Credentials, format!("{name}: the store refused the credentials: {why}; {remedy}"))
+}
+
+/// Fills `buffer` with the bytes of a local file from `range.start` on.
+///
+/// # Errors
+/// ExitCode::Corrupt where the file ends too early.
+pub(super) fn read_file_range(path: &Path, range: Range<u64>, buffer: &mut [u8]) -> Result<()> {
+    let file = std::fs::File::open(path).map_err(|error| Error::disk(path.display(), error))?;
+    file.read_exact_at(buffer, range.start).map_err(|error| match error.kind() {
         std::io::ErrorKind::UnexpectedEof => {
-            Fault::new(Code::Corrupt, format!("{}: it ends before byte {}", path.display(), range.end))
+            Error::new(ExitCode::Corrupt, format!("{}: it ends before byte {}", path.display(), range.end))
         }
-        _ => Fault::disk(path.display(), error),
+        _ => Error::disk(path.display(), error),
     })
 }
 
-/// The local I/O error behind `error`, if it is one that a person mends on the disk.
-fn disk_error(error: &Error) -> Option<&std::io::Error> {
+/// Returns the local I/O error behind `error`, if it is one that the user can fix on the disk.
+fn disk_error(error: &StoreError) -> Option<&std::io::Error> {
     use std::io::ErrorKind::*;
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(here) = cause {
-        if let Some(io) = here.downcast_ref::<std::io::Error>() {
-            let local =
+    while let Some(current) = cause {
+        if let Some(io) = current.downcast_ref::<std::io::Error>() {
+            let is_disk =
                 matches!(io.kind(), StorageFull | QuotaExceeded | PermissionDenied | ReadOnlyFilesystem | FileTooLarge);
-            return (local || io.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())).then_some(io);
+            return (is_disk || io.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())).then_some(io);
         }
-        cause = here.source();
+        cause = current.source();
     }
     None
 }

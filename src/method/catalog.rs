@@ -1,65 +1,101 @@
-//! The only list of methods.
+//! The only list of methods: one line each.
 
-use super::{Method, Needs, audio_mae, flip, mae, omnimae, videomae};
-use crate::fault::Result;
-use crate::grid::{Grid, Input};
-use crate::part::encoder::text;
+use super::{Method, MethodConfig, Requirements, audiomae, flip, mae, omnimae, videomae};
+use crate::error::Result;
+use crate::grid::{Grid, InputConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// The config's `method`: its name and its numbers, `{"mae": {..}}`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Config {
-    Mae(mae::Config),
-    VideoMae(videomae::Config),
-    #[serde(rename = "audio_mae")]
-    AudioMae(audio_mae::Config),
-    Flip(flip::Config),
-    OmniMae(omnimae::Config),
+/// Declares the config's `method`, `{"<name>": {..}}`, from lines of variant, module and name.
+macro_rules! catalog {
+    ($($variant:ident = $module:ident, $name:literal;)*) => {
+        /// The config's `method`: its name and its values, `{"mae": {..}}`.
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+        pub enum Config {
+            $(#[serde(rename = $name)] $variant($module::Config),)*
+        }
+
+        impl Config {
+            /// Names of all methods.
+            pub const NAMES: &[&str] = &[$(<$module::Config as MethodConfig>::NAME),*];
+
+            fn inner(&self) -> &dyn AnyConfig {
+                match self {
+                    $(Config::$variant(config) => config,)*
+                }
+            }
+        }
+
+        $(const _: () = assert!(equal(<$module::Config as MethodConfig>::NAME, $name));)*
+    };
+}
+
+catalog! {
+    Mae = mae, "mae";
+    VideoMae = videomae, "videomae";
+    OmniMae = omnimae, "omnimae";
+    AudioMae = audiomae, "audiomae";
+    Flip = flip, "flip";
 }
 
 impl Config {
-    /// What in its numbers does not fit, told before any work begins.
+    /// Returns the method's name, its key in the config.
+    pub fn name(&self) -> &'static str {
+        self.inner().name()
+    }
+
+    /// Checks the method's values.
+    ///
+    /// # Errors
+    /// ExitCode::Usage on a value that cannot work, before any work begins.
     pub fn check(&self, grid: &Grid) -> Result<()> {
-        match self {
-            Config::Mae(config) => config.check("method.mae", grid),
-            Config::VideoMae(config) => config.check("method.videomae", grid),
-            Config::AudioMae(config) => config.check("method.audio_mae", grid),
-            Config::OmniMae(config) => config.check("method.omnimae", grid),
-            Config::Flip(config) => config.check("method.flip", grid),
-        }
+        self.inner().check(&format!("method.{}", self.name()), grid)
     }
 
-    /// What it asks of a run.
-    pub fn needs(&self) -> Needs {
-        match self {
-            Config::Flip(_) => flip::Config::NEEDS,
-            _ => Needs { whole_batch: false, pictures: true },
-        }
+    /// Returns what the method needs of a run.
+    pub fn requirements(&self) -> Requirements<'_> {
+        self.inner().requirements()
     }
 
-    /// The text tower, of a method that reads captions: the config must say how, and samples must have some.
-    pub fn text(&self) -> Option<&text::Config> {
-        match self {
-            Config::Flip(config) => Some(&config.text),
-            _ => None,
-        }
+    /// Builds the method.
+    ///
+    /// # Errors
+    /// ExitCode::Usage if its values do not fit the input.
+    pub fn build(&self, input: &InputConfig) -> Result<Box<dyn Method>> {
+        self.inner().build(input)
     }
+}
 
-    /// Whether it reads still pictures beside clips.
-    pub fn stills(&self) -> bool {
-        matches!(self, Config::OmniMae(_))
-    }
+/// [`MethodConfig`] without its constant, as a trait object.
+trait AnyConfig {
+    fn name(&self) -> &'static str;
+    fn check(&self, at: &str, grid: &Grid) -> Result<()>;
+    fn requirements(&self) -> Requirements<'_>;
+    fn build(&self, input: &InputConfig) -> Result<Box<dyn Method>>;
+}
 
-    /// The method, or what in its numbers or in the input does not fit.
-    pub fn build(&self, input: &Input) -> Result<Box<dyn Method>> {
-        Ok(match self {
-            Config::Mae(config) => Box::new(mae::Mae::new(config, input)?),
-            Config::VideoMae(config) => Box::new(videomae::VideoMae::new(config, input)?),
-            Config::AudioMae(config) => Box::new(audio_mae::AudioMae::new(config, input)?),
-            Config::Flip(config) => Box::new(flip::Flip::new(config, input)?),
-            Config::OmniMae(config) => Box::new(omnimae::OmniMae::new(config, input)?),
-        })
+impl<C: MethodConfig> AnyConfig for C {
+    fn name(&self) -> &'static str {
+        C::NAME
     }
+    fn check(&self, at: &str, grid: &Grid) -> Result<()> {
+        MethodConfig::check(self, at, grid)
+    }
+    fn requirements(&self) -> Requirements<'_> {
+        MethodConfig::requirements(self)
+    }
+    fn build(&self, input: &InputConfig) -> Result<Box<dyn Method>> {
+        MethodConfig::build(self, input)
+    }
+}
+
+/// Compares two names at compile time.
+const fn equal(a: &str, b: &str) -> bool {
+    let a = a.as_bytes();
+    let b = b.as_bytes();
+    let mut index = 0;
+    while index < a.len() && index < b.len() && a[index] == b[index] {
+        index += 1;
+    }
+    index == a.len() && index == b.len()
 }

@@ -1,41 +1,33 @@
-//! Masked autoencoder: He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners",
-//! CVPR 2022. Three quarters of the patches are hidden; the encoder sees the rest; a small decoder guesses the pixels of
-//! the hidden ones. Agrees with `transformers`' ViTMAEForPreTraining in loss and gradients (`tests/mae.rs`).
+//! MAE: He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Three quarters
+//! of the patches are hidden; the encoder sees the rest; a small decoder predicts the pixels of the hidden ones. Agrees
+//! with `transformers`' ViTMAEForPreTraining in loss and gradients (`tests/method/mae.rs`).
 
-use super::{Batch, Features, Method, Reconstruction, Term};
-use crate::fault::{Fault, Result};
-use crate::grid::{Grid, Input};
-use crate::part::autoencoder::Autoencoder;
-use crate::part::encoder::vit::{self as encoder, Shape};
-use crate::part::encoder::{block::Biases, position};
-use crate::part::loss::masked_mse;
-use crate::part::mask::{self, Mask, Ratio};
-use crate::part::target::pixel::{self, Pixel};
-use crate::part::weights::{Init, Table, Weights};
-use crate::part::work::Work;
-use crate::part::{decoder::vit as decoder, pixels::Pixels};
+use super::{
+    Autoencoder, Batch, Capabilities, DecoderOptions, Init, LossOutput, MaskPolicy, Method, MethodConfig, Model,
+    Patchify, Per, PixelTarget, RandomMask, Ratio, Shape, Step, VitOptions, check_image, masked_mse, pixel, position,
+};
+use crate::error::Result;
+use crate::grid::{Grid, InputConfig};
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The encoder's shape (paper: B 768 wide, 12 deep, 12 heads; L 1024, 24, 16; H 1280, 32, 16).
+    /// Encoder (paper: B 768 wide, 12 deep, 12 heads; L 1024, 24, 16; H 1280, 32, 16).
     pub encoder: Shape,
-    /// The decoder's shape (paper: 512 wide, 8 deep, 16 heads for every encoder).
+    /// Decoder (paper: 512 wide, 8 deep, 16 heads for every encoder).
     #[serde(default = "Config::decoder")]
     pub decoder: Shape,
     #[serde(default = "Config::mask")]
     pub mask: Ratio,
     #[serde(default = "Config::target")]
     pub target: pixel::Config,
-    /// Where mask tokens enter: only in the decoder, or already in the encoder (paper, table 1c: slower and less
-    /// accurate; kept for that comparison).
+    /// Mask tokens enter in the decoder, or already in the encoder (paper, table 1c: slower and less accurate).
     #[serde(default)]
     pub mask_tokens: MaskTokens,
-    /// The grid [rows, columns] that the weights were trained on, where it is another: its positions are interpolated
-    /// to this input's grid, instead of counting on beyond it.
+    /// The grid [rows, columns] of the training, where it differs: positions are interpolated to this input's grid.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trained_grid: Option<[i64; 2]>,
 }
@@ -58,88 +50,66 @@ impl Config {
     fn target() -> pixel::Config {
         pixel::Config { normalize: false }
     }
+}
 
-    pub fn check(&self, at: &str, grid: &Grid) -> Result<()> {
+impl MethodConfig for Config {
+    const NAME: &'static str = "mae";
+
+    fn check(&self, at: &str, grid: &Grid) -> Result<()> {
         self.encoder.check(&format!("{at}.encoder"))?;
         self.decoder.check(&format!("{at}.decoder"))?;
-        position::check(&format!("{at}.trained_grid"), self.trained_grid)?;
-        self.mask.check(&format!("{at}.mask"), grid.tokens(), grid.kept(self.mask.ratio), 0.75)?;
-        match grid.frames * grid.patch_frames {
-            1 => Ok(()),
-            _ => Err(Fault::usage(format!(
-                "input.frames makes {} time slots of {} frames; {at} reads images: set it to 1, or choose a method for video",
-                grid.frames, grid.patch_frames
-            ))),
-        }
+        position::check_trained_grid(&format!("{at}.trained_grid"), self.trained_grid)?;
+        self.mask.check(&format!("{at}.mask"), grid.tokens(), grid.visible(self.mask.ratio), 0.75)?;
+        check_image(at, grid)
+    }
+
+    fn build(&self, input: &InputConfig) -> Result<Box<dyn Method>> {
+        Ok(Box::new(Mae::new(self, input)?))
     }
 }
 
 pub struct Mae {
     pub model: Autoencoder,
-    ratio: f64,
+    mask: RandomMask,
 }
 
 impl Mae {
-    pub fn new(config: &Config, input: &Input) -> Result<Mae> {
-        let pixels = Pixels::new(input)?;
-        config.check("method.mae", &pixels.grid)?;
-        let positions = |shape: Shape| position::table(&pixels.grid, shape.width, config.trained_grid);
-        let (in_place, biases) = (config.mask_tokens == MaskTokens::Encoder, Biases::All);
-        let encoder =
-            encoder::Make { class: true, in_place, embed: Init::Xavier, biases, positions: positions(config.encoder) };
-        let token = (!in_place).then_some(Init::Normal(0.02));
-        let decoder = decoder::Make {
-            token,
-            embed_bias: true,
-            ahead: false,
-            head: Init::Xavier,
-            biases,
-            positions: positions(config.decoder),
+    pub fn new(config: &Config, input: &InputConfig) -> Result<Mae> {
+        let patchify = Patchify::new(input)?;
+        config.check("method.mae", &patchify.grid)?;
+        let positions = |shape: &Shape| position::grid_positions(&patchify.grid, shape.width, config.trained_grid);
+        let in_encoder = config.mask_tokens == MaskTokens::Encoder;
+        let encoder = VitOptions {
+            class_token: true,
+            mask_tokens_in_encoder: in_encoder,
+            ..VitOptions::new(positions(&config.encoder))
         };
-        let target = if config.target.normalize { Pixel::PerPatch } else { Pixel::Received };
-        let model = Autoencoder::new(pixels, (&config.encoder, encoder), (&config.decoder, decoder), target);
-        Ok(Mae { model, ratio: config.mask.ratio })
+        let mask_token = (!in_encoder).then_some(Init::Normal(0.02));
+        let decoder = DecoderOptions { mask_token, ..DecoderOptions::new(positions(&config.decoder)) };
+        let target = if config.target.normalize { PixelTarget::PerPatch } else { PixelTarget::Standardized };
+        let model = Autoencoder::new(patchify, &config.encoder, encoder, &config.decoder, decoder, target);
+        Ok(Mae { model, mask: RandomMask { ratio: config.mask.ratio, truncate_hidden: false } })
     }
 }
 
 impl Method for Mae {
-    fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>> {
-        let mask = self.mask(batch); // keep [B, K], drop [B, M]
-        let guess = self.model.guess(w, &batch.pixels, &mask)?; // [B, M, P]
-        let truth = self.model.truth(&batch.pixels, &mask)?; // [B, M, P]
-        Ok(vec![Term { name: "pixel", sum: masked_mse(&guess, &truth)? }])
+    fn model(&self) -> &dyn Model {
+        &self.model
     }
-    fn counts(&self, samples: i64) -> Vec<(&'static str, f64)> {
-        vec![("pixel", (samples * (self.grid().tokens() - self.grid().kept(self.ratio))) as f64)]
+    fn model_mut(&mut self) -> &mut dyn Model {
+        &mut self.model
     }
-    fn capturable(&self) -> Result<(), &'static str> {
-        mask::on_device(self.grid().tokens())
+    fn mask(&self) -> Option<&dyn MaskPolicy> {
+        Some(&self.mask)
     }
-    fn work(&self, _batch: u64) -> Work {
-        self.model.work(self.grid().kept(self.ratio))
+    fn loss(&self, step: &Step, batch: &Batch) -> Result<LossOutput> {
+        let x = batch.view(); // [B, C, 1, Y, X]
+        let mask = self.mask.sample(step, &self.model.patchify.grid, batch)?; // keep [B, K], drop [B, M]
+        let pred = self.model.predict(step.weights, x, &mask)?; // [B, M, P]
+        let target = self.model.target(x, &mask)?; // [B, M, P]
+        Ok(LossOutput::term("pixel", masked_mse(&pred, &target)?, Per::HiddenToken))
     }
-    fn mask(&self, batch: &Batch) -> Mask {
-        mask::random(self.grid(), self.ratio, batch.seed, &batch.origins)
-    }
-    fn features(&self, w: &Weights, batch: &Batch) -> Result<Features> {
-        self.model.features(w, &batch.pixels)
-    }
-    fn reconstruct(&self, w: &Weights, batch: &Batch) -> Result<Reconstruction> {
-        self.model.reconstruction(w, &batch.pixels, &self.mask(batch))
-    }
-    fn normalised(&self, batch: &Batch) -> Result<Tensor> {
-        self.model.pixels.normalised(&batch.pixels)
-    }
-    fn recompute(&mut self) {
-        self.model.recompute();
-    }
-    fn name(&self) -> &'static str {
-        "mae"
-    }
-    fn grid(&self) -> &Grid {
-        &self.model.pixels.grid
-    }
-    fn table(&self) -> &Table {
-        &self.model.table
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { reconstruct: Some(&self.model), ..Capabilities::default() }
     }
 }

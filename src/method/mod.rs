@@ -1,100 +1,194 @@
-//! What a method is: four functions over the parts. A method knows parts; parts know no method.
+//! A method is one paper: which model it trains, what it hides, and its loss. It knows parts; parts know no method.
+//! `README.md` shows how to add one.
 
-pub mod audio_mae;
+pub mod audiomae;
 pub mod catalog;
 pub mod flip;
 pub mod mae;
 pub mod omnimae;
 pub mod videomae;
 
-pub use crate::part::batch::Batch;
-pub use crate::part::encoder::Features;
-pub use crate::part::pixels::Reconstruction;
+/// The parts that methods are written with.
+pub use crate::part::{
+    autoencoder::Autoencoder,
+    batch::Batch,
+    decoder::vit::DecoderOptions,
+    encoder::vit::{Shape, VitOptions},
+    encoder::{Features, block::QkvBias, position},
+    loss::{LossDenominators, LossOutput, LossTerm, Per, masked_mse},
+    mask::{MaskPolicy, RandomMask, Ratio},
+    model::{ImageText, Model, Reconstruct},
+    objective::pixel::{self, PixelTarget},
+    params::Init,
+    patchify::{Patchify, Reconstruction},
+    step::Step,
+    teacher::Teacher,
+};
 
-use crate::device::World;
-use crate::fault::{Fault, Result};
-use crate::grid::Grid;
-use crate::part::mask::Mask;
-use crate::part::weights::{Table, Weights};
-use crate::part::work::Work;
-use std::{sync::Arc, time::Duration};
-use tch::Tensor;
+use crate::error::{Error, Result};
+use crate::grid::{Grid, InputConfig};
+use crate::part::batch::NO_LABEL;
+use crate::part::buffers::BufferSpecs;
+use crate::part::cost::ModelCost;
+use crate::part::encoder::text;
+use tch::Kind;
 
-/// What a method asks of a run beyond samples, known from its config.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Needs {
-    /// Its loss compares the samples of a batch with each other: a rank's share is not cut, and all have equal ones.
-    pub whole_batch: bool,
-    /// It guesses pixels, of which pictures can be drawn.
-    pub pictures: bool,
-}
-
-/// One named part of a loss: a sum, to be divided by its count over the whole step. The objective is the sum of all
-/// terms' means.
-#[derive(Debug)]
-pub struct Term {
-    pub name: &'static str,
-    /// fp32 [], carrying the gradient.
-    pub sum: Tensor,
-}
-
-pub trait Method {
+/// A method's section of the config, `{"<NAME>": {..}}`.
+pub trait MethodConfig {
     /// Its key in the config.
-    fn name(&self) -> &'static str;
-    fn grid(&self) -> &Grid;
-    /// What the model is made of.
-    fn table(&self) -> &Table;
-    /// From now on a block's activations are not kept for backward but computed again there: less memory, more time, the
-    /// same numbers.
-    fn recompute(&mut self);
-    /// What each term of `loss` will be divided by, for `samples` samples; known before the forward pass, so that
-    /// counts are added up over micro-batches and ranks first and each sum is divided once.
-    fn counts(&self, samples: i64) -> Vec<(&'static str, f64)>;
-    /// As `counts`, for samples of which so many rows are not padding, where that makes a difference.
-    fn counts_of(&self, valid: &[u32]) -> Vec<(&'static str, f64)> {
-        self.counts(valid.len() as i64)
+    const NAME: &'static str;
+    /// Checks its values, which stand at `at` in the config.
+    ///
+    /// # Errors
+    /// ExitCode::Usage on a value that cannot work, before any work begins.
+    fn check(&self, at: &str, grid: &Grid) -> Result<()>;
+    /// Returns what it needs of a run beside one view of each sample.
+    fn requirements(&self) -> Requirements<'_> {
+        Requirements::default()
     }
-    /// What a training step over `batch` samples, those of all ranks together, does with one of them.
-    fn work(&self, batch: u64) -> Work;
-    /// The grid of still pictures, and what a step does with one, where the method reads them beside clips.
-    fn still(&self) -> Option<(Grid, Work)> {
+    /// Builds the method.
+    fn build(&self, input: &InputConfig) -> Result<Box<dyn Method>>;
+}
+
+/// Needs of a method beside one view of each sample, known from its config.
+#[derive(Clone, Copy, Debug)]
+pub struct Requirements<'a> {
+    /// The loss compares the samples of the global batch: a rank's part is not cut into micro-batches, and all ranks have
+    /// equal parts.
+    pub whole_batch: bool,
+    /// Samples have captions for this text encoder.
+    pub captions: Option<&'a text::Config>,
+    /// Samples have labels; those without one have [`NO_LABEL`].
+    pub labels: bool,
+    /// Views of each sample.
+    pub views: usize,
+    /// Steps of images alternate with steps of videos.
+    pub images_beside_video: bool,
+}
+
+impl Default for Requirements<'_> {
+    fn default() -> Self {
+        Requirements { whole_batch: false, captions: None, labels: false, views: 1, images_beside_video: false }
+    }
+}
+
+/// Abilities of some methods beside training, asked for and never assumed.
+#[derive(Clone, Copy, Default)]
+pub struct Capabilities<'a> {
+    /// Draws predictions of pixels.
+    pub reconstruct: Option<&'a dyn Reconstruct>,
+    /// Embeds images and captions into one space.
+    pub image_text: Option<&'a dyn ImageText>,
+    /// The loss reads rows of other ranks through [`Step::ranks`].
+    pub gathers: bool,
+    /// Why a step of this method cannot be captured in a CUDA graph. It can where the loss copies nothing to or from the
+    /// device, waits for nothing, and does the same whatever the values and the padding are.
+    pub not_capturable: Option<&'static str>,
+}
+
+/// Progress of a training at the start of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Samples seen before this step.
+    pub samples: u64,
+    pub global_batch: u64,
+    /// Samples of the data set.
+    pub epoch_samples: u64,
+    /// Samples of the whole training.
+    pub total_samples: u64,
+}
+
+impl Progress {
+    /// Returns the passes over the data set that are done.
+    pub fn epoch(&self) -> f64 {
+        self.samples as f64 / self.epoch_samples.max(1) as f64
+    }
+
+    /// Returns the fraction of the training that is done, in [0, 1].
+    pub fn fraction(&self) -> f64 {
+        (self.samples as f64 / self.total_samples.max(1) as f64).min(1.0)
+    }
+
+    /// Returns whether a pass over the data set ends in this step.
+    pub fn ends_epoch(&self) -> bool {
+        let epoch = self.epoch_samples.max(1);
+        (self.samples + self.global_batch) / epoch > self.samples / epoch
+    }
+}
+
+/// A pre-training method.
+pub trait Method {
+    fn model(&self) -> &dyn Model;
+    fn model_mut(&mut self) -> &mut dyn Model;
+
+    /// Returns the policy that hides tokens; none where nothing is hidden.
+    fn mask(&self) -> Option<&dyn MaskPolicy> {
         None
     }
-    /// The terms, in the order of `counts`.
-    fn loss(&self, w: &Weights, batch: &Batch) -> Result<Vec<Term>>;
-    /// Opens what a method needs to talk with other ranks inside of its loss; collective, once, before the first step. One
-    /// collective may take so long.
-    fn join(&mut self, _world: &Arc<dyn World>, _deadline: Duration) -> Result<()> {
-        Ok(())
+
+    /// Returns the teacher that the step keeps for the loss.
+    fn teacher(&self) -> Option<Teacher> {
+        None
     }
-    /// Whether a step may be captured as a CUDA graph, or why not. It may where `loss` copies nothing to or from the
-    /// device, waits for nothing, and does the same whatever the values and the padding are. Asked after `join`.
-    fn capturable(&self) -> Result<(), &'static str> {
-        Ok(())
+
+    /// Declares tensors without gradient that the loss reads and updates.
+    fn buffers(&self) -> BufferSpecs {
+        BufferSpecs::default()
     }
-    /// Which tokens the method hides of this batch.
-    fn mask(&self, batch: &Batch) -> Mask;
-    /// The pixels as the model receives them: fp32, normalised [B, C, T, Y, X].
-    fn normalised(&self, batch: &Batch) -> Result<Tensor>;
-    /// The encoder on whole samples, nothing hidden.
-    fn features(&self, w: &Weights, batch: &Batch) -> Result<Features>;
-    /// Pictures of what the model guesses.
-    fn reconstruct(&self, _w: &Weights, _batch: &Batch) -> Result<Reconstruction> {
-        Err(Fault::usage(format!("{} guesses no pixels: there is nothing to draw", self.name())))
+
+    /// Returns loss weights, temperatures, momenta, ratios of a step: pure functions of the samples seen, always as many.
+    fn scheduled(&self, _at: &Progress) -> Vec<f64> {
+        Vec::new()
     }
-    /// Whole images as unit vectors, fp32 [B, E], in the space that they share with captions.
-    fn match_images(&self, _w: &Weights, _batch: &Batch) -> Result<Tensor> {
-        Err(self.no_captions())
+
+    /// Computes the loss of a batch: the paper's figure.
+    fn loss(&self, step: &Step, batch: &Batch) -> Result<LossOutput>;
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities::default()
     }
-    /// Captions, ids int64 [B, L], as unit vectors, fp32 [B, E].
-    fn match_captions(&self, _w: &Weights, _ids: &Tensor) -> Result<Tensor> {
-        Err(self.no_captions())
+
+    /// Counts what the loss terms of a batch are averaged over. Known before the forward pass, so that counts are added
+    /// over micro-batches and ranks first and each sum is divided once.
+    fn denominators(&self, batch: &Batch) -> Result<LossDenominators> {
+        let mut counts = LossDenominators::default();
+        for (grid, samples) in self.model().patchify().grids(batch) {
+            counts.samples += samples as f64;
+            counts.tokens += (samples * grid.tokens()) as f64;
+            counts.hidden_tokens += (samples * (grid.tokens() - self.visible(&grid))) as f64;
+        }
+        if let Some(labels) = &batch.side.labels {
+            counts.labeled = f64::try_from(labels.ne(NO_LABEL).sum(Kind::Int64))?;
+        }
+        Ok(counts)
     }
-    /// The fault of a method that has learned nothing of captions.
-    fn no_captions(&self) -> Fault {
-        Fault::usage(format!(
-            "{} has not learned to match images with captions; ask for --protocol knn or linear",
-            self.name()
-        ))
+
+    /// Returns the operations of a training step on one sample of a global batch that fills this grid.
+    fn cost(&self, grid: &Grid, _global_batch: u64) -> ModelCost {
+        self.model().cost(grid, self.visible(grid))
     }
+
+    /// Returns K, the number of visible tokens of a sample that fills this grid.
+    fn visible(&self, grid: &Grid) -> i64 {
+        self.mask().map_or(grid.tokens(), |mask| mask.visible(grid))
+    }
+}
+
+/// The error of asking a method for images and captions that has not learned them.
+pub fn no_captions_error(name: &str) -> Error {
+    Error::usage(format!("{name} has not learned to match images with captions; ask for --protocol knn or linear"))
+}
+
+/// Checks that a method for images gets images.
+///
+/// # Errors
+/// ExitCode::Usage if a sample has more than one frame.
+pub fn check_image(at: &str, grid: &Grid) -> Result<()> {
+    if grid.frames * grid.patch_frames == 1 {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "input.frames makes {} time slots of {} frames; {at} reads images: set it to 1, or choose a method for video",
+        grid.frames, grid.patch_frames
+    )))
 }

@@ -1,24 +1,25 @@
-//! Histograms of oriented gradients (Dalal and Triggs, 2005) as MaskFeat predicts them (Wei et al., 2022, §3; HOGLayerC
-//! of its code): Sobel gradients of each channel with mirrored borders, nine orientations over 180°, each pixel to one
-//! bin by its magnitude, cells of 8 × 8 pixels, each normalised by its own L2 norm.
+//! Histograms of oriented gradients (Dalal and Triggs, 2005), the prediction target of MaskFeat (Wei et al., 2022, §3;
+//! HOGLayerC in its code): Sobel gradients of each channel with mirrored borders, nine orientations over 180°, each pixel
+//! assigned to one bin by its magnitude, cells of 8 × 8 pixels, each normalized by its own L2 norm.
 //!
 //! It differs from `skimage.feature.hog` with blocks of one cell in three ways: Sobel's operator smooths across its
-//! direction where theirs is the bare difference; the arguments of the arc tangent are swapped, which turns a picture
-//! over its diagonal; and the norm has a floor of 1e-12 where theirs adds 1e-5 under the root.
+//! direction, where skimage takes a plain difference; the arguments of the arc tangent are swapped, which transposes the
+//! image; and the norm has a lower bound of 1e-12, where skimage adds 1e-5 under the root.
 
-use super::launch::{Launch, Source, by_type, type_name};
+use super::launch::{KernelSource, Launch, type_name, variants_by_type};
 use super::sizes;
-use crate::fault::{Fault, Result};
+use crate::error::{Error, Result};
 use tch::{Kind, Tensor, no_grad};
 
-/// Pixels along a cell's side.
+/// Side of a cell in pixels.
 const CELL: i64 = 8;
+/// Orientations of a histogram.
 const BINS: i64 = 9;
 
-/// x [B, C, Y, X] (normalised, as the model sees it) → fp32 [B, N, C · 9 · (patch / 8)²] for square patches, tokens
-/// row-major; of a patch's values the channel counts slowest, then the bin, then the cell's row and column.
+/// x [B, C, Y, X], normalized as the model receives it → fp32 [B, N, C · 9 · (patch / 8)²] for square patches, tokens
+/// row-major. The values of a patch are ordered by channel, bin, row and column of the cell.
 pub fn hog(x: &Tensor, patch: i64) -> Result<Tensor> {
-    if x.device().is_cuda() && KINDS.contains(&x.kind()) && x.size()[3] <= MOST_WIDTH {
+    if x.device().is_cuda() && KINDS.contains(&x.kind()) && x.size()[3] <= MAX_WIDTH {
         return kernel(x, patch);
     }
     check(x, patch)?;
@@ -28,31 +29,34 @@ pub fn hog(x: &Tensor, patch: i64) -> Result<Tensor> {
 fn check(x: &Tensor, patch: i64) -> Result<()> {
     let [_, _, height, width] = sizes(x);
     if patch < CELL || patch % CELL != 0 || height % patch != 0 || width % patch != 0 {
-        return Err(Fault::usage(format!(
-            "histograms of gradients want patches of a multiple of 8 pixels that fill the picture; got {patch} for \
+        return Err(Error::usage(format!(
+            "histograms of gradients need patches of a multiple of 8 pixels that divide the image; got {patch} for \
              {height} × {width}"
         )));
     }
     Ok(())
 }
 
-/// The reference, in fp32, or fp64 where x is.
+/// The reference, in fp32, or in fp64 if x is.
 pub fn formula(x: &Tensor, patch: i64) -> Tensor {
     let [batch, channels, height, width] = sizes(x);
     let kind = if x.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     no_grad(|| {
         let padded = x.to_kind(kind).reflection_pad2d([1, 1, 1, 1]);
-        let at = |row: i64, column: i64| padded.narrow(2, row, height).narrow(3, column, width);
-        let columns = |c: i64| at(0, c) + at(1, c) * 2.0 + at(2, c);
-        let rows = |r: i64| at(r, 0) + at(r, 1) * 2.0 + at(r, 2);
-        let (across, down) = (columns(0) - columns(2), rows(0) - rows(2));
-        let turns = across.atan2(&down) / std::f64::consts::PI * BINS as f64;
-        let bin = turns.floor().to_kind(Kind::Int64).remainder(BINS).unsqueeze(2);
-        let size = (across.square() + down.square()).sqrt().unsqueeze(2);
-        let shape = [batch, channels, BINS, height, width];
-        let pixels = Tensor::zeros(shape, (kind, x.device())).scatter_add(2, &bin, &size);
-        let (rows, cols, cells) = (height / patch, width / patch, patch / CELL);
-        let sums = pixels
+        let shifted = |row: i64, column: i64| padded.narrow(2, row, height).narrow(3, column, width);
+        let smoothed_column = |c: i64| shifted(0, c) + shifted(1, c) * 2.0 + shifted(2, c);
+        let smoothed_row = |r: i64| shifted(r, 0) + shifted(r, 1) * 2.0 + shifted(r, 2);
+        let g_x = smoothed_column(0) - smoothed_column(2);
+        let g_y = smoothed_row(0) - smoothed_row(2);
+        let orientation = g_x.atan2(&g_y) / std::f64::consts::PI * BINS as f64;
+        let bin = orientation.floor().to_kind(Kind::Int64).remainder(BINS).unsqueeze(2);
+        let magnitude = (g_x.square() + g_y.square()).sqrt().unsqueeze(2);
+        let by_bin = Tensor::zeros([batch, channels, BINS, height, width], (kind, x.device()));
+        let by_bin = by_bin.scatter_add(2, &bin, &magnitude);
+        let rows = height / patch;
+        let cols = width / patch;
+        let cells = patch / CELL;
+        let sums = by_bin
             .view([batch, channels, BINS, height / CELL, CELL, width / CELL, CELL].as_slice())
             .sum_dim_intlist([4i64, 6].as_slice(), false, kind);
         let norm = sums.square().sum_dim_intlist([2i64].as_slice(), true, kind).sqrt().clamp_min(1e-12);
@@ -65,25 +69,29 @@ pub fn formula(x: &Tensor, patch: i64) -> Tensor {
 
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
-/// Columns of which ten rows fit into the shared memory that any GPU grants.
-const MOST_WIDTH: i64 = 1200;
+/// Maximum width of an image in pixels: ten rows must fit in the shared memory that every GPU grants.
+const MAX_WIDTH: i64 = 1200;
 
-pub const SOURCE: Source =
-    Source { name: "hog", built_in: include_str!("../../kernels/hog.cu"), variants: || by_type(&KINDS) };
+/// Kernel source.
+pub const SOURCE: KernelSource =
+    KernelSource { name: "hog", embedded: include_str!("../../kernels/hog.cu"), variants: || variants_by_type(&KINDS) };
 
-/// The same by our kernel, in one pass over x.
+/// The same by the kernel, in one pass over x.
 ///
 /// # Errors
-/// Usage, where patches and cells do not fill the picture, or it is wider than 1,200 pixels.
+/// A usage error if patches and cells do not divide the image, or if it is wider than 1,200 pixels.
 pub fn kernel(x: &Tensor, patch: i64) -> Result<Tensor> {
     check(x, patch)?;
     let [batch, channels, height, width] = sizes(x);
-    if width > MOST_WIDTH {
-        return Err(Fault::usage(format!("hog: a picture {width} pixels wide; the kernel takes up to {MOST_WIDTH}")));
+    if width > MAX_WIDTH {
+        return Err(Error::usage(format!(
+            "hog: the image is {width} pixels wide; the kernel supports at most {MAX_WIDTH}"
+        )));
     }
-    let (tokens, cells) = ((height / patch) * (width / patch), patch / CELL);
+    let tokens = (height / patch) * (width / patch);
+    let cells = patch / CELL;
     let out = Tensor::empty([batch, tokens, channels * BINS * cells * cells], (Kind::Float, x.device()));
-    // The mirrored columns too, and 1 more than a multiple of 8: see the kernel.
+    // Includes the mirrored columns, and is 1 more than a multiple of 8 to avoid bank conflicts.
     let pitch = (width + 8) / 8 * 8 + 1;
     let launch = Launch {
         source: &SOURCE,
@@ -91,9 +99,9 @@ pub fn kernel(x: &Tensor, patch: i64) -> Result<Tensor> {
         entry: "hog",
         grid: [(batch * channels * height / CELL) as u32, 1, 1],
         threads: 256,
-        shared: ((CELL + 2) * pitch * 4) as usize,
+        shared_bytes: ((CELL + 2) * pitch * 4) as usize,
     };
-    let numbers = [channels, height, width, patch, pitch].map(|n| (n as i32).into());
-    launch.run(&[&[(&x.contiguous()).into(), (&out).into()], &numbers[..]].concat())?;
+    let integers = [channels, height, width, patch, pitch].map(|n| (n as i32).into());
+    launch.run(&[&[(&x.contiguous()).into(), (&out).into()], &integers[..]].concat())?;
     Ok(out)
 }

@@ -1,27 +1,27 @@
-//! Layer normalisation over the last dimension; statistics in fp32 whatever the dtype of x. In a second form a residual
-//! is added first, in the same pass.
+//! Layer normalization over the last dimension, with statistics in fp32 whatever the dtype of x; optionally of the sum of
+//! x and a residual, in the same pass.
 
-use super::fold;
-use super::launch::{Launch, Source, Variant, blocks, type_name};
-use crate::bridge::{Forward, node};
-use crate::fault::{Fault, Result};
+use super::launch::{KernelSource, Launch, Variant, block_count, type_name};
+use super::sum_partials;
+use crate::bridge::{ForwardOutput, apply_function};
+use crate::error::{Error, Result};
 use tch::{Kind, Tensor};
 
-/// Added to the variance, everywhere (the official MAE code; `transformers` defaults to 1e-12).
+/// Added to the variance (official MAE code; the default of `transformers` is 1e-12).
 pub const EPS: f64 = 1e-6;
 
 /// x [.., D], scale [D], shift [D] → [.., D].
 pub fn layer_norm(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
-    if on_gpu(x, scale) {
+    if is_supported(x, scale) {
         return kernel(x, scale, shift);
     }
     Ok(x.layer_norm(scale.size(), Some(scale), Some(shift), EPS, false))
 }
 
-/// x and r [.., D], scale [D], shift [D] → x + r, and that normalised. On a GPU in one pass, whose backward takes both
-/// gradients and gives the one that x and r share.
+/// x and r [.., D], scale [D], shift [D] → x + r, and its normalization. On a GPU in one pass, whose backward takes the
+/// gradients of both outputs and returns the one that x and r share.
 pub fn add_layer_norm(x: &Tensor, r: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<(Tensor, Tensor)> {
-    if on_gpu(x, scale) {
+    if is_supported(x, scale) {
         return add_kernel(x, r, scale, shift);
     }
     let sum = x + r;
@@ -29,182 +29,234 @@ pub fn add_layer_norm(x: &Tensor, r: &Tensor, scale: &Tensor, shift: &Tensor) ->
     Ok((sum, y))
 }
 
-fn on_gpu(x: &Tensor, scale: &Tensor) -> bool {
-    x.device().is_cuda() && x.kind() == scale.kind() && Plan::new(x.kind(), scale.numel() as i64).is_some()
+fn is_supported(x: &Tensor, scale: &Tensor) -> bool {
+    x.device().is_cuda() && x.kind() == scale.kind() && RowTiling::new(x.kind(), scale.numel() as i64).is_some()
 }
 
 /// The reference.
 pub fn formula(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Tensor {
     let kind = x.kind();
-    let wide = if kind == Kind::Double { x.shallow_clone() } else { x.to_kind(Kind::Float) };
-    let mean = wide.mean_dim(-1, true, None);
-    let centred = &wide - mean;
-    let variance = centred.square().mean_dim(-1, true, None);
-    (centred / (variance + EPS).sqrt() * scale + shift).to_kind(kind)
+    let x = if kind == Kind::Double { x.shallow_clone() } else { x.to_kind(Kind::Float) };
+    let mean = x.mean_dim(-1, true, None);
+    let centered = &x - mean;
+    let variance = centered.square().mean_dim(-1, true, None);
+    (centered / (variance + EPS).sqrt() * scale + shift).to_kind(kind)
 }
 
-/// The reference of the second form.
+/// The reference of [`add_layer_norm`].
 pub fn add_formula(x: &Tensor, r: &Tensor, scale: &Tensor, shift: &Tensor) -> (Tensor, Tensor) {
     let sum = x + r;
     let y = formula(&sum, scale, shift);
     (sum, y)
 }
 
-/// How a row is shared out: `team` warps, of which each thread holds `packs` times `wide` neighbours.
+/// How a row is divided among threads: `team` warps, each of whose threads holds `packs` packs of `vector_width`
+/// neighboring elements.
 #[derive(Clone, Copy)]
-struct Plan {
-    wide: i64,
+struct RowTiling {
+    vector_width: i64,
     team: i64,
     packs: i64,
 }
 
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
-impl Plan {
-    /// By rising width. Up to 40 columns a thread in half precision (1,280 by a warp, the widest of the usual
-    /// transformers) and 32 in single stay in registers.
-    fn all(kind: Kind) -> Vec<Plan> {
-        let (wide, alone, together): (_, &[i64], _) = match kind {
+impl RowTiling {
+    /// Returns all tilings by increasing width. Up to 40 columns per thread in half precision (1,280 columns by one warp,
+    /// the widest of the usual transformers) and 32 in single precision stay in registers.
+    fn all(kind: Kind) -> Vec<RowTiling> {
+        let (vector_width, warp_packs, block_packs): (_, &[i64], _) = match kind {
             Kind::Float => (4, &[4, 8], [2, 8]),
             _ => (8, &[1, 2, 3, 4, 5], [1, 5]),
         };
-        let alone = alone.iter().map(|&packs| Plan { wide, team: 1, packs });
-        alone.chain(together.map(|packs| Plan { wide, team: 8, packs })).chain([Plan::ODD]).collect()
+        let by_warp = warp_packs.iter().map(|&packs| RowTiling { vector_width, team: 1, packs });
+        let by_block = block_packs.map(|packs| RowTiling { vector_width, team: 8, packs });
+        by_warp.chain(by_block).chain([RowTiling::UNALIGNED]).collect()
     }
 
-    /// For rows that are no whole number of 16 bytes.
-    const ODD: Plan = Plan { wide: 1, team: 8, packs: 16 };
+    /// For rows whose length is not a multiple of 16 bytes.
+    const UNALIGNED: RowTiling = RowTiling { vector_width: 1, team: 8, packs: 16 };
 
-    fn new(kind: Kind, width: i64) -> Option<Plan> {
+    fn new(kind: Kind, width: i64) -> Option<RowTiling> {
         if !KINDS.contains(&kind) {
             return None;
         }
-        let fits = |plan: &Plan| width % plan.wide == 0 && width <= 32 * plan.wide * plan.team * plan.packs;
-        Plan::all(kind).into_iter().find(fits)
+        RowTiling::all(kind).into_iter().find(|tiling| tiling.fits(width))
+    }
+
+    fn fits(&self, width: i64) -> bool {
+        width % self.vector_width == 0 && width <= 32 * self.vector_width * self.team * self.packs
     }
 
     fn variant(&self, kind: Kind) -> Variant {
-        let Plan { wide, team, packs } = self;
+        let RowTiling { vector_width, team, packs } = self;
         vec![
             ("ELEMENT", type_name(kind).into()),
-            ("WIDE", wide.to_string()),
+            ("WIDE", vector_width.to_string()),
             ("TEAM", team.to_string()),
             ("PACKS", packs.to_string()),
         ]
     }
 
-    /// Rows that a block of `threads` has in hand at once.
-    fn teams(&self, threads: u32) -> i64 {
-        i64::from(threads) / (32 * self.team)
+    /// Threads per block.
+    fn threads(&self) -> u32 {
+        if self.team == 1 { 128 } else { 256 }
+    }
+
+    /// Rows that a block processes at once.
+    fn teams(&self) -> i64 {
+        i64::from(self.threads()) / (32 * self.team)
     }
 }
 
-pub const SOURCE: Source = Source {
-    name: "layer_norm",
-    built_in: include_str!("../../kernels/layer_norm.cu"),
-    variants: || KINDS.iter().flat_map(|&kind| Plan::all(kind).into_iter().map(move |p| p.variant(kind))).collect(),
-};
+/// Kernel source.
+pub const SOURCE: KernelSource =
+    KernelSource { name: "layer_norm", embedded: include_str!("../../kernels/layer_norm.cu"), variants };
 
-/// `layer_norm` by our kernels; x is made contiguous. A fault for rows wider than they take.
+fn variants() -> Vec<Variant> {
+    let by_kind = |&kind: &Kind| RowTiling::all(kind).into_iter().map(move |tiling| tiling.variant(kind));
+    KINDS.iter().flat_map(by_kind).collect()
+}
+
+/// [`layer_norm`] by the kernels. Makes x contiguous.
+///
+/// # Errors
+/// If rows are wider than the kernels support.
 pub fn kernel(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
-    let run = |given: &[Tensor]| {
-        let x = given[0].contiguous();
-        let Made { y, stats, .. } = forward(&x, None, &given[1], &given[2])?;
-        Ok(Forward { outputs: vec![y], saved: vec![x, given[1].shallow_clone(), stats] })
+    let forward = |inputs: &[Tensor]| {
+        let x = inputs[0].contiguous();
+        let NormOutput { y, stats, .. } = launch_forward(&x, None, &inputs[1], &inputs[2])?;
+        Ok(ForwardOutput { outputs: vec![y], saved: vec![x, inputs[1].shallow_clone(), stats] })
     };
-    let outputs = node(&[x, scale, shift], run, |saved, gradients, wanted| {
-        let (gx, vectors) = backward(saved, None, &gradients[0].contiguous(), wanted[1] || wanted[2])?;
-        Ok([Some(gx)].into_iter().chain(vectors).zip(wanted).map(|(g, wanted)| g.filter(|_| *wanted)).collect())
+    let outputs = apply_function(&[x, scale, shift], forward, |saved, gradients, needed| {
+        let (g_x, vectors) = launch_backward(saved, None, &gradients[0].contiguous(), needed[1] || needed[2])?;
+        Ok([Some(g_x)].into_iter().chain(vectors).zip(needed).map(|(g, needed)| g.filter(|_| *needed)).collect())
     })?;
     Ok(outputs.into_iter().next().expect("one output"))
 }
 
-/// `add_layer_norm` by our kernels; x and r are made contiguous.
+/// [`add_layer_norm`] by the kernels. Makes x and r contiguous.
+///
+/// # Errors
+/// The same as [`kernel`].
 pub fn add_kernel(x: &Tensor, r: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<(Tensor, Tensor)> {
-    let run = |given: &[Tensor]| {
-        let Made { sum, y, stats } =
-            forward(&given[0].contiguous(), Some(&given[1].contiguous()), &given[2], &given[3])?;
-        let sum = sum.expect("of a residual");
-        let saved = vec![sum.shallow_clone(), given[2].shallow_clone(), stats];
-        Ok(Forward { outputs: vec![sum, y], saved })
+    let forward = |inputs: &[Tensor]| {
+        let x = inputs[0].contiguous();
+        let r = inputs[1].contiguous();
+        let NormOutput { sum, y, stats } = launch_forward(&x, Some(&r), &inputs[2], &inputs[3])?;
+        let sum = sum.expect("the sum of x and r");
+        let saved = vec![sum.shallow_clone(), inputs[2].shallow_clone(), stats];
+        Ok(ForwardOutput { outputs: vec![sum, y], saved })
     };
-    let outputs = node(&[x, r, scale, shift], run, |saved, gradients, wanted| {
-        let [gs, gy] = [0, 1].map(|i: usize| gradients[i].contiguous());
-        let (gx, vectors) = backward(saved, Some(&gs), &gy, wanted[2] || wanted[3])?;
-        let all = [Some(gx.shallow_clone()), Some(gx)].into_iter().chain(vectors);
-        Ok(all.zip(wanted).map(|(g, wanted)| g.filter(|_| *wanted)).collect())
+    let outputs = apply_function(&[x, r, scale, shift], forward, |saved, gradients, needed| {
+        let g_sum = gradients[0].contiguous();
+        let g_y = gradients[1].contiguous();
+        let (g_x, vectors) = launch_backward(saved, Some(&g_sum), &g_y, needed[2] || needed[3])?;
+        let all = [Some(g_x.shallow_clone()), Some(g_x)].into_iter().chain(vectors);
+        Ok(all.zip(needed).map(|(g, needed)| g.filter(|_| *needed)).collect())
     })?;
     let mut outputs = outputs.into_iter();
-    Ok((outputs.next().expect("the sum"), outputs.next().expect("the sum normalised")))
+    Ok((outputs.next().expect("the sum"), outputs.next().expect("the normalized sum")))
 }
 
-struct Made {
-    /// Where there is a residual.
+/// The outputs of the forward kernel.
+struct NormOutput {
+    /// x + r, if there is a residual.
     sum: Option<Tensor>,
     y: Tensor,
-    /// fp32 [rows, 2].
+    /// Mean and inverse standard deviation of each row, fp32 [rows, 2].
     stats: Tensor,
 }
 
-/// Rows, width and how they are shared out.
-fn geometry(x: &Tensor, scale: &Tensor) -> Result<(i64, i64, Plan)> {
-    let width = scale.numel() as i64;
-    let plan = Plan::new(x.kind(), width).ok_or_else(|| {
-        Fault::failed(format!("layer_norm: no kernel for rows of {width} values in {:?}; use the formula", x.kind()))
-    })?;
-    Ok((x.numel() as i64 / width, width, plan))
+/// The rows of a tensor and their tiling.
+struct NormRows {
+    count: i64,
+    width: i64,
+    tiling: RowTiling,
 }
 
-fn forward(x: &Tensor, r: Option<&Tensor>, scale: &Tensor, shift: &Tensor) -> Result<Made> {
-    let (rows, width, plan) = geometry(x, scale)?;
-    let (sum, y) = (r.map(|_| Tensor::empty_like(x)), Tensor::empty_like(x));
-    let stats = Tensor::empty([rows, 2], (Kind::Float, x.device()));
-    let threads = if plan.team == 1 { 128 } else { 256 };
+impl NormRows {
+    fn new(x: &Tensor, scale: &Tensor) -> Result<NormRows> {
+        let width = scale.numel() as i64;
+        let tiling = RowTiling::new(x.kind(), width).ok_or_else(|| {
+            Error::failed(format!(
+                "layer_norm: no kernel for rows of {width} values in {:?}; use the formula",
+                x.kind()
+            ))
+        })?;
+        Ok(NormRows { count: x.numel() as i64 / width, width, tiling })
+    }
+}
+
+fn launch_forward(x: &Tensor, r: Option<&Tensor>, scale: &Tensor, shift: &Tensor) -> Result<NormOutput> {
+    let NormRows { count, width, tiling } = NormRows::new(x, scale)?;
+    let sum = r.map(|_| Tensor::empty_like(x));
+    let y = Tensor::empty_like(x);
+    let stats = Tensor::empty([count, 2], (Kind::Float, x.device()));
     let launch = Launch {
         source: &SOURCE,
-        variant: plan.variant(x.kind()),
+        variant: tiling.variant(x.kind()),
         entry: "layer_norm",
-        grid: [blocks(rows, plan.teams(threads)), 1, 1],
-        threads,
-        shared: 4 * plan.team as usize,
+        grid: [block_count(count, tiling.teams()), 1, 1],
+        threads: tiling.threads(),
+        shared_bytes: 4 * tiling.team as usize,
     };
-    let tensors = [x.into(), r.into(), scale.into(), shift.into(), sum.as_ref().into(), (&y).into(), (&stats).into()];
-    launch.run(&[&tensors[..], &[(rows as i32).into(), (width as i32).into()]].concat())?;
-    Ok(Made { sum, y, stats })
+    launch.run(&[
+        x.into(),
+        r.into(),
+        scale.into(),
+        shift.into(),
+        sum.as_ref().into(),
+        (&y).into(),
+        (&stats).into(),
+        (count as i32).into(),
+        (width as i32).into(),
+    ])?;
+    Ok(NormOutput { sum, y, stats })
 }
 
-/// Blocks of the backward kernel, at most: four for each multiprocessor of a Hopper.
-const MOST: i64 = 528;
+/// Maximum number of blocks of the backward kernel: four per multiprocessor of a Hopper.
+const MAX_BACKWARD_BLOCKS: i64 = 528;
 
-/// The gradient of x, and those of scale and shift.
-fn backward(
+/// Returns the gradient of x and, if needed, those of scale and shift.
+fn launch_backward(
     saved: &[Tensor],
-    gs: Option<&Tensor>,
-    gy: &Tensor,
-    vectors: bool,
+    g_sum: Option<&Tensor>,
+    g_y: &Tensor,
+    needs_vectors: bool,
 ) -> Result<(Tensor, [Option<Tensor>; 2])> {
-    let [s, scale, stats] = saved else { unreachable!("what forward saved") };
-    let (rows, width, plan) = geometry(s, scale)?;
-    let threads = if plan.team == 1 { 128 } else { 256 };
-    let teams = plan.teams(threads);
-    let of_block = (rows + MOST * teams - 1) / (MOST * teams) * teams;
-    let runs = blocks(rows, of_block);
-    let gx = Tensor::empty_like(s);
-    let parts = Tensor::empty([i64::from(runs), 2 * width], (Kind::Float, s.device()));
+    let [x, scale, stats] = saved else { unreachable!("the forward pass saves three tensors") };
+    let NormRows { count, width, tiling } = NormRows::new(x, scale)?;
+    let teams = tiling.teams();
+    let rows_per_block = (count + MAX_BACKWARD_BLOCKS * teams - 1) / (MAX_BACKWARD_BLOCKS * teams) * teams;
+    let runs = block_count(count, rows_per_block);
+    let g_x = Tensor::empty_like(x);
+    let parts = Tensor::empty([i64::from(runs), 2 * width], (Kind::Float, x.device()));
     let launch = Launch {
         source: &SOURCE,
-        variant: plan.variant(s.kind()),
+        variant: tiling.variant(x.kind()),
         entry: "layer_norm_backward",
         grid: [runs, 1, 1],
-        threads,
-        shared: 32 + 4 * (2 * teams * 32 * plan.team * plan.wide) as usize,
+        threads: tiling.threads(),
+        shared_bytes: 32 + 4 * (2 * teams * 32 * tiling.team * tiling.vector_width) as usize,
     };
-    let tensors = [s.into(), scale.into(), stats.into(), gs.into(), gy.into(), (&gx).into(), (&parts).into()];
-    let numbers = [rows, width, of_block].map(|n| (n as i32).into());
-    launch.run(&[&tensors[..], &numbers].concat())?;
-    if !vectors {
-        return Ok((gx, [None, None]));
+    launch.run(&[
+        x.into(),
+        scale.into(),
+        stats.into(),
+        g_sum.into(),
+        g_y.into(),
+        (&g_x).into(),
+        (&parts).into(),
+        (count as i32).into(),
+        (width as i32).into(),
+        (rows_per_block as i32).into(),
+    ])?;
+    if !needs_vectors {
+        return Ok((g_x, [None, None]));
     }
-    let both = fold::kernel(&parts, scale.kind())?;
-    Ok((gx, [0, 1].map(|i| Some(both.narrow(0, i * width, width)))))
+    let sums = sum_partials::kernel(&parts, scale.kind())?;
+    let g_scale = sums.narrow(0, 0, width);
+    let g_shift = sums.narrow(0, width, width);
+    Ok((g_x, [Some(g_scale), Some(g_shift)]))
 }

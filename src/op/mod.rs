@@ -1,14 +1,12 @@
-//! One operation a file: a plain formula (the reference, public so that tests and readers can call it) and, where one
-//! exists, a faster form of the same name and signature. An operation looks at where its tensors live and chooses.
+//! One operation per file: a plain `formula`, the reference that tests compare with, and a faster `kernel` of the same
+//! signature. The function named after the operation chooses between them by the device and dtype of its inputs.
 
-pub mod launch; // from a kernel's source to its launch
+pub mod launch; // kernel sources, compilation and launches
 
 pub mod adamw;
 pub mod attention;
 pub mod bias_gelu;
 pub mod cosine;
-pub mod fill;
-pub mod fold;
 pub mod hog;
 pub mod info_nce;
 pub mod layer_norm;
@@ -20,12 +18,14 @@ pub mod scale;
 pub mod shuffle;
 pub mod spectrum;
 pub mod square_sum;
+pub mod sum_partials;
+pub mod tokens;
 
-use launch::Source;
+use launch::KernelSource;
 use tch::Tensor;
 
-/// Every file of kernels.
-pub fn sources() -> Vec<&'static Source> {
+/// Returns every kernel source file.
+pub fn kernel_sources() -> Vec<&'static KernelSource> {
     vec![
         &adamw::SOURCE,
         &attention::BACKWARD,
@@ -33,8 +33,6 @@ pub fn sources() -> Vec<&'static Source> {
         &attention::class_row::SOURCE,
         &bias_gelu::SOURCE,
         &cosine::SOURCE,
-        &fill::SOURCE,
-        &fold::SOURCE,
         &hog::SOURCE,
         &info_nce::SOURCE,
         &layer_norm::SOURCE,
@@ -44,11 +42,13 @@ pub fn sources() -> Vec<&'static Source> {
         &scale::SOURCE,
         &shuffle::SOURCE,
         &square_sum::SOURCE,
+        &sum_partials::SOURCE,
+        &tokens::SOURCE,
     ]
 }
 
-/// The sizes of a tensor of `R` dimensions; naming them on a function's first line documents and checks the shape.
+/// Returns the sizes of a tensor of `R` dimensions. On the first line of a function it documents and checks the shape.
 pub fn sizes<const R: usize>(tensor: &Tensor) -> [i64; R] {
     let size = tensor.size();
-    size.as_slice().try_into().unwrap_or_else(|_| panic!("a tensor of {R} dimensions is wanted, got {size:?}"))
+    size.as_slice().try_into().unwrap_or_else(|_| panic!("expected a tensor of {R} dimensions, got {size:?}"))
 }

@@ -1,34 +1,36 @@
-//! A tensor times one number on the same device. Losses work out their gradient in the forward pass and keep it; this is
-//! their backward pass.
+//! A tensor times one number on the same device: the backward pass of losses that compute their gradient in the forward
+//! pass and keep it.
 
-use super::launch::{Launch, Source, blocks, by_width, wide};
-use crate::fault::Result;
+use super::launch::{KernelSource, Launch, block_count, variant_by_width, vector_width};
+use crate::error::Result;
 use tch::{Kind, Tensor};
 
 const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
 
-pub const SOURCE: Source = Source {
+/// Kernel source.
+pub const SOURCE: KernelSource = KernelSource {
     name: "scale",
-    built_in: include_str!("../../kernels/scale.cu"),
-    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|numel| by_width(kind, numel))).collect(),
+    embedded: include_str!("../../kernels/scale.cu"),
+    variants: || KINDS.iter().flat_map(|&kind| [1, 8].map(|numel| variant_by_width(kind, numel))).collect(),
 };
 
-/// x of any shape, contiguous, times `by` fp32 [] → the shape and kind of x; the product is rounded once.
-pub fn kernel(x: &Tensor, by: &Tensor) -> Result<Tensor> {
-    let (y, numel) = (Tensor::empty_like(x), x.numel() as i64);
+/// x of any shape, contiguous, times `factor` fp32 [] → the shape and dtype of x; the product is rounded once.
+pub fn kernel(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
+    let y = Tensor::empty_like(x);
+    let numel = x.numel() as i64;
     let launch = Launch {
         source: &SOURCE,
-        variant: by_width(x.kind(), numel),
+        variant: variant_by_width(x.kind(), numel),
         entry: "scale",
-        grid: [blocks(numel / wide(x.kind(), numel), 256), 1, 1],
+        grid: [block_count(numel / vector_width(x.kind(), numel), 256), 1, 1],
         threads: 256,
-        shared: 0,
+        shared_bytes: 0,
     };
-    launch.run(&[x.into(), by.into(), (&y).into(), numel.into()])?;
+    launch.run(&[x.into(), factor.into(), (&y).into(), numel.into()])?;
     Ok(y)
 }
 
 /// The reference.
-pub fn formula(x: &Tensor, by: &Tensor) -> Tensor {
-    (x.to_kind(by.kind()) * by).to_kind(x.kind())
+pub fn formula(x: &Tensor, factor: &Tensor) -> Tensor {
+    (x.to_kind(factor.kind()) * factor).to_kind(x.kind())
 }

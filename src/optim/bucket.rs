@@ -1,317 +1,331 @@
-//! Gradients are reduced over ranks while backward goes on. A bucket is a run of the flat gradient; it starts on its way
-//! when the last of its tensors has its gradient and all buckets before it have started, so that every rank starts them
-//! in one order. What has not fired by the end of backward is flushed.
+//! Buckets reduce gradients over ranks while backward runs. A bucket is a range of the flat gradient; its reduction
+//! starts when the gradient of its last tensor exists and all earlier buckets have started, so that every rank starts
+//! them in the same order. Buckets that have not started by the end of backward are started then.
 //!
-//! Where the optimizer is sharded each rank receives the sum of what it keeps. The updated weights are gathered while the
-//! next forward goes on: a bucket is waited for when the first of its tensors is used.
+//! With a sharded optimizer, the gradient is reduce-scattered. The updated weights are all-gathered while the
+//! next forward runs, which waits for a bucket when it uses the first of its tensors.
 
-use super::flat::Flat;
-use super::layout::{ALIGN, Cut, lay_out};
-use crate::bridge::Hooks;
-use crate::device::{Channel, Pending, Reduce};
-use crate::fault::{Fault, Result};
+use super::flat::FlatParams;
+use super::layout::{ALIGN, BucketLayout, compute_layout};
+use crate::bridge::GradHooks;
+use crate::dist::{Channel, Pending, ReduceOp};
+use crate::error::{Error, Result};
 use crate::op::square_sum::square_sum;
-use crate::part::weights::Weights;
+use crate::part::params::Weights;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tch::{Kind, Tensor, no_grad};
 
-/// How gradients travel.
+/// Options of the gradient reduction.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Wire {
-    /// The least size of a bucket, counted in fp32. A sharded flat buffer has been cut before.
-    pub bytes: usize,
-    /// fp32 or bf16. In bf16 each rank's gradient is rounded before it is summed, and the sum once more.
+pub struct GradReduce {
+    /// Minimum size of a bucket, counted in fp32. Not used with a sharded [`FlatParams`], which has its buckets
+    /// already.
+    pub bucket_bytes: usize,
+    /// fp32 or bf16. In bf16 each rank's gradient is rounded before the sum, and the sum once more.
     pub kind: Kind,
 }
 
-impl From<usize> for Wire {
-    /// Buckets of at least so many bytes, in fp32.
-    fn from(bytes: usize) -> Wire {
-        Wire { bytes, kind: Kind::Float }
+impl From<usize> for GradReduce {
+    /// Reduces buckets of at least `bucket_bytes` bytes in fp32.
+    fn from(bucket_bytes: usize) -> GradReduce {
+        GradReduce { bucket_bytes, kind: Kind::Float }
     }
 }
 
-/// What happened in the last step, in order: for tests and for people who look where time goes.
+/// An event of the last step, for tests and profiling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A tensor's gradient exists.
-    Gradient(usize),
-    /// A bucket started.
-    Start(usize),
+pub enum BucketEvent {
+    /// The gradient of the tensor with this index exists.
+    GradReady(usize),
+    /// The reduction of the bucket with this index started.
+    ReduceStarted(usize),
 }
 
+/// The buckets of a [`FlatParams`], with a gradient hook on each of its leaves.
 pub struct Buckets {
-    state: Arc<Mutex<State>>,
-    _hooks: Hooks,
+    state: Arc<Mutex<BucketState>>,
+    _hooks: GradHooks,
 }
 
-struct State {
+struct BucketState {
     channel: Box<dyn Channel>,
-    parts: Vec<Part>,
-    /// Each rank receives what it keeps of a sum, not all of it.
-    sharded: bool,
-    /// Which bucket a tensor belongs to.
-    owner: Vec<usize>,
-    /// How many tensors each bucket has.
-    members: Vec<usize>,
-    /// How many of them still miss their gradient in this pass.
+    buckets: Vec<BucketViews>,
+    is_sharded: bool,
+    /// Bucket of each tensor.
+    bucket_of: Vec<usize>,
+    /// Number of tensors in each bucket.
+    tensor_counts: Vec<usize>,
+    /// Number of tensors of each bucket whose gradient does not exist yet in this backward pass.
     missing: Vec<usize>,
-    /// Whether each tensor has received a gradient in this step.
+    /// Per tensor: it has received a gradient in this step.
     used: Vec<bool>,
-    /// Reduce in this pass; not while gradients still accumulate.
-    armed: bool,
-    pending: Vec<Pending>,
-    /// Whole weights under way, by bucket.
-    coming: Vec<Option<Pending>>,
-    /// How long computing has waited for them since `begin`, and what went wrong.
-    waited: Duration,
-    lost: Option<Fault>,
-    events: Vec<Event>,
+    /// This backward pass reduces; false while gradients still accumulate.
+    is_last_micro_batch: bool,
+    reductions: Vec<Pending>,
+    /// All-gathers of weights that have not finished, by bucket.
+    gathers: Vec<Option<Pending>>,
+    /// Time spent waiting for them since `begin_step`.
+    gather_wait: Duration,
+    /// The first error of a gather.
+    gather_error: Option<Error>,
+    events: Vec<BucketEvent>,
 }
 
-/// One bucket's part of each buffer.
-struct Part {
-    gradient: Tensor,
-    /// What travels in its place, where that is of another dtype.
-    staged: Option<Tensor>,
-    /// Where the sum goes.
-    summed: Tensor,
-    /// What this rank keeps of the weights, and the whole.
-    narrowed: Tensor,
+/// Views of one bucket in the flat buffers.
+struct BucketViews {
+    grad: Tensor,
+    /// Copy of `grad` in the dtype of the reduction, where that is not fp32.
+    staging: Option<Tensor>,
+    reduced_grad: Tensor,
+    compute_shard: Tensor,
     compute: Tensor,
 }
 
-impl Part {
-    fn of(flat: &Flat, wire: Wire, cut: &Cut, bucket: usize) -> Part {
-        let narrow = |buffer: &Tensor, range: &Range<usize>| buffer.narrow(0, range.start as i64, range.len() as i64);
-        let whole = &cut.buckets[bucket];
-        let kept = flat.shards.as_ref().map_or(whole.clone(), |shards| shards.kept(bucket));
-        let gradient = narrow(&flat.gradient, whole);
-        Part {
-            staged: (wire.kind != Kind::Float).then(|| gradient.to_kind(wire.kind)),
-            summed: narrow(&flat.summed, &kept),
-            narrowed: narrow(&flat.narrowed, &kept),
-            // What arrives amid a forward is no change behind the back of what that has kept of other tensors.
-            compute: narrow(&flat.compute.data(), whole),
-            gradient,
+impl BucketViews {
+    fn new(flat: &FlatParams, reduce: GradReduce, full: &Range<usize>, bucket: usize) -> BucketViews {
+        let shard = match &flat.sharding {
+            Some(sharding) => sharding.range_in_shard(bucket),
+            None => full.clone(),
+        };
+        let grad = narrow(&flat.grad, full);
+        BucketViews {
+            staging: (reduce.kind != Kind::Float).then(|| grad.to_kind(reduce.kind)),
+            reduced_grad: narrow(&flat.reduced_grad, &shard),
+            compute_shard: narrow(&flat.compute_shard, &shard),
+            // Uses `.data()`, so that an all-gather that finishes during the forward pass does not bump the version
+            // counter of tensors that autograd has saved.
+            compute: narrow(&flat.compute.data(), full),
+            grad,
         }
     }
 }
 
+fn narrow(buffer: &Tensor, range: &Range<usize>) -> Tensor {
+    buffer.narrow(0, range.start as i64, range.len() as i64)
+}
+
 impl Buckets {
-    /// Buckets over the leaves of `flat`, reduced over `channel`.
-    pub fn new(flat: &Flat, wire: impl Into<Wire>, channel: Box<dyn Channel>) -> Result<Buckets> {
-        let wire = wire.into();
-        let cut = match &flat.shards {
-            Some(shards) => shards.cut.clone(),
-            None => lay_out(&flat.specs, wire.bytes / 4, ALIGN).1,
+    /// Makes buckets over the leaves of `flat`, reduced over `channel`.
+    pub fn new(flat: &FlatParams, reduce: impl Into<GradReduce>, channel: Box<dyn Channel>) -> Result<Buckets> {
+        let reduce = reduce.into();
+        let layout = match &flat.sharding {
+            Some(sharding) => sharding.layout.clone(),
+            None => compute_layout(&flat.specs, reduce.bucket_bytes / 4, ALIGN).1,
         };
-        let mut members = vec![0; cut.buckets.len()];
-        cut.owner.iter().for_each(|&bucket| members[bucket] += 1);
-        let state = Arc::new(Mutex::new(State {
+        let BucketLayout { buckets, bucket_of } = layout;
+        let mut tensor_counts = vec![0; buckets.len()];
+        bucket_of.iter().for_each(|&bucket| tensor_counts[bucket] += 1);
+        let views = |(bucket, range)| BucketViews::new(flat, reduce, range, bucket);
+        let state = Arc::new(Mutex::new(BucketState {
             channel,
-            parts: (0..cut.buckets.len()).map(|bucket| Part::of(flat, wire, &cut, bucket)).collect(),
-            sharded: flat.shards.is_some(),
-            used: vec![false; cut.owner.len()],
-            missing: members.clone(),
-            owner: cut.owner,
-            members,
-            armed: false,
-            pending: Vec::new(),
-            coming: Vec::new(),
-            waited: Duration::ZERO,
-            lost: None,
+            buckets: buckets.iter().enumerate().map(views).collect(),
+            is_sharded: flat.sharding.is_some(),
+            used: vec![false; bucket_of.len()],
+            missing: tensor_counts.clone(),
+            bucket_of,
+            tensor_counts,
+            is_last_micro_batch: false,
+            reductions: Vec::new(),
+            gathers: Vec::new(),
+            gather_wait: Duration::ZERO,
+            gather_error: None,
             events: Vec::new(),
         }));
-        let seen = state.clone();
-        let hooks = Hooks::set(&flat.leaves.0, move |tensor| lock(&seen).fired(tensor))?;
+        let hook_state = state.clone();
+        let hooks = GradHooks::register(&flat.leaves.0, move |tensor| lock(&hook_state).on_grad(tensor))?;
         Ok(Buckets { state, _hooks: hooks })
     }
 
-    /// Before the first backward pass of a step.
-    pub fn begin(&self) {
+    /// Resets the records of a step. Call it before the first backward pass.
+    pub fn begin_step(&self) {
         let mut state = lock(&self.state);
         state.used.fill(false);
         state.events.clear();
-        state.waited = Duration::ZERO;
+        state.gather_wait = Duration::ZERO;
     }
 
-    /// Before each backward pass: `last` says that no further one adds to these gradients.
-    pub fn arm(&self, last: bool) {
+    /// Prepares a backward pass: gradients are reduced during the last one of a step and only accumulate in the others.
+    pub fn set_last_micro_batch(&self, is_last: bool) {
         let mut state = lock(&self.state);
-        state.armed = last;
-        state.missing = state.members.clone();
+        state.is_last_micro_batch = is_last;
+        state.missing = state.tensor_counts.clone();
     }
 
-    /// After the last backward pass: starts what has not started, and waits for all. Afterwards every rank holds the
-    /// sum of what it keeps.
-    pub fn finish(&self, deadline: Duration) -> Result<()> {
-        let (pending, landing) = {
+    /// Starts the remaining reductions after the last backward pass, and waits for all. Afterwards `reduced_grad` is
+    /// the sum over ranks, or this rank's shard of it.
+    pub fn finish(&self, timeout: Duration) -> Result<()> {
+        let (reductions, destinations) = {
             let mut state = lock(&self.state);
-            state.start(true);
-            state.armed = false;
-            (std::mem::take(&mut state.pending), state.landing())
+            state.start_reductions(true);
+            state.is_last_micro_batch = false;
+            (std::mem::take(&mut state.reductions), state.destinations())
         };
-        for (bucket, target) in pending.into_iter().zip(landing) {
-            let sum = bucket.wait(deadline)?;
-            if let Some(mut target) = target {
-                no_grad(|| target.copy_(&sum));
+        for (reduction, destination) in reductions.into_iter().zip(destinations) {
+            let sum = reduction.wait(timeout)?;
+            if let Some(mut destination) = destination {
+                no_grad(|| destination.copy_(&sum));
             }
         }
         Ok(())
     }
 
-    /// The squared norm of the summed gradient over all ranks, where each keeps a share; fp32 [] on the buffers' device,
-    /// not finite if any value is not.
-    pub fn square_sum(&self, flat: &Flat, deadline: Duration) -> Result<Tensor> {
-        let own = square_sum(&flat.summed)?;
+    /// Returns the squared norm of the reduced gradient, over all shards: fp32 [] on the buffers' device, not finite if
+    /// any value is not.
+    pub fn square_sum(&self, flat: &FlatParams, timeout: Duration) -> Result<Tensor> {
+        let local = square_sum(&flat.reduced_grad)?;
         let mut state = lock(&self.state);
-        if !state.sharded {
-            return Ok(own);
+        if !state.is_sharded {
+            return Ok(local);
         }
-        let all = state.channel.all_reduce(&own.to_kind(Kind::Double), Reduce::Sum).wait(deadline)?;
-        Ok(all.to_kind(Kind::Float))
+        let total = state.channel.all_reduce(&local.to_kind(Kind::Double), ReduceOp::Sum).wait(timeout)?;
+        Ok(total.to_kind(Kind::Float))
     }
 
-    /// After an update: starts to bring the weights that each rank keeps to all ranks, in the order in which the next
-    /// forward uses them. Does nothing unless the optimizer is sharded.
-    pub fn spread(&self) {
+    /// Starts to all-gather the updated weights, in the order in which the next forward uses them. Does nothing unless
+    /// the optimizer is sharded.
+    pub fn start_weight_gather(&self) {
         let state = &mut *lock(&self.state);
-        if state.sharded {
-            let gather = |part: &Part| Some(state.channel.all_gather(&part.narrowed));
-            state.coming = state.parts.iter().rev().map(gather).collect();
-            state.coming.reverse();
+        if state.is_sharded {
+            let gather = |bucket: &BucketViews| Some(state.channel.all_gather(&bucket.compute_shard));
+            state.gathers = state.buckets.iter().rev().map(gather).collect();
+            state.gathers.reverse();
         }
     }
 
-    /// What a method that computes with the leaves calls before it uses one: waits until its bucket has come, for
-    /// `deadline` at most. A fault is kept for [`gathered`](Self::gathered).
-    pub fn arrival(&self, deadline: Duration) -> impl Fn(usize) + Send + Sync + 'static {
+    /// Returns the hook that a forward pass calls with a tensor's index before it uses the tensor: it waits at most
+    /// `timeout` for the all-gather of the tensor's bucket. [`finish_weight_gather`](Self::finish_weight_gather)
+    /// returns its error.
+    pub fn wait_hook(&self, timeout: Duration) -> impl Fn(usize) + Send + Sync + 'static {
         let state = self.state.clone();
         move |tensor| {
             let mut state = lock(&state);
-            let bucket = state.owner[tensor];
-            state.arrive(bucket, deadline);
+            let bucket = state.bucket_of[tensor];
+            state.wait_bucket(bucket, timeout);
         }
     }
 
-    /// Waits until all weights under way have come.
-    pub fn gathered(&self, deadline: Duration) -> Result<()> {
+    /// Waits for all-gathers of weights that have not finished.
+    pub fn finish_weight_gather(&self, timeout: Duration) -> Result<()> {
         let mut state = lock(&self.state);
-        (0..state.coming.len()).rev().for_each(|bucket| state.arrive(bucket, deadline));
-        state.lost.take().map_or(Ok(()), Err)
+        (0..state.gathers.len()).rev().for_each(|bucket| state.wait_bucket(bucket, timeout));
+        state.gather_error.take().map_or(Ok(()), Err)
     }
 
-    /// How long computing has waited for weights since `begin`.
-    pub fn waited(&self) -> Duration {
-        lock(&self.state).waited
+    /// Returns the time spent waiting for weights since `begin_step`.
+    pub fn gather_wait(&self) -> Duration {
+        lock(&self.state).gather_wait
     }
 
-    /// Calls `with` for every tensor of a buffer [K] of what ranks keep (the weights, a moment), whole, in the table's
-    /// order. Where the optimizer is sharded this is collective, and no more than a bucket is gathered at a time.
-    pub fn whole(
+    /// Calls `visit` with the index and the full tensor for every tensor of a buffer [K] (the weights, a moment). Where
+    /// the optimizer is sharded this is collective, gathers one bucket at a time, and visits the tensors bucket by
+    /// bucket.
+    pub fn for_each_full(
         &self,
-        flat: &Flat,
+        flat: &FlatParams,
         buffer: &Tensor,
-        deadline: Duration,
-        mut with: impl FnMut(usize, &Tensor) -> Result<()>,
+        timeout: Duration,
+        mut visit: impl FnMut(usize, &Tensor) -> Result<()>,
     ) -> Result<()> {
         let tensors = 0..flat.specs.len();
-        let Some(shards) = &flat.shards else {
-            return tensors.into_iter().try_for_each(|index| with(index, &flat.part(buffer, index)));
+        let Some(sharding) = &flat.sharding else {
+            return tensors.into_iter().try_for_each(|index| visit(index, &flat.param_view(buffer, index)));
         };
-        for (bucket, range) in shards.cut.buckets.iter().enumerate().rev() {
-            let kept = shards.kept(bucket);
-            let own = buffer.narrow(0, kept.start as i64, kept.len() as i64);
-            let gathering = lock(&self.state).channel.all_gather(&own);
-            let all = gathering.wait(deadline)?.view(-1);
-            for index in tensors.clone().filter(|&index| shards.cut.owner[index] == bucket) {
-                let (place, spec) = (&flat.places[index], &flat.specs[index]);
-                let whole = all.narrow(0, (place.start - range.start) as i64, place.len() as i64);
-                with(index, &whole.view(spec.shape.as_slice()))?;
+        for (bucket, bucket_range) in sharding.layout.buckets.iter().enumerate().rev() {
+            let local = narrow(buffer, &sharding.range_in_shard(bucket));
+            let gather = lock(&self.state).channel.all_gather(&local);
+            let full = gather.wait(timeout)?.view(-1);
+            for index in tensors.clone().filter(|&index| sharding.layout.bucket_of[index] == bucket) {
+                let range = &flat.ranges[index];
+                let tensor = full.narrow(0, (range.start - bucket_range.start) as i64, range.len() as i64);
+                visit(index, &tensor.view(flat.specs[index].shape.as_slice()))?;
             }
         }
         Ok(())
     }
 
-    /// The weights in fp32 as one rank has them by itself: the master weights, or where other ranks keep some of those,
-    /// what is computed with.
-    pub fn weights(&self, flat: &Flat, deadline: Duration) -> Result<Weights> {
-        if flat.shards.is_none() {
+    /// Returns the full weights in fp32: the master weights or, where those are sharded, the compute weights.
+    pub fn weights(&self, flat: &FlatParams, timeout: Duration) -> Result<Weights> {
+        if flat.sharding.is_none() {
             return Ok(flat.weights(&flat.master));
         }
-        self.gathered(deadline)?;
+        self.finish_weight_gather(timeout)?;
         Ok(flat.weights(&flat.compute.to_kind(Kind::Float)))
     }
 
-    /// Which tensors received a gradient since `begin`, on this rank.
-    pub fn used(&self) -> Vec<bool> {
+    /// Returns, for each tensor, whether it received a gradient on this rank since `begin_step`.
+    pub fn used_params(&self) -> Vec<bool> {
         lock(&self.state).used.clone()
     }
 
-    /// What happened since `begin`.
-    pub fn events(&self) -> Vec<Event> {
+    /// Returns the events since `begin_step`.
+    pub fn events(&self) -> Vec<BucketEvent> {
         lock(&self.state).events.clone()
     }
 }
 
 impl Drop for Buckets {
-    /// Weights that come nowhere any more are sent nevertheless, for other ranks may wait for them.
+    /// Finishes started all-gathers, since other ranks may wait for them.
     fn drop(&mut self) {
-        // Whoever is lost has been told of elsewhere.
-        let _ = self.gathered(Duration::from_secs(5));
+        // The error of a lost rank is reported elsewhere.
+        let _ = self.finish_weight_gather(Duration::from_secs(5));
     }
 }
 
-impl State {
-    fn fired(&mut self, tensor: usize) {
+impl BucketState {
+    fn on_grad(&mut self, tensor: usize) {
         self.used[tensor] = true;
-        self.missing[self.owner[tensor]] -= 1;
-        self.events.push(Event::Gradient(tensor));
-        if self.armed {
-            self.start(false);
+        self.missing[self.bucket_of[tensor]] -= 1;
+        self.events.push(BucketEvent::GradReady(tensor));
+        if self.is_last_micro_batch {
+            self.start_reductions(false);
         }
     }
 
-    /// Brings a bucket of weights to its place, if it is under way.
-    fn arrive(&mut self, bucket: usize, deadline: Duration) {
-        let Some(coming) = self.coming.get_mut(bucket).and_then(Option::take) else { return };
-        let began = Instant::now();
-        match coming.wait(deadline) {
-            Ok(all) => no_grad(|| self.parts[bucket].compute.copy_(&all.view(-1))),
-            Err(fault) => self.lost = self.lost.take().or(Some(fault)),
+    /// Waits for the all-gather of a bucket, if it has not finished, and copies the result into the compute weights.
+    fn wait_bucket(&mut self, bucket: usize, timeout: Duration) {
+        let Some(gather) = self.gathers.get_mut(bucket).and_then(Option::take) else { return };
+        let start = Instant::now();
+        match gather.wait(timeout) {
+            Ok(full) => no_grad(|| self.buckets[bucket].compute.copy_(&full.view(-1))),
+            Err(error) => self.gather_error = self.gather_error.take().or(Some(error)),
         }
-        self.waited += began.elapsed();
+        self.gather_wait += start.elapsed();
     }
 
-    /// Starts the next buckets that are complete, or all that are left.
-    fn start(&mut self, all: bool) {
-        while self.pending.len() < self.parts.len() && (all || self.missing[self.pending.len()] == 0) {
-            self.events.push(Event::Start(self.pending.len()));
-            let part = &mut self.parts[self.pending.len()];
-            let travels = match &mut part.staged {
-                None => &part.gradient,
-                Some(staged) => {
-                    no_grad(|| staged.copy_(&part.gradient));
-                    &*staged
+    /// Starts the next buckets as long as they are complete, or all remaining ones.
+    fn start_reductions(&mut self, all: bool) {
+        while self.reductions.len() < self.buckets.len() && (all || self.missing[self.reductions.len()] == 0) {
+            let index = self.reductions.len();
+            self.events.push(BucketEvent::ReduceStarted(index));
+            let bucket = &mut self.buckets[index];
+            let input = match &mut bucket.staging {
+                None => &bucket.grad,
+                Some(staging) => {
+                    no_grad(|| staging.copy_(&bucket.grad));
+                    &*staging
                 }
             };
-            self.pending.push(match self.sharded {
-                true => self.channel.reduce_scatter(travels),
-                false => self.channel.all_reduce(travels, Reduce::Sum),
-            });
+            let reduction = if self.is_sharded {
+                self.channel.reduce_scatter(input)
+            } else {
+                self.channel.all_reduce(input, ReduceOp::Sum)
+            };
+            self.reductions.push(reduction);
         }
     }
 
-    /// Where each sum is brought to, if it does not arise there.
-    fn landing(&self) -> Vec<Option<Tensor>> {
-        let elsewhere = |part: &Part| self.sharded || part.staged.is_some();
-        self.parts.iter().map(|part| elsewhere(part).then(|| part.summed.shallow_clone())).collect()
+    /// Returns, for each bucket, the tensor that its sum is copied into; none where the reduction is in place.
+    fn destinations(&self) -> Vec<Option<Tensor>> {
+        let destination = |bucket: &BucketViews| {
+            let needs_copy = self.is_sharded || bucket.staging.is_some();
+            needs_copy.then(|| bucket.reduced_grad.shallow_clone())
+        };
+        self.buckets.iter().map(destination).collect()
     }
 }
 
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().expect("no thread dies holding the buckets")
+fn lock(state: &Mutex<BucketState>) -> MutexGuard<'_, BucketState> {
+    state.lock().expect("no thread panics while it holds the buckets")
 }

@@ -1,75 +1,82 @@
-//! Where tensors lie in the flat buffers, where the buffers are cut into buckets, and what of a bucket each rank keeps
-//! where the optimizer's state is shared out.
+//! The layout of the flat buffers: the range of each tensor, the buckets, and the shard of each bucket that a rank
+//! keeps when the optimizer state is sharded.
 
-use crate::part::weights::Spec;
+use crate::part::params::ParamSpec;
 use std::ops::Range;
 
-/// Elements; 256 bytes in the narrowest compute dtype (bf16).
+/// Alignment of tensors, in elements: 256 bytes in the narrowest compute dtype (bf16).
 pub const ALIGN: usize = 128;
 
-/// Buckets: runs of the flat buffers, end to end, which together are the whole.
+/// The buckets: consecutive ranges that cover the flat buffers.
 #[derive(Clone, Debug)]
-pub struct Cut {
+pub struct BucketLayout {
+    /// Element range of each bucket.
     pub buckets: Vec<Range<usize>>,
-    /// Which of them each tensor lies in, in the table's order.
-    pub owner: Vec<usize>,
+    /// Index of the bucket that holds each tensor, in the order of the specs.
+    pub bucket_of: Vec<usize>,
 }
 
-impl Cut {
-    /// The length of the buffers.
+impl BucketLayout {
+    /// Returns the length of the flat buffers, in elements.
     pub fn length(&self) -> usize {
         self.buckets.last().map_or(0, |last| last.end)
     }
 }
 
-/// Each tensor's range, last used first, on boundaries of `ALIGN`. A bucket ends with the first tensor that brings it to
-/// `least` elements, and on a multiple of `granule`; where that is `ALIGN`, no range depends on `least`.
-pub fn lay_out(specs: &[Spec], least: usize, granule: usize) -> (Vec<Range<usize>>, Cut) {
-    let mut places = vec![0..0; specs.len()];
-    let mut cut = Cut { buckets: Vec::new(), owner: vec![0; specs.len()] };
-    let (mut begin, mut at) = (0, 0);
+/// Returns each tensor's range and the buckets. The tensor used last comes first; tensors start at multiples of
+/// [`ALIGN`]. A bucket ends with the first tensor that brings it to `min_elements`, at a multiple of `granule`; where
+/// `granule` is `ALIGN`, the ranges do not depend on `min_elements`.
+pub fn compute_layout(specs: &[ParamSpec], min_elements: usize, granule: usize) -> (Vec<Range<usize>>, BucketLayout) {
+    let mut ranges = vec![0..0; specs.len()];
+    let mut layout = BucketLayout { buckets: Vec::new(), bucket_of: vec![0; specs.len()] };
+    let mut bucket_start = 0;
+    let mut start = 0;
     for (index, spec) in specs.iter().enumerate().rev() {
-        let end = at + spec.numel();
-        places[index] = at..end;
-        cut.owner[index] = cut.buckets.len();
-        at = end.next_multiple_of(ALIGN);
-        if end - begin >= least || index == 0 {
-            at = end.next_multiple_of(granule);
-            cut.buckets.push(begin..at);
-            begin = at;
+        let end = start + spec.numel();
+        ranges[index] = start..end;
+        layout.bucket_of[index] = layout.buckets.len();
+        start = end.next_multiple_of(ALIGN);
+        if end - bucket_start >= min_elements || index == 0 {
+            start = end.next_multiple_of(granule);
+            layout.buckets.push(bucket_start..start);
+            bucket_start = start;
         }
     }
-    (places, cut)
+    (ranges, layout)
 }
 
-/// The optimizer's state, shared out: of every bucket each rank keeps an equal run, in rank order (ZeRO, stage 1:
-/// Rajbhandari et al., 2020). What a rank keeps lies end to end in buffers of a `ranks`-th of the length.
+/// The sharding of the optimizer state: every rank keeps an equal part of each bucket, in rank order (ZeRO stage 1,
+/// Rajbhandari et al., 2020). The parts of one rank are contiguous in its shard buffers, whose length is that of the
+/// full buffers divided by `world_size`.
 #[derive(Clone, Debug)]
-pub struct Shards {
-    pub cut: Cut,
+pub struct Sharding {
+    pub layout: BucketLayout,
     pub rank: usize,
-    pub ranks: usize,
+    pub world_size: usize,
 }
 
-impl Shards {
-    /// What this rank keeps of a bucket, as a range of the whole buffers.
-    pub fn own(&self, bucket: usize) -> Range<usize> {
-        let Range { start, end } = self.cut.buckets[bucket];
-        let each = (end - start) / self.ranks;
-        start + self.rank * each..start + (self.rank + 1) * each
+impl Sharding {
+    /// Returns this rank's part of a bucket, as a range of the full buffers.
+    pub fn range_in_full(&self, bucket: usize) -> Range<usize> {
+        let Range { start, end } = self.layout.buckets[bucket];
+        let length = (end - start) / self.world_size;
+        start + self.rank * length..start + (self.rank + 1) * length
     }
 
-    /// Where that lies in the buffers of what this rank keeps.
-    pub fn kept(&self, bucket: usize) -> Range<usize> {
-        let Range { start, end } = self.cut.buckets[bucket];
-        start / self.ranks..end / self.ranks
+    /// Returns this rank's part of a bucket, as a range of the shard buffers.
+    pub fn range_in_shard(&self, bucket: usize) -> Range<usize> {
+        let Range { start, end } = self.layout.buckets[bucket];
+        start / self.world_size..end / self.world_size
     }
 
-    /// The same of one tensor at `place`: empty where other ranks keep all of it.
-    pub fn piece(&self, index: usize, place: &Range<usize>) -> Range<usize> {
-        let bucket = self.cut.owner[index];
-        let (own, kept) = (self.own(bucket), self.kept(bucket));
-        let (start, end) = (place.start.max(own.start), place.end.min(own.end));
-        if start < end { kept.start + start - own.start..kept.start + end - own.start } else { 0..0 }
+    /// Returns this rank's part of tensor `index`, which has range `full` in the full buffers, as a range of the shard
+    /// buffers; empty where other ranks keep all of the tensor.
+    pub fn param_range_in_shard(&self, index: usize, full: &Range<usize>) -> Range<usize> {
+        let bucket = self.layout.bucket_of[index];
+        let local = self.range_in_full(bucket);
+        let shard = self.range_in_shard(bucket);
+        let start = full.start.max(local.start);
+        let end = full.end.min(local.end);
+        if start < end { shard.start + start - local.start..shard.start + end - local.start } else { 0..0 }
     }
 }

@@ -5,4 +5,5 @@ pub mod flat;
 pub mod lars;
 pub mod layout;
 pub mod schedule;
+pub mod teacher;
 pub mod update;

@@ -1,14 +1,15 @@
-//! AdamW with the numbers of a config: weight-decay groups, clipping, the moving average.
+//! The weight update: AdamW with weight-decay groups, gradient clipping, and a moving average of the weights.
 
-use super::flat::Flat;
-use super::schedule::{Schedule, Span};
-use crate::fault::{Fault, Result};
-use crate::op::adamw::{self, AdamW, Buffers, Table, adamw};
-use crate::op::lerp::{self, Share, lerp};
+use super::flat::FlatParams;
+use super::schedule::{Schedule, TrainingLength};
+use crate::error::{Error, Result};
+use crate::op::adamw::{self, AdamWBuffers, AdamWOptions, TensorState, adamw};
+use crate::op::lerp::{self, LerpWeight, lerp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
+/// The config's `optim`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -16,34 +17,35 @@ pub struct Config {
     /// this or `lr`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_lr: Option<f64>,
-    /// The peak learning rate itself.
+    /// Peak learning rate, not scaled by the batch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// Where the cosine ends.
+    /// Learning rate at the end of the cosine.
     #[serde(default)]
     pub min_lr: f64,
-    /// Linear warm-up from 0.
+    /// Length of the linear warm-up from 0.
     #[serde(default = "Config::no_warmup")]
-    pub warmup: Span,
+    pub warmup: TrainingLength,
     /// AdamW's decay rates of the two moments.
     #[serde(default = "Config::betas")]
     pub betas: [f64; 2],
+    /// AdamW's term in the denominator.
     #[serde(default = "Config::eps")]
     pub eps: f64,
-    /// Decoupled; spares biases, norms' scales and shifts.
+    /// Decoupled weight decay; biases and the scales and shifts of norms do not decay.
     #[serde(default = "Config::weight_decay")]
     pub weight_decay: f64,
-    /// The greatest global gradient norm; larger ones are scaled down to it.
+    /// Maximum global gradient norm; larger gradients are scaled down to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clip: Option<f64>,
-    /// Keeps a moving average of the weights that decays by this factor each step; evaluation and export then use it.
+    pub clip_grad_norm: Option<f64>,
+    /// Keeps a moving average of the weights with this decay per step; evaluation and export then use it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ema: Option<f64>,
+    pub ema_decay: Option<f64>,
 }
 
 impl Config {
-    fn no_warmup() -> Span {
-        Span::Samples(0)
+    fn no_warmup() -> TrainingLength {
+        TrainingLength::Samples(0)
     }
     fn betas() -> [f64; 2] {
         [0.9, 0.95]
@@ -55,173 +57,192 @@ impl Config {
         0.05
     }
 
+    /// Refuses values out of range, and both or neither of `base_lr` and `lr`.
     pub fn check(&self) -> Result<()> {
-        let range = |name: &str, value: f64, low: f64, high: f64| match (low..=high).contains(&value) {
-            true => Ok(()),
-            false => Err(Fault::usage(format!("optim.{name} is {value}; it must lie in [{low}, {high}]"))),
-        };
         match (self.base_lr, self.lr) {
-            (Some(lr), None) => range("base_lr", lr, 0.0, 10.0)?,
-            (None, Some(lr)) => range("lr", lr, 0.0, 10.0)?,
+            (Some(lr), None) => check_range("base_lr", lr, 0.0, 10.0)?,
+            (None, Some(lr)) => check_range("lr", lr, 0.0, 10.0)?,
             _ => {
-                return Err(Fault::usage(
-                    "optim wants either base_lr (per 256 samples) or lr (absolute): give one of them",
+                return Err(Error::usage(
+                    "optim needs either base_lr (per 256 samples) or lr (absolute): give one of them",
                 ));
             }
         }
-        range("min_lr", self.min_lr, 0.0, 10.0)?;
-        range("betas[0]", self.betas[0], 0.0, 0.999_999)?;
-        range("betas[1]", self.betas[1], 0.0, 0.999_999)?;
-        range("eps", self.eps, 1e-16, 1.0)?;
-        range("weight_decay", self.weight_decay, 0.0, 10.0)?;
-        if let Some(clip) = self.clip {
-            range("clip", clip, 1e-9, 1e9)?;
+        check_range("min_lr", self.min_lr, 0.0, 10.0)?;
+        check_range("betas[0]", self.betas[0], 0.0, 0.999_999)?;
+        check_range("betas[1]", self.betas[1], 0.0, 0.999_999)?;
+        check_range("eps", self.eps, 1e-16, 1.0)?;
+        check_range("weight_decay", self.weight_decay, 0.0, 10.0)?;
+        if let Some(max_norm) = self.clip_grad_norm {
+            check_range("clip_grad_norm", max_norm, 1e-9, 1e9)?;
         }
-        if let Some(ema) = self.ema {
-            range("ema", ema, 0.0, 0.999_999_9)?;
+        if let Some(decay) = self.ema_decay {
+            check_range("ema_decay", decay, 0.0, 0.999_999_9)?;
         }
         self.warmup.check("optim.warmup")
     }
 
-    /// The peak learning rate for a global batch.
-    pub fn peak(&self, global_batch: u64) -> f64 {
+    /// Returns the peak learning rate for a global batch size.
+    pub fn peak_lr(&self, global_batch: u64) -> f64 {
         self.lr.unwrap_or_else(|| self.base_lr.unwrap_or(0.0) * global_batch as f64 / 256.0)
     }
 
-    /// The curve over `total` samples.
-    pub fn schedule(&self, data_set: u64, global_batch: u64, total: u64) -> Schedule {
+    /// Returns the schedule over `total_samples`; `data_set` is the number of samples of an epoch.
+    pub fn schedule(&self, data_set: u64, global_batch: u64, total_samples: u64) -> Schedule {
         Schedule {
-            peak: self.peak(global_batch),
-            least: self.min_lr,
-            warmup: self.warmup.samples(data_set, global_batch),
-            total: total as f64,
+            peak_lr: self.peak_lr(global_batch),
+            min_lr: self.min_lr,
+            warmup_samples: self.warmup.to_samples(data_set, global_batch),
+            total_samples: total_samples as f64,
         }
     }
 }
 
-/// Views of what this rank keeps of every tensor in each of the flat buffers, made once.
-pub struct Updater {
-    config: Config,
-    tensors: Vec<Views>,
-    table: Table,
-    /// The moving average of the master weights, fp32 [K].
-    pub average: Option<Tensor>,
+fn check_range(key: &str, value: f64, min: f64, max: f64) -> Result<()> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::usage(format!("optim.{key} is {value}; it must lie in [{min}, {max}]")))
 }
 
-struct Views {
-    decays: bool,
+/// Applies AdamW to this rank's shard of a [`FlatParams`].
+pub struct Updater {
+    config: Config,
+    tensors: Vec<ParamViews>,
+    state: TensorState,
+    /// Moving average of the master weights, fp32 [K].
+    pub ema: Option<Tensor>,
+}
+
+/// Views of this rank's part of one tensor in the flat buffers.
+struct ParamViews {
+    weight_decay: bool,
     weight: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     steps: Tensor,
 }
 
-impl Updater {
-    pub fn new(flat: &Flat, config: &Config) -> Updater {
-        let views = |index: usize| Views {
-            decays: flat.specs[index].decays,
-            weight: flat.piece(&flat.master, index),
-            gradient: flat.piece(&flat.summed, index),
-            first: flat.piece(&flat.first, index),
-            second: flat.piece(&flat.second, index),
+impl ParamViews {
+    fn new(flat: &FlatParams, index: usize) -> ParamViews {
+        ParamViews {
+            weight_decay: flat.specs[index].weight_decay,
+            weight: flat.shard_of(&flat.master, index),
+            grad: flat.shard_of(&flat.reduced_grad, index),
+            exp_avg: flat.shard_of(&flat.exp_avg, index),
+            exp_avg_sq: flat.shard_of(&flat.exp_avg_sq, index),
             steps: flat.steps.narrow(0, index as i64, 1).view([]),
-        };
-        let decays: Vec<bool> = flat.specs.iter().map(|spec| spec.decays).collect();
+        }
+    }
+}
+
+impl Updater {
+    /// Makes an updater for the buffers of `flat`.
+    pub fn new(flat: &FlatParams, config: &Config) -> Updater {
+        let weight_decay: Vec<bool> = flat.specs.iter().map(|spec| spec.weight_decay).collect();
         Updater {
             config: config.clone(),
-            tensors: (0..flat.specs.len()).map(views).collect(),
-            table: Table::new(&flat.kept, &decays, flat.master.numel(), &flat.steps),
-            average: config.ema.map(|_| flat.master.copy()),
+            tensors: (0..flat.specs.len()).map(|index| ParamViews::new(flat, index)).collect(),
+            state: TensorState::new(&flat.shard_ranges, &weight_decay, flat.master.numel(), &flat.steps),
+            ema: config.ema_decay.map(|_| flat.master.copy()),
         }
     }
 
-    /// The factor that brings a gradient of this norm within the limit (PyTorch's `clip_grad_norm_`).
+    /// Returns the factor that scales a gradient of this norm down to the maximum (PyTorch's `clip_grad_norm_`).
     pub fn clip_scale(&self, norm: f64) -> f64 {
-        self.config.clip.map_or(1.0, |limit| (limit / (norm + 1e-6)).min(1.0))
+        self.config.clip_grad_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0))
     }
 
-    /// One update of what this rank keeps of the tensors that are `used`; the others stay where they are, moments and
-    /// counts included. Where the optimizer is sharded, [`Buckets::spread`](super::bucket::Buckets::spread) comes next.
-    pub fn update(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
+    /// Updates this rank's shard of the tensors that are `used`; weights, moments and step counts of the others do not
+    /// change. Where the optimizer is sharded, call
+    /// [`Buckets::start_weight_gather`](super::bucket::Buckets::start_weight_gather) next.
+    pub fn update(&mut self, flat: &mut FlatParams, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         if flat.master.device().is_cuda() {
-            self.all_at_once(flat, used, lr, clip_scale)?;
+            self.update_cuda(flat, used, lr, clip_scale)?;
         } else {
-            self.by_tensor(flat, used, lr, clip_scale)?;
+            self.update_cpu(flat, used, lr, clip_scale)?;
         }
-        if let (Some(average), Some(decay)) = (&mut self.average, self.config.ema) {
-            no_grad(|| lerp(average, &flat.master, 1.0 - decay));
+        if let (Some(ema), Some(decay)) = (&mut self.ema, self.config.ema_decay) {
+            no_grad(|| lerp(ema, &flat.master, 1.0 - decay));
         }
         Ok(())
     }
 
-    /// The numbers of a step that [`Updater::queue`] reads: learning rate, weight decay, and the greatest norm.
-    pub fn rates(&self, lr: f64) -> [f64; 3] {
-        [lr, self.config.weight_decay, self.config.clip.unwrap_or(f64::INFINITY)]
+    /// Returns the hyperparameters of a step that [`Updater::enqueue_update`] reads: learning rate, weight decay,
+    /// maximum gradient norm.
+    pub fn hyperparams(&self, lr: f64) -> [f64; 3] {
+        [lr, self.config.weight_decay, self.config.clip_grad_norm.unwrap_or(f64::INFINITY)]
     }
 
-    /// The same update where the device decides, and nothing waits: `used` f64 [n] is 0 for the unused, `rates` f64 [3]
-    /// are those of [`Updater::rates`], `norm` f64 [1] is the gradient's, and where `good` bool [1] says no, nothing
-    /// moves. All of them on the buffers' device.
-    pub fn queue(&mut self, flat: &Flat, used: &Tensor, rates: &Tensor, norm: &Tensor, good: &Tensor) -> Result<()> {
-        self.table.used.copy_(&used.gt(0.0));
-        let scale = (rates.narrow(0, 2, 1) / (norm + 1e-6)).clamp_max(1.0);
-        let apply = good.to_kind(Kind::Double);
-        let control = Tensor::cat(&[&rates.narrow(0, 0, 2), &scale, &apply], 0).to_kind(Kind::Float);
-        self.by_kernel(flat, &control)?;
-        match (&self.average, self.config.ema) {
-            (Some(average), Some(decay)) => {
-                let share = (apply * (1.0 - decay)).to_kind(Kind::Float);
-                lerp::kernel(average, &flat.master, Share::Value(&share))
-            }
-            _ => Ok(()),
+    /// Enqueues the same update without host synchronization. All arguments are on the buffers' device: `used` f64
+    /// [number of tensors] is 0 for unused tensors, `hyperparams` f64 [3] are those of [`Updater::hyperparams`], `norm`
+    /// f64 [1] is the gradient's norm; where `apply` bool [1] is false, nothing changes.
+    pub fn enqueue_update(
+        &mut self,
+        flat: &FlatParams,
+        used: &Tensor,
+        hyperparams: &Tensor,
+        norm: &Tensor,
+        apply: &Tensor,
+    ) -> Result<()> {
+        self.state.used.copy_(&used.gt(0.0));
+        let clip_scale = (hyperparams.narrow(0, 2, 1) / (norm + 1e-6)).clamp_max(1.0);
+        let apply = apply.to_kind(Kind::Double);
+        let control = Tensor::cat(&[&hyperparams.narrow(0, 0, 2), &clip_scale, &apply], 0).to_kind(Kind::Float);
+        self.launch_kernel(flat, &control)?;
+        if let (Some(ema), Some(decay)) = (&self.ema, self.config.ema_decay) {
+            let weight = (apply * (1.0 - decay)).to_kind(Kind::Float);
+            lerp::kernel(ema, &flat.master, LerpWeight::Device(&weight))?;
         }
+        Ok(())
     }
 
-    /// By our kernel.
-    fn all_at_once(&mut self, flat: &Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
+    /// Updates all tensors with one kernel.
+    fn update_cuda(&mut self, flat: &FlatParams, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         let used: Vec<f32> = used.iter().map(|used| f32::from(u8::from(*used))).collect();
-        self.table.used.copy_(&Tensor::from_slice(&used));
+        self.state.used.copy_(&Tensor::from_slice(&used));
         let control = adamw::control(lr, self.config.weight_decay, clip_scale, true, flat.master.device());
-        self.by_kernel(flat, &control)
+        self.launch_kernel(flat, &control)
     }
 
-    fn by_kernel(&self, flat: &Flat, control: &Tensor) -> Result<()> {
+    fn launch_kernel(&self, flat: &FlatParams, control: &Tensor) -> Result<()> {
         let Config { betas, eps, .. } = self.config;
-        let buffers = Buffers {
+        let buffers = AdamWBuffers {
             master: &flat.master,
-            first: &flat.first,
-            second: &flat.second,
-            gradient: &flat.summed,
-            compute: (flat.narrowed.kind() != flat.master.kind()).then_some(&flat.narrowed),
+            exp_avg: &flat.exp_avg,
+            exp_avg_sq: &flat.exp_avg_sq,
+            gradient: &flat.reduced_grad,
+            compute_weights: (flat.compute_shard.kind() != flat.master.kind()).then_some(&flat.compute_shard),
         };
-        adamw::kernel(buffers, &self.table, control, (betas[0], betas[1]), eps)
+        adamw::kernel(buffers, &self.state, control, betas, eps)
     }
 
-    /// By the library, group by group.
-    fn by_tensor(&mut self, flat: &mut Flat, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
+    /// Updates with libtorch's fused AdamW, one call per weight-decay group.
+    fn update_cpu(&mut self, flat: &mut FlatParams, used: &[bool], lr: f64, clip_scale: f64) -> Result<()> {
         let Config { betas, eps, weight_decay, .. } = self.config;
         if clip_scale < 1.0 {
-            let _ = flat.summed.g_mul_scalar_(clip_scale);
+            let _ = flat.reduced_grad.g_mul_scalar_(clip_scale);
         }
-        let moved = self.tensors.iter_mut().zip(used).filter(|(_, used)| **used).map(|(t, _)| t);
-        let (here, elsewhere): (Vec<_>, Vec<_>) = moved.partition(|t| t.weight.numel() > 0);
+        let used_tensors = self.tensors.iter_mut().zip(used).filter(|(_, used)| **used).map(|(t, _)| t);
+        let (local, remote): (Vec<_>, Vec<_>) = used_tensors.partition(|t| t.weight.numel() > 0);
         // Every rank counts the updates of all tensors.
-        elsewhere.into_iter().for_each(|t| drop(t.steps.g_add_scalar_(1.0)));
+        remote.into_iter().for_each(|t| drop(t.steps.g_add_scalar_(1.0)));
         for decays in [true, false] {
-            let group: Vec<&Views> = here.iter().filter(|t| t.decays == decays).map(|t| &**t).collect();
-            let pick = |of: fn(&Views) -> &Tensor| group.iter().map(|t| of(t).shallow_clone()).collect::<Vec<_>>();
+            let group: Vec<&ParamViews> = local.iter().filter(|t| t.weight_decay == decays).map(|t| &**t).collect();
+            let collect =
+                |field: fn(&ParamViews) -> &Tensor| group.iter().map(|t| field(t).shallow_clone()).collect::<Vec<_>>();
             let weight_decay = if decays { weight_decay } else { 0.0 };
             adamw(
-                &pick(|t| &t.weight),
-                &pick(|t| &t.gradient),
-                &pick(|t| &t.first),
-                &pick(|t| &t.second),
-                &pick(|t| &t.steps),
-                AdamW { lr, betas: (betas[0], betas[1]), weight_decay, eps },
+                &collect(|t| &t.weight),
+                &collect(|t| &t.grad),
+                &collect(|t| &t.exp_avg),
+                &collect(|t| &t.exp_avg_sq),
+                &collect(|t| &t.steps),
+                AdamWOptions { lr, betas, weight_decay, eps },
             )?;
         }
-        flat.refresh();
+        flat.sync_compute_weights();
         Ok(())
     }
 }

@@ -1,115 +1,141 @@
-//! A masked autoencoder of pixels, put together from the parts above: rows of visible patches → encoder → decoder →
-//! guesses at the hidden ones. Papers differ in how the parts are made and in the mask.
+//! A masked autoencoder of pixels: visible patches → encoder → decoder → predictions of the hidden patches. Papers differ
+//! in options of the parts and in the mask.
 
-use crate::fault::Result;
+use super::decoder::Decode;
+use super::encoder::vit::{Shape, Vit, VitOptions};
+use crate::error::Result;
 use crate::grid::Grid;
-use crate::part::decoder::{Decode, vit as decoder};
+use crate::part::batch::Batch;
+use crate::part::cost::{self, ModelCost, OpCost};
+use crate::part::decoder::vit::{DecoderOptions, VitDecoder};
 use crate::part::encoder::Features;
-use crate::part::encoder::vit::{self as encoder, Shape, Vit};
-use crate::part::mask::Mask;
-use crate::part::pixels::{Pixels, Reconstruction};
-use crate::part::target::pixel::Pixel;
-use crate::part::weights::{Table, Weights};
-use crate::part::work::{self, Op, Work};
+use crate::part::mask::{Mask, MaskPolicy};
+use crate::part::model::{Model, Reconstruct};
+use crate::part::objective::pixel::PixelTarget;
+use crate::part::params::{ParamSpecs, Weights};
+use crate::part::patchify::{Patchify, Reconstruction};
+use crate::part::step::Step;
 use tch::{Kind, Tensor};
 
-/// `D` is its decoder.
-pub struct Autoencoder<D = decoder::Decoder> {
-    pub pixels: Pixels,
-    /// Tensors of the encoder, `encoder.*`, and of the decoder, `decoder.*`.
-    pub table: Table,
+/// Encoder, decoder and target of a masked autoencoder; `D` is the type of the decoder.
+pub struct Autoencoder<D = VitDecoder> {
+    pub patchify: Patchify,
+    /// Parameters of the encoder, `encoder.*`, and of the decoder, `decoder.*`.
+    pub params: ParamSpecs,
     pub encoder: Vit,
     pub decoder: D,
-    pub target: Pixel,
-    /// The encoder's.
-    shape: Shape,
-    /// Whether a class token stands in front, and whether the encoder sees mask tokens.
-    class: bool,
-    in_place: bool,
+    pub target: PixelTarget,
+    encoder_shape: Shape,
+    class_token: bool,
+    mask_tokens_in_encoder: bool,
 }
 
 impl Autoencoder {
+    /// Declares a masked autoencoder with a plain ViT as its decoder.
     pub fn new(
-        pixels: Pixels,
-        (inside, encoder): (&Shape, encoder::Make),
-        (outside, decoder): (&Shape, decoder::Make),
-        target: Pixel,
+        patchify: Patchify,
+        encoder_shape: &Shape,
+        encoder: VitOptions,
+        decoder_shape: &Shape,
+        decoder: DecoderOptions,
+        target: PixelTarget,
     ) -> Autoencoder {
-        let grid = pixels.grid;
-        let made = Autoencoder::with(pixels, (inside, encoder), target, |table| {
-            Ok(decoder::Decoder::new(table, "decoder", &grid, inside.width, outside, decoder))
+        let grid = patchify.grid;
+        let inputs = encoder_shape.width;
+        let built = Autoencoder::with_decoder(patchify, encoder_shape, encoder, target, |params| {
+            Ok(VitDecoder::new(params, "decoder", &grid, inputs, decoder_shape, decoder))
         });
-        made.expect("nothing that can fail")
+        built.expect("nothing that can fail")
     }
 }
 
 impl<D: Decode> Autoencoder<D> {
-    /// With the decoder that `make` puts into the table.
-    pub fn with(
-        pixels: Pixels,
-        (inside, encoder): (&Shape, encoder::Make),
-        target: Pixel,
-        make: impl FnOnce(&mut Table) -> Result<D>,
+    /// Declares a masked autoencoder with the decoder that `build` declares.
+    pub fn with_decoder(
+        patchify: Patchify,
+        shape: &Shape,
+        options: VitOptions,
+        target: PixelTarget,
+        build: impl FnOnce(&mut ParamSpecs) -> Result<D>,
     ) -> Result<Self> {
-        let mut table = Table::default();
-        let (shape, class, in_place) = (*inside, encoder.class, encoder.in_place);
-        let encoder = Vit::new(&mut table, "encoder", &pixels.grid, inside, encoder);
-        let decoder = make(&mut table)?;
-        Ok(Autoencoder { pixels, table, encoder, decoder, target, shape, class, in_place })
+        let mut params = ParamSpecs::default();
+        let class_token = options.class_token;
+        let mask_tokens_in_encoder = options.mask_tokens_in_encoder;
+        let encoder = Vit::new(&mut params, "encoder", &patchify.grid, shape, options);
+        let decoder = build(&mut params)?;
+        let encoder_shape = *shape;
+        Ok(Autoencoder {
+            patchify,
+            params,
+            encoder,
+            decoder,
+            target,
+            encoder_shape,
+            class_token,
+            mask_tokens_in_encoder,
+        })
     }
 
-    /// From now on blocks are run again in backward instead of being kept.
-    pub fn recompute(&mut self) {
-        self.encoder.stack.recompute = true;
-        self.decoder.recompute();
-    }
-
-    /// x [B, C, T, Y, X] → guesses at the dropped places, in the target's form [B, M, P].
-    pub fn guess(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let visible = self.pixels.rows(x, &mask.keep, w.kind())?; // [B, K, P]
+    /// x [B, C, T, Y, X] → predictions of the hidden patches in the target's form [B, M, P].
+    pub fn predict(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let visible = self.patchify.patches_at(x, &mask.keep, w.kind())?; // [B, K, P]
         let features = self.encoder.forward(w, &visible, mask)?;
-        self.decoder.guess(w, &features, mask)
+        self.decoder.forward(w, &features, mask)
     }
 
-    /// What is right at the dropped places, fp32 [B, M, P].
-    pub fn truth(&self, x: &Tensor, mask: &Mask) -> Result<Tensor> {
-        self.target.truth(&self.pixels, x, &mask.drop)
+    /// Returns the targets of the hidden patches, fp32 [B, M, P].
+    pub fn target(&self, x: &Tensor, mask: &Mask) -> Result<Tensor> {
+        self.target.target(&self.patchify, x, &mask.drop)
     }
 
-    /// The encoder on whole samples, nothing hidden.
-    pub fn features(&self, w: &Weights, x: &Tensor) -> Result<Features> {
-        self.features_of(w, x, self.pixels.grid_of(x).tokens())
+    fn draw(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Reconstruction> {
+        let visible = self.patchify.patches_at(x, &mask.keep, Kind::Float)?;
+        let pred = self.target.denormalize(&self.patchify, &self.predict(w, x, mask)?, &visible);
+        self.patchify.reconstruct(x, &pred, mask)
     }
+}
 
-    /// The encoder on the first `tokens` of each sample, nothing hidden.
-    pub fn features_of(&self, w: &Weights, x: &Tensor, tokens: i64) -> Result<Features> {
-        self.encoder.features(w, &self.pixels.first(x, tokens, w.kind())?)
+impl<D: Decode> Model for Autoencoder<D> {
+    fn patchify(&self) -> &Patchify {
+        &self.patchify
     }
-
-    /// Pictures of the guesses.
-    pub fn reconstruction(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Reconstruction> {
-        let seen = self.pixels.rows(x, &mask.keep, Kind::Float)?;
-        let guess = self.target.shown(&self.pixels, &self.guess(w, x, mask)?, &seen);
-        self.pixels.reconstruction(x, &guess, mask)
+    fn params(&self) -> &ParamSpecs {
+        &self.params
     }
-
-    /// What a training step does with one sample of which `kept` tokens are visible.
-    pub fn work(&self, kept: i64) -> Work {
-        self.work_of(self.pixels.grid.frames, kept)
+    fn cost(&self, grid: &Grid, visible: i64) -> ModelCost {
+        let tokens = grid.tokens();
+        let hidden = tokens - visible;
+        let class = i64::from(self.class_token);
+        let sequence = if self.mask_tokens_in_encoder { tokens } else { visible } + class;
+        let width = self.encoder_shape.width;
+        let mut encoder: Vec<OpCost> = cost::patch_embed(visible, grid.patch_values(), width).into();
+        encoder.push(cost::assemble_tokens(visible, sequence, width));
+        encoder.extend(self.encoder_shape.cost(sequence, sequence));
+        let decoder = self.decoder.cost(visible, hidden, class);
+        let loss = vec![cost::pixel_loss(hidden, grid.patch_values())];
+        ModelCost { parts: vec![("encoder", encoder), ("decoder", decoder), ("loss", loss)] }
     }
+    fn set_recompute(&mut self, on: bool) {
+        self.encoder.stack.recompute = on;
+        self.decoder.set_recompute(on);
+    }
+    fn encode(&self, w: &Weights, batch: &Batch) -> Result<Features> {
+        let groups = self.patchify.groups(batch)?;
+        let features = groups.iter().map(|group| {
+            let patches = self.patchify.first_patches(group.batch.view(), group.grid.tokens(), w.kind())?;
+            self.encoder.encode(w, &patches)
+        });
+        Ok(Features::from_groups(&groups, &features.collect::<Result<Vec<_>>>()?))
+    }
+}
 
-    /// The same with a sample of `slots` time slots.
-    pub fn work_of(&self, slots: i64, kept: i64) -> Work {
-        let grid = Grid { frames: slots, ..self.pixels.grid };
-        let (tokens, values) = (grid.tokens(), grid.values());
-        let (hidden, class, inside) = (tokens - kept, i64::from(self.class), self.shape);
-        let seen = if self.in_place { tokens } else { kept } + class;
-        let mut encoder: Vec<Op> = work::embed(kept, values, inside.width).into();
-        encoder.push(work::fill(kept, seen, inside.width));
-        encoder.extend(inside.work(seen, seen));
-        let decoder = self.decoder.work(kept, hidden, class);
-        Work {
-            parts: vec![("encoder", encoder), ("decoder", decoder), ("loss", vec![work::pixel_loss(hidden, values)])],
-        }
+impl<D: Decode> Reconstruct for Autoencoder<D> {
+    fn reconstruct(&self, step: &Step, batch: &Batch, policy: &dyn MaskPolicy) -> Result<Reconstruction> {
+        let groups = self.patchify.groups(batch)?;
+        let parts = groups.iter().map(|group| {
+            let mask = policy.sample(step, &group.grid, &group.batch)?;
+            self.draw(step.weights, group.batch.view(), &mask)
+        });
+        Ok(Reconstruction::from_groups(&groups, &parts.collect::<Result<Vec<_>>>()?))
     }
 }

@@ -1,17 +1,21 @@
-//! What methods are composed of, in travel order. A part is named for what it is, never for who uses it; it knows the
+//! Parts of models, in the order in which a sample passes them. A part is named for what it is, never for who uses it; it knows the
 //! parts above it and no method.
 
-pub mod view; // one decoded sample → the views a method asks for
 pub mod batch; // views of some samples, and what goes along with them
-pub mod work; // what a step has to do: operations and bytes, from shapes
-pub mod weights; // a table of named tensors, and their values
-pub mod again; // what runs again in backward instead of being kept
-pub mod lengths; // samples that do not fill the grid
-pub mod mask; // grid and origin → which tokens are hidden
-pub mod pixels; // samples → rows of patches, and rows → pictures
-pub mod encoder; // tokens → features
-pub mod decoder; // features → predictions at the hidden places
-pub mod target; // what is to be predicted
-pub mod loss; // pure functions of tensors
-pub mod pair; // two towers, and where images and captions meet
-pub mod autoencoder; // the parts above, put together for pixels
+pub mod cost; // operations and bytes of a step, from shapes
+pub mod params; // declarations of parameters, and their values
+pub mod recompute; // activation checkpointing
+pub mod buffers; // tensors without gradient that checkpoints hold
+pub mod teacher; // a second set of weights
+pub mod gather; // rows of all ranks, differentiable
+pub mod step; // what a loss reads beside the batch
+pub mod ragged; // samples that do not fill the grid
+pub mod mask; // which tokens are hidden
+pub mod patchify; // samples to rows of patches, and back to pixels
+pub mod encoder; // tokens to features
+pub mod decoder; // features to predictions at the hidden tokens
+pub mod objective; // what is to be predicted
+pub mod loss; // pure functions of tensors, and the terms that the step divides
+pub mod model; // what parts make together
+pub mod dual_encoder; // an image and a text encoder with one embedding space
+pub mod autoencoder; // a masked autoencoder of pixels

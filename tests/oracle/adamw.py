@@ -1,7 +1,7 @@
-"""Asks torch.optim.AdamW for weights and moments after updates with given gradients.
+"""Returns weights and moments of torch.optim.AdamW after updates with gradient gradients.
 
 usage: adamw.py REQUEST.safetensors REPLY.safetensors NUMBERS_JSON
-request: weight.<i>, grad.<step>.<i> (left out where tensor i is unused in that step)
+request: weight.<i>, grad.<step>.<i> (omitted where tensor i is unused in that step)
 reply:   lr [steps], norm [steps] (before clipping), weight.<i>, first.<i>, second.<i>, steps.<i>, average.<i>
 """
 import json
@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 request, reply, text = sys.argv[1:4]
-asked, n = load_file(request), json.loads(text)
-weights = [torch.nn.Parameter(asked[f"weight.{i}"].clone()) for i in range(n["tensors"])]
+inputs, n = load_file(request), json.loads(text)
+weights = [torch.nn.Parameter(inputs[f"weight.{i}"].clone()) for i in range(n["tensors"])]
 average = [w.detach().clone() for w in weights]
 groups = [
     {"params": [w for w in weights if w.ndim > 1], "weight_decay": n["weight_decay"]},
     {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
 ]
 optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(n["betas"]), eps=n["eps"])
-mean = torch.optim.swa_utils.get_ema_avg_fn(n["ema"])
+mean = torch.optim.swa_utils.get_ema_avg_fn(n["ema_decay"])
 
 
 def rate(epoch):
@@ -37,8 +37,8 @@ for step in range(n["steps"]):
     for group in optimizer.param_groups:
         group["lr"] = rates[-1]
     for i, w in enumerate(weights):
-        given = asked.get(f"grad.{step}.{i}")
-        w.grad = None if given is None else given.clone()
+        gradient = inputs.get(f"grad.{step}.{i}")
+        w.grad = None if gradient is None else gradient.clone()
     limit = n["clip"] if n["clip"] is not None else math.inf
     norms.append(float(torch.nn.utils.clip_grad_norm_(weights, limit)))
     optimizer.step()

@@ -1,4 +1,4 @@
-"""torchvision's and Pillow's augmentations.
+"""Augmentations of torchvision and Pillow.
 
 augment.py FILE.png JOBS.json OUT    jobs [{do: name, ...}]; writes the pixels of all jobs, [h, w, c] uint8, one after
                                      another
@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-HOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def blur(image, job):
@@ -27,33 +27,33 @@ def jitter(image, job):
     return v2.ColorJitter().transform(image, {"fn_idx": torch.tensor(job["order"]), **dict(zip(names, job["amounts"]))})
 
 
-def moved(image, job):
+def affine(image, job):
     fill = tuple(job["fill"]) if image.mode == "RGB" else job["luma"]
     if job["do"] == "rotate":
-        return image.rotate(job["by"], resample=HOW[job["how"]], fillcolor=fill)
-    return image.transform(image.size, Image.Transform.AFFINE, job["matrix"], HOW[job["how"]], fillcolor=fill)
+        return image.rotate(job["by"], resample=INTERPOLATION[job["how"]], fillcolor=fill)
+    return image.transform(image.size, Image.Transform.AFFINE, job["matrix"], INTERPOLATION[job["how"]], fillcolor=fill)
 
 
-DO = {
+OPERATIONS = {
     "brightness": lambda image, job: functional.adjust_brightness(image, job["by"]),
     "contrast": lambda image, job: functional.adjust_contrast(image, job["by"]),
     "saturation": lambda image, job: functional.adjust_saturation(image, job["by"]),
     "hue": lambda image, job: functional.adjust_hue(image, job["by"]),
     "sharpness": lambda image, job: functional.adjust_sharpness(image, job["by"]),
-    "grey": lambda image, job: functional.rgb_to_grayscale(image, num_output_channels=len(image.getbands())),
-    "solarise": lambda image, job: functional.solarize(image, job["by"]),
-    "posterise": lambda image, job: functional.posterize(image, int(job["by"])),
+    "grayscale": lambda image, job: functional.rgb_to_grayscale(image, num_output_channels=len(image.getbands())),
+    "solarize": lambda image, job: functional.solarize(image, job["by"]),
+    "posterize": lambda image, job: functional.posterize(image, int(job["by"])),
     "auto_contrast": lambda image, job: functional.autocontrast(image),
-    "equalise": lambda image, job: functional.equalize(image),
+    "equalize": lambda image, job: functional.equalize(image),
     "invert": lambda image, job: functional.invert(image),
     "blur": blur,
     "jitter": jitter,
-    "rotate": moved,
-    "affine": moved,
+    "rotate": affine,
+    "affine": affine,
 }
 
 if __name__ == "__main__":
     image = Image.open(sys.argv[1])
     with open(sys.argv[3], "wb") as file:
         for job in json.load(open(sys.argv[2])):
-            file.write(DO[job["do"]](image, job).tobytes())
+            file.write(OPERATIONS[job["do"]](image, job).tobytes())

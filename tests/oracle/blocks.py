@@ -1,7 +1,7 @@
-"""Block-wise masks of transformers' FLAVA, which are BEiT's: 75 of 14 x 14 patches, the rest of them hidden at random.
+"""Block-wise masks of FLAVA in transformers, which are those of BEiT: 75 of 14 x 14 patches, filled up at random.
 
-Prints, as means over as many masks as asked for: pairs of neighbours that are both hidden, those hidden in the middle
-6 x 6, those hidden at the border.
+Prints means over the given number of masks: pairs of neighbors that are both hidden, hidden patches in the middle 6 x 6,
+and hidden patches at the border.
 """
 import json
 import random
@@ -17,9 +17,9 @@ border[1:13, 1:13] = False
 features = []
 for _ in range(int(sys.argv[1])):
     mask = numpy.asarray(generator()).astype(bool)
-    free = [tuple(place) for place in numpy.argwhere(~mask)]
-    for place in random.sample(free, 75 - int(mask.sum())):
-        mask[place] = True
+    free = [tuple(patch) for patch in numpy.argwhere(~mask)]
+    for patch in random.sample(free, 75 - int(mask.sum())):
+        mask[patch] = True
     pairs = (mask[1:] & mask[:-1]).sum() + (mask[:, 1:] & mask[:, :-1]).sum()
     features.append([pairs, mask[4:10, 4:10].sum(), mask[border].sum()])
 print(json.dumps(numpy.mean(features, 0).tolist()))

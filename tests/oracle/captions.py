@@ -1,21 +1,21 @@
-"""Asks other people's tokenizers for the ids of captions.
+"""Returns token ids of captions from the tokenizers of other projects.
 
-usage: captions.py clip|bert REQUEST.json REPLY.json PLACE
+usage: captions.py clip|bert REQUEST.json REPLY.json PATH
 request: {"texts": [...], "length": n}; reply: [[id, ...], ...]
-clip: open_clip's SimpleTokenizer; its vocabulary's path is added to the reply as the last item, and the
-      vocabulary written into the folder PLACE as vocab.json and merges.txt
-bert: transformers' BertTokenizerFast over the vocab.txt PLACE, uncased, without [CLS] and [SEP]
+clip: SimpleTokenizer of open_clip; the path of its vocabulary is added to the reply as the last item, and the
+      vocabulary is written into the folder PATH as vocab.json and merges.txt
+bert: BertTokenizerFast of transformers with the vocab.txt PATH, uncased, without [CLS] and [SEP]
 """
 import json
 import sys
 
 which, request, reply = sys.argv[1:4]
-asked = json.load(open(request))
+options = json.load(open(request))
 if which == "clip":
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
-    tokenizer = SimpleTokenizer(context_length=asked["length"])
-    ids = tokenizer(asked["texts"]).tolist() + [default_bpe()]
+    tokenizer = SimpleTokenizer(context_length=options["length"])
+    ids = tokenizer(options["texts"]).tolist() + [default_bpe()]
     json.dump(tokenizer.encoder, open(f"{sys.argv[4]}/vocab.json", "w"))
     ranks = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
     with open(f"{sys.argv[4]}/merges.txt", "w") as file:
@@ -25,7 +25,8 @@ else:
 
     tokenizer = BertTokenizerFast(vocab_file=sys.argv[4], do_lower_case=True)
     ids = [
-        tokenizer(text, add_special_tokens=False, truncation=True, max_length=asked["length"], padding="max_length")["input_ids"]
-        for text in asked["texts"]
+        tokenizer(text, add_special_tokens=False, truncation=True, max_length=options["length"],
+                  padding="max_length")["input_ids"]
+        for text in options["texts"]
     ]
 json.dump(ids, open(reply, "w"))

@@ -1,5 +1,5 @@
-"""Makes a container in an Azure emulator: container.py ENDPOINT ACCOUNT KEY NAME (the shared-key signature of
-Microsoft's documentation, since object_store makes no containers)."""
+"""Creates a container in an Azure emulator: container.py ENDPOINT ACCOUNT KEY NAME (the shared-key signature of
+Microsoft's documentation, because object_store cannot create containers)."""
 
 import base64
 import email.utils

@@ -1,8 +1,8 @@
-"""torchvision's boxes and pixels.
+"""Crop boxes and resized pixels of torchvision.
 
 crop.py boxes CASES.json    [{width, height, scale, ratio, uniform: [...]}] -> [[top, left, height, width]]
 crop.py resize FILE.png JOBS.json OUT    jobs [{box: [left, top, width, height] or null, size: [w, h], how, share,
-                                         tensor: whether torch resizes, or Pillow}];
+                                         tensor: true for torch, false for Pillow}];
                                          writes the pixels of all jobs, [h, w, c] uint8, one after another
 """
 
@@ -14,11 +14,11 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-HOW = {"bicubic": functional.InterpolationMode.BICUBIC, "bilinear": functional.InterpolationMode.BILINEAR}
+INTERPOLATION = {"bicubic": functional.InterpolationMode.BICUBIC, "bilinear": functional.InterpolationMode.BILINEAR}
 
 
-class Given:
-    """Stands for torch's generator: hands out the given uniform numbers in order."""
+class FixedRandom:
+    """Replaces the generator of torch by the given uniform numbers, in order."""
 
     def __init__(self, numbers):
         self.numbers = iter(numbers)
@@ -38,7 +38,7 @@ def boxes(path):
     torch.set_default_dtype(torch.float64)
     out = []
     for case in json.load(open(path)):
-        given = Given(case["uniform"])
+        given = FixedRandom(case["uniform"])
         torch.empty, torch.randint = given.empty, given.randint
         image = Image.new("L", (case["width"], case["height"]))
         out.append(transforms.RandomResizedCrop.get_params(image, case["scale"], case["ratio"]))
@@ -53,9 +53,10 @@ def resize(path, jobs, out):
             if job["box"]:
                 left, top, w, h = job["box"]
                 given = functional.pil_to_tensor(image) if job["tensor"] else image
-                view = functional.resized_crop(given, top, left, h, w, [height, width], HOW[job["how"]], antialias=True)
+                size, how = [height, width], INTERPOLATION[job["how"]]
+                view = functional.resized_crop(given, top, left, h, w, size, how, antialias=True)
             else:
-                view = functional.resize(image, int(width / job["share"]), HOW[job["how"]])
+                view = functional.resize(image, int(width / job["share"]), INTERPOLATION[job["how"]])
                 view = functional.center_crop(view, [height, width])
             file.write(view.permute(1, 2, 0).numpy().tobytes() if job.get("tensor") else view.tobytes())
 

@@ -1,4 +1,4 @@
-"""Reads a folder of event files with TensorBoard's own reader and prints what it saw as one JSON object."""
+"""Reads a folder of event files with TensorBoard's own reader and prints the contents as one JSON object."""
 
 import glob
 import io
@@ -14,18 +14,19 @@ folder = sys.argv[1]
 reader = EventAccumulator(folder, size_guidance={"scalars": 0, "images": 0})
 reader.Reload()
 tags = reader.Tags()
-seen = {"scalars": {}, "images": {}, "file_version": reader.file_version, "modern": {}}
+contents = {"scalars": {}, "images": {}, "file_version": reader.file_version, "modern": {}}
 for tag in tags["scalars"]:
-    seen["scalars"][tag] = [[point.step, point.value if point.value == point.value else None] for point in reader.Scalars(tag)]
+    points = reader.Scalars(tag)
+    contents["scalars"][tag] = [[p.step, p.value if p.value == p.value else None] for p in points]
 for tag in tags["images"]:
-    seen["images"][tag] = []
-    for picture in reader.Images(tag):
-        decoded = Image.open(io.BytesIO(picture.encoded_image_string))
-        seen["images"][tag].append([picture.step, picture.width, picture.height, list(decoded.size), decoded.mode])
-# The reader behind today's web page turns old-style values into tensors on the way.
+    contents["images"][tag] = []
+    for image in reader.Images(tag):
+        decoded = Image.open(io.BytesIO(image.encoded_image_string))
+        contents["images"][tag].append([image.step, image.width, image.height, list(decoded.size), decoded.mode])
+# The reader of the current web page converts old-style values into tensors.
 for path in sorted(glob.glob(os.path.join(folder, "events.out.tfevents.*"))):
     for event in EventFileLoader(path).Load():
         for value in event.summary.value:
             plugin = value.metadata.plugin_data.plugin_name
-            seen["modern"].setdefault(value.tag, plugin)
-print(json.dumps(seen))
+            contents["modern"].setdefault(value.tag, plugin)
+print(json.dumps(contents))

@@ -1,11 +1,11 @@
-"""What other people's code makes of sounds.
+"""Decoding, spectrograms and resampling of audio by libsndfile and torchaudio.
 
-fbank.py files FOLDER           writes sounds in every format, and samples.safetensors: what libsndfile decodes of each
+fbank.py files FOLDER           writes audio in every format, and samples.safetensors as decoded by libsndfile
 fbank.py features IN OUT        torchaudio's Kaldi filterbank, in fp32 and fp64, of the waveforms of a safetensors file
 fbank.py resample IN OUT        torchaudio's resampling of its waveforms
-fbank.py time IN                one line in: seconds of processor that one spectrogram of the first waveform takes
+fbank.py time IN                prints the CPU seconds of one spectrogram of the first waveform for each input line
 
-A waveform's name says what is asked: RATE/MELS/..., or FROM/TO/....
+The name of a waveform has the parameters: RATE/MELS/..., or FROM/TO/....
 """
 
 import sys
@@ -72,28 +72,28 @@ def numbers(name):
     return [int(part) for part in name.split("/")[:2]]
 
 
-verb, *arguments = sys.argv[1:]
-if verb == "files":
+command, *arguments = sys.argv[1:]
+if command == "files":
     files(*arguments)
-elif verb == "features":
+elif command == "features":
     out = {}
     for name, wave in load_file(arguments[0]).items():
         rate, mels = numbers(name)
         out[f"{name}/fp32"] = fbank(wave, rate, mels).contiguous()
         out[f"{name}/fp64"] = fbank(wave.double(), rate, mels).contiguous()
     save_file(out, arguments[1])
-elif verb == "resample":
+elif command == "resample":
     from torchaudio.functional import resample
 
     out = {name: resample(wave, *numbers(name)).contiguous() for name, wave in load_file(arguments[0]).items()}
     save_file(out, arguments[1])
-elif verb == "time":
+elif command == "time":
     name, wave = next(iter(load_file(arguments[0]).items()))
     rate, mels = numbers(name)
     mean, std = -4.2677393, 4.5689974
     for line in sys.stdin:
-        began = time.process_time()
+        start = time.process_time()
         rows = fbank(wave, rate, mels)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 1024 - rows.shape[0]))
         rows = (rows - mean) / (std * 2)
-        print(time.process_time() - began, flush=True)
+        print(time.process_time() - start, flush=True)

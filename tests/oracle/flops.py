@@ -1,10 +1,10 @@
-"""Floating-point operations of one training step of transformers' masked autoencoders and of open_clip's pairs of towers, as
-PyTorch's own counter has them.
+"""Floating-point operations of one training step of masked autoencoders of transformers and of two towers of open_clip,
+counted by PyTorch.
 
 usage: flops.py REQUEST_JSON    [{"model": "vit_mae", "videomae" or "clip", ...numbers of its config,
                                   "hidden": tokens, or for clip "pairs": samples of the batch}, ..]
-One line for each: {"forward": .., "backward": ..} of one sample, or of all pairs. Images go through the meta device, where
-nothing is computed; VideoMAE picks tokens by a mask of truth values, which wants real ones.
+Prints a line for each: {"forward": .., "backward": ..} of one sample, or of all pairs. Images use the meta device, where
+nothing is computed; VideoMAE selects tokens by a boolean mask, which needs real values.
 """
 import json
 import sys
@@ -44,10 +44,10 @@ def clip(pairs, embed, vision, text):
 
 MODELS = {"vit_mae": vit_mae, "videomae": videomae, "clip": clip}
 
-for asked in json.loads(sys.argv[1]):
-    forward = MODELS[asked.pop("model")](**asked)
+for request in json.loads(sys.argv[1]):
+    forward = MODELS[request.pop("model")](**request)
     with FlopCounterMode(display=False) as counter:
         loss = forward()
-        ahead = counter.get_total_flops()
+        forward_flops = counter.get_total_flops()
         loss.backward()
-    print(json.dumps({"forward": ahead, "backward": counter.get_total_flops() - ahead}))
+    print(json.dumps({"forward": forward_flops, "backward": counter.get_total_flops() - forward_flops}))

@@ -1,8 +1,8 @@
-"""Refuses Kubernetes manifests and a Dockerfile that cannot be right: manifests.py FILE...
+"""Rejects invalid Kubernetes manifests and Dockerfiles: manifests.py FILE...
 
 Core kinds and pod templates are checked strictly against the schemas of Kubernetes itself (kubernetes-validate); the
 envelope of an MPIJob against the fields of its definition kubeflow.org/v2beta1, written down below; a Dockerfile line
-by line, and every source of its COPY against the repository. No image is built and no cluster asked.
+by line, and every source of its COPY against the repository. No image is built and no cluster is contacted.
 """
 
 import pathlib
@@ -124,7 +124,7 @@ def dockerfile(path):
         elif instruction == "USER":
             user = words[0]
         elif instruction == "RUN":
-            for script in re.findall(r"(?<=\s)launch/\w+", line):
+            for script in re.findall(r"(?<=\s)launch/[\w/]+", line):
                 need((ROOT / script).exists(), f"no such script: {script}")
         last = instruction
     need(len(stages) == 2 and last == "CMD", "two stages, and the command last")

@@ -1,5 +1,5 @@
-// NVIDIA's occupancy calculator (cuda_occupancy.h): reads lines "major minor registers threads shared" and writes of each
-// how many blocks a multiprocessor holds.
+// The occupancy calculator of NVIDIA (cuda_occupancy.h): reads lines "major minor registers threads shared" and prints for
+// each the number of blocks per multiprocessor.
 #include <cuda_occupancy.h>
 
 #include <cstdio>

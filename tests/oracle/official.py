@@ -1,5 +1,4 @@
-"""transformers' masked autoencoders under the official repositories' names: ViTMAEForPreTraining unless a table says
-otherwise."""
+"""Masked autoencoders of transformers under the names of the official repositories: ViTMAEForPreTraining by default."""
 import torch
 
 PARTS = ("query", "key", "value")
@@ -15,7 +14,7 @@ VIT_MAE = (
 
 
 def rename(name, table=VIT_MAE):
-    """A parameter's official name, and which third of the packed projection it is (None if it is no third)."""
+    """Returns the official name of a parameter, and which third of the packed projection it is, or None."""
     for ours, theirs in table:
         name = name.replace(ours, theirs)
     for third, part in enumerate(PARTS):
@@ -24,18 +23,18 @@ def rename(name, table=VIT_MAE):
     return name, None
 
 
-def load(model, asked, table=VIT_MAE):
-    """Puts the tensors `weight.<official name>` into the model."""
+def load(model, tensors, table=VIT_MAE):
+    """Loads the tensors `weight.<official name>` into the model."""
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.requires_grad:
                 name, third = rename(name, table)
-                given = asked["weight." + name]
-                value.copy_((given if third is None else given.chunk(3)[third]).reshape(value.shape))
+                tensor = tensors["weight." + name]
+                value.copy_((tensor if third is None else tensor.chunk(3)[third]).reshape(value.shape))
 
 
 def official(pairs, prefix, table=VIT_MAE):
-    """Tensors under their official names, the three projections stacked."""
+    """Returns tensors under their official names, with the three projections stacked."""
     out = {}
     for name, value in pairs:
         out.setdefault(prefix + rename(name, table)[0], []).append(value.detach().clone())

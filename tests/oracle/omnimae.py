@@ -1,10 +1,11 @@
-"""Asks OmniMAE put together from the layers of transformers' VideoMAEForPreTraining and PyTorch's own, tensors under our
-names. What sets it apart from VideoMAE is written out here: pictures are repeated to the frames of a cube, mask tokens and
-positions come in at the encoder's width and in the original order, targets have 1e-6 inside of the root.
+"""OmniMAE built from layers of VideoMAEForPreTraining in transformers and of PyTorch, with tensors under our names. Its
+differences from VideoMAE are implemented here: images are repeated to the frames of a cube, mask tokens and positions are
+added at the width of the encoder and in the original order, and the epsilon of targets, 1e-6, is inside the root.
 
 usage: omnimae.py REQUEST.safetensors REPLY.safetensors CONFIG_JSON
-request: weight.<name>, input.<i> [B, C, T, Y, X] and drop.<i> int64 [B, M] for each step i; T is 1 for pictures
-reply:   loss.<i>, grad.<i>.<name> (of steps 0 and 1), weight.<name> (after the last step)
+request: weight.<name>, input.<i> [B, C, T, Y, X] and drop.<i> int64 [B, M] for each step i; T is 1 for images
+reply:   loss.<i>, grad.<i>.<name> (of steps 0 and 1), weight.<name> (after the last step); all
+         in fp64, and as fp32.<name> in fp32
 """
 import json
 import sys
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
+
+from precision import cast, in_both_dtypes
 
 BLOCK = (
     ("norm1", "layernorm_before"), ("norm2", "layernorm_after"), ("attn.proj", "attention.output.dense"),
@@ -24,14 +27,15 @@ class OmniMae(torch.nn.Module):
     def __init__(self, numbers):
         super().__init__()
         config = VideoMAEConfig(**numbers, layer_norm_eps=1e-6, use_mean_pooling=False, attn_implementation="eager")
-        whole = VideoMAEForPreTraining(config)
-        whole.decoder.norm.eps = 1e-6
-        video, width = whole.videomae, config.hidden_size
+        pretraining = VideoMAEForPreTraining(config)
+        pretraining.decoder.norm.eps = 1e-6
+        video, width = pretraining.videomae, config.hidden_size
         self.projection = video.embeddings.patch_embeddings.projection
         self.encoder, self.norm = video.encoder.layer, video.layernorm
         self.embed = torch.nn.Linear(width, config.decoder_hidden_size)
         self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder, self.decoder_norm, self.head = whole.decoder.decoder_layers, whole.decoder.norm, whole.decoder.head
+        decoder = pretraining.decoder
+        self.decoder, self.decoder_norm, self.head = decoder.decoder_layers, decoder.norm, decoder.head
         self.tokens, self.frames, self.patch = video.embeddings.num_patches, config.tubelet_size, config.patch_size
         self.table = get_sinusoid_encoding_table(self.tokens, width)
 
@@ -40,18 +44,19 @@ class OmniMae(torch.nn.Module):
             x = x.repeat(1, 1, self.frames, 1, 1)
         rows = self.projection(x).flatten(2).transpose(1, 2)
         hidden = torch.zeros(rows.shape[:2], dtype=torch.bool).scatter_(1, drop, True)
-        # The first rows of the table are those of the first slot.
+        # The first rows of the table belong to the first slot.
         table = self.table[:, : rows.shape[1]].expand_as(rows)
-        seen = (rows + table)[~hidden].view(len(x), -1, rows.shape[2])
+        visible = (rows + table)[~hidden].view(len(x), -1, rows.shape[2])
         for layer in self.encoder:
-            seen = first(layer(seen))
-        seen = self.norm(seen)
-        filled = torch.where(hidden[..., None], self.mask_token, torch.zeros_like(rows).masked_scatter(~hidden[..., None], seen))
+            visible = first(layer(visible))
+        visible = self.norm(visible)
+        hidden_rows = hidden[..., None]
+        filled = torch.where(hidden_rows, self.mask_token, torch.zeros_like(rows).masked_scatter(~hidden_rows, visible))
         out = self.embed(filled + table)
         for layer in self.decoder:
             out = first(layer(out))
-        guess = self.head(self.decoder_norm(out))
-        return ((guess - self.target(x))[hidden] ** 2).mean()
+        prediction = self.head(self.decoder_norm(out))
+        return ((prediction - self.target(x))[hidden] ** 2).mean()
 
     def target(self, x):
         mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if x.shape[1] == 3 else ((0.0,), (1.0,))
@@ -68,7 +73,7 @@ def first(out):
 
 
 def named(model):
-    """Our name, the module's parameter, and which part of ours it is: (part, of how many)."""
+    """Yields our name, the parameter of the module, and which third of our tensor it is, or None."""
     for name, value in model.named_parameters():
         part = None
         for ours, theirs in (("encoder", "encoder."), ("decoder", "decoder.")):
@@ -77,11 +82,11 @@ def named(model):
         for ours, theirs in BLOCK:
             name = name.replace("." + theirs, "." + ours)
         for third, which in enumerate(("query", "key", "value")):
-            name, was = name.replace(f"attention.attention.{which}.weight", "attn.qkv.weight"), name
-            part = third if name != was else part
+            name, before = name.replace(f"attention.attention.{which}.weight", "attn.qkv.weight"), name
+            part = third if name != before else part
         for third, which in ((0, "q_bias"), (2, "v_bias")):
-            name, was = name.replace(f"attention.attention.{which}", "attn.qkv.bias"), name
-            part = third if name != was else part
+            name, before = name.replace(f"attention.attention.{which}", "attn.qkv.bias"), name
+            part = third if name != before else part
         for ours, theirs in (
             ("encoder.embed.", "projection."), ("encoder.norm.", "norm."), ("decoder.embed.", "embed."),
             ("decoder.mask_token", "mask_token"), ("decoder.norm.", "decoder_norm."), ("decoder.pred.", "head."),
@@ -92,7 +97,7 @@ def named(model):
 
 
 def ours_of(model, pick, prefix):
-    """Whole tensors under our names; keys have no bias here, as softmax would not see one."""
+    """Returns full tensors under our names; keys have no bias here, because softmax cancels it."""
     out = {}
     for name, value, part in named(model):
         value = pick(value).detach().clone()
@@ -106,16 +111,21 @@ def ours_of(model, pick, prefix):
 
 
 def main(request, reply, text):
-    asked, numbers = load_file(request), json.loads(text)
-    steps, lr, weight_decay = (numbers.pop(key) for key in ("steps", "lr", "weight_decay"))
-    model = OmniMae(numbers).train()
+    inputs, numbers = load_file(request), json.loads(text)
+    training = [numbers.pop(key) for key in ("steps", "lr", "weight_decay")]
+    save_file(in_both_dtypes(lambda dtype: train(cast(inputs, dtype), numbers, *training, dtype)), reply)
+
+
+def train(inputs, numbers, steps, lr, weight_decay, dtype):
+    model = OmniMae(numbers).to(dtype).train()
+    model.table = model.table.to(dtype)
     with torch.no_grad():
         for name, value, part in named(model):
-            given = asked["weight." + name]
+            weight = inputs["weight." + name]
             if name == "encoder.embed.weight":
                 d, c, f, p, _ = value.shape
-                given = given.view(d, f, p, p, c).permute(0, 4, 1, 2, 3)
-            value.copy_((given if part is None else given.chunk(3)[part]).reshape(value.shape))
+                weight = weight.view(d, f, p, p, c).permute(0, 4, 1, 2, 3)
+            value.copy_((weight if part is None else weight.chunk(3)[part]).reshape(value.shape))
     trained = [value for _, value, _ in named(model)]
     optimizer = torch.optim.AdamW([
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -124,13 +134,13 @@ def main(request, reply, text):
     out = {}
     for step in range(steps):
         optimizer.zero_grad()
-        loss = model(asked[f"input.{step}"], asked[f"drop.{step}"])
+        loss = model(inputs[f"input.{step}"], inputs[f"drop.{step}"])
         loss.backward()
         out[f"loss.{step}"] = loss.detach().reshape(1)
         if step < 2:
             out |= ours_of(model, lambda value: value.grad, f"grad.{step}.")
         optimizer.step()
-    save_file(out | ours_of(model, lambda value: value, "weight."), reply)
+    return out | ours_of(model, lambda value: value, "weight.")
 
 
 main(*sys.argv[1:])

@@ -1,9 +1,9 @@
-"""What pyarrow and Pillow say to lists, pictures and their sizes.
+"""Lists by pyarrow; images and resizing by Pillow.
 
 pack.py parquet ROWS.json OUT      rows as a list of objects -> a Parquet file
-pack.py pictures FOLDER            pictures of many kinds, larger than 40 pixels
-pack.py compare FOLDER SIDE TAR... every picture of the tars against Pillow's own resize of the one in the folder:
-                                   prints {key: [[width, height], [width, height], [mean, greatest difference]]}
+pack.py images FOLDER              images of many formats, larger than 40 pixels
+pack.py compare FOLDER SIDE TAR... every image of the tars against the image in the folder, resized by Pillow:
+                                   prints {key: [[width, height], [width, height], [mean, maximum difference]]}
 """
 
 import io
@@ -23,19 +23,19 @@ def parquet(rows, out):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(json.loads(Path(rows).read_text())), out, row_group_size=5)
 
 
-def pictures(folder):
+def images(folder):
     folder = Path(folder)
     folder.mkdir(parents=True)
     y, x = numpy.mgrid[0:90, 0:131]
     waves = [127 + 90 * numpy.sin(x / a + y / b) + 20 * numpy.sin(x * y / 300) for a, b in ((9, 14), (15, 7), (22, 31))]
     rgb = Image.fromarray(numpy.stack(waves, -1).clip(0, 255).astype("uint8"))
-    grey, alpha = rgb.convert("L"), rgb.copy()
+    gray, alpha = rgb.convert("L"), rgb.copy()
     alpha.putalpha(255)
     exif = Image.Exif()
     exif[0x0112] = 6
-    rgb.save(folder / "colour.jpg", quality=95)
-    rgb.save(folder / "turned.jpg", quality=95, exif=exif)
-    grey.save(folder / "grey.png")
+    rgb.save(folder / "color.jpg", quality=95)
+    rgb.save(folder / "rotated.jpg", quality=95, exif=exif)
+    gray.save(folder / "gray.png")
     alpha.save(folder / "alpha.png")
     rgb.save(folder / "web.webp", lossless=True)
     rgb.crop((0, 0, 90, 90)).save(folder / "square.png")
@@ -44,25 +44,25 @@ def pictures(folder):
 
 
 def compare(folder, side, tars):
-    told = {}
+    sizes = {}
     for tar in tars:
-        for member in (found := tarfile.open(tar)).getmembers():
+        for member in (archive := tarfile.open(tar)).getmembers():
             key = member.name.rsplit(".", 1)[0]
-            ours = Image.open(io.BytesIO(found.extractfile(member).read()))
-            theirs = ImageOps.exif_transpose(Image.open(next(Path(folder).glob(key + ".*")))).convert("RGB")
-            w, h = theirs.size
+            ours = Image.open(io.BytesIO(archive.extractfile(member).read()))
+            reference = ImageOps.exif_transpose(Image.open(next(Path(folder).glob(key + ".*")))).convert("RGB")
+            w, h = reference.size
             if min(w, h) > side:
-                theirs = theirs.resize((side, side * h // w) if w <= h else (side * w // h, side), Image.BICUBIC)
-            both = [numpy.asarray(picture.convert("RGB"), dtype=float) for picture in (ours, theirs)]
-            apart = abs(both[0] - both[1]) if ours.size == theirs.size else None
-            far = [apart.mean(), apart.max()] if apart is not None else None
-            told[key] = [ours.size, theirs.size, far]
-    json.dump(told, sys.stdout)
+                reference = reference.resize((side, side * h // w) if w <= h else (side * w // h, side), Image.BICUBIC)
+            both = [numpy.asarray(image.convert("RGB"), dtype=float) for image in (ours, reference)]
+            difference = abs(both[0] - both[1]) if ours.size == reference.size else None
+            summary = [difference.mean(), difference.max()] if difference is not None else None
+            sizes[key] = [ours.size, reference.size, summary]
+    json.dump(sizes, sys.stdout)
 
 
 if sys.argv[1] == "parquet":
     parquet(*sys.argv[2:])
-elif sys.argv[1] == "pictures":
-    pictures(sys.argv[2])
+elif sys.argv[1] == "images":
+    images(sys.argv[2])
 else:
     compare(sys.argv[2], int(sys.argv[3]), sys.argv[4:])

@@ -1,4 +1,4 @@
-"""Trains BatchNorm1d(affine=False) + Linear on given features, as the paper's linear probe does.
+"""Trains BatchNorm1d(affine=False) + Linear on given features, like the linear probe of the paper.
 
 usage: probe_head.py REQUEST.safetensors REPLY.safetensors NUMBERS_JSON
 request: weight, bias, x.<step>, labels.<step>, test
@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from lars import adapt
 
 request, reply, text = sys.argv[1:4]
-asked, n = load_file(request), json.loads(text)
-classes, width = asked["weight"].shape
+inputs, n = load_file(request), json.loads(text)
+classes, width = inputs["weight"].shape
 norm, linear = torch.nn.BatchNorm1d(width, affine=False, eps=1e-6), torch.nn.Linear(width, classes)
 with torch.no_grad():
-    linear.weight.copy_(asked["weight"])
-    linear.bias.copy_(asked["bias"])
+    linear.weight.copy_(inputs["weight"])
+    linear.bias.copy_(inputs["bias"])
 head = torch.nn.Sequential(norm, linear)
 optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
 out, losses = {}, []
 for step, lr in enumerate(n["lr"]):
     optimizer.zero_grad()
-    loss = torch.nn.functional.cross_entropy(head(asked[f"x.{step}"]), asked[f"labels.{step}"])
+    loss = torch.nn.functional.cross_entropy(head(inputs[f"x.{step}"]), inputs[f"labels.{step}"])
     loss.backward()
     losses.append(loss.item())
     out[f"weight_gradient.{step}"] = linear.weight.grad.clone()
@@ -36,6 +36,6 @@ for step, lr in enumerate(n["lr"]):
     optimizer.step()
 head.eval()
 with torch.no_grad():
-    out["scores"] = head(asked["test"])
+    out["scores"] = head(inputs["test"])
 out |= {"loss": torch.tensor(losses, dtype=torch.float64), "weight": linear.weight.detach(), "bias": linear.bias.detach()}
 save_file({name: value.contiguous() for name, value in out.items()}, reply)

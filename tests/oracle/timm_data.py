@@ -1,4 +1,4 @@
-"""timm's RandAugment, random erasing and mixing, with the random numbers given.
+"""RandAugment, random erasing and mixing of timm, with given random numbers.
 
 timm_data.py layers FILE.png CASES.json OUT     cases [{layers: [[operation, chance, noise, sign]], fill, how}]: the
                                                 pixels of each, [h, w, c] uint8, one after another
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import auto_augment, mixup, random_erasing
 
 
-class Given:
-    """Hands out the given uniform numbers in order, as Python's `random` would."""
+class FixedRandom:
+    """Replaces `random` of Python by the given uniform numbers, in order."""
 
     def __init__(self, numbers):
         self.numbers = iter(numbers)
@@ -44,8 +44,8 @@ def layers(path, cases, out):
             given = {"img_mean": fill, "interpolation": how[case["how"]]}
             transform = auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1", given)
             for operation, chance, noise, sign in case["layers"]:
-                random.random = Given([chance, sign]).random
-                random.gauss = lambda mean, deviation: mean + deviation * noise
+                random.random = FixedRandom([chance, sign]).random
+                random.gauss = lambda mean, std: mean + std * noise
                 image = transform.ops[operation](image)
             file.write(image.tobytes())
 
@@ -54,7 +54,7 @@ def boxes(path):
     out = []
     random_erasing._get_pixels = lambda per_pixel, rand_color, shape, **_: torch.full(shape, float(per_pixel))
     for case in json.load(open(path)):
-        given = Given(case["uniform"])
+        given = FixedRandom(case["uniform"])
         random.random, random.uniform, random.randint = given.random, given.uniform, given.randint
         erasing = random_erasing.RandomErasing(case["probability"], mode="pixel", device="cpu")
         inside = erasing(torch.zeros(1, case["height"], case["width"]))[0].nonzero()
@@ -70,7 +70,7 @@ def mix(path, cases, out):
     batch, mixed = load_file(path), {}
     for index, case in enumerate(json.load(open(cases))):
         mixer = mixup.Mixup(0.8, 1.0, label_smoothing=case["smoothing"], num_classes=case["classes"])
-        numpy.random.rand = Given([0.0, 0.0 if case["cut"] else 0.9]).random
+        numpy.random.rand = FixedRandom([0.0, 0.0 if case["cut"] else 0.9]).random
         numpy.random.beta = lambda *_: case["lam"]
         middle = iter(reversed(case["middle"]))
         numpy.random.randint = lambda *_, **__: next(middle)

@@ -1,15 +1,16 @@
-"""Asks transformers' VideoMAEForPreTraining, its tensors under the official VideoMAE repository's names.
+"""VideoMAEForPreTraining of transformers, with tensors under the names of the official VideoMAE repository.
 
 usage: videomae.py steps REQUEST.safetensors REPLY.safetensors CONFIG_JSON
        videomae.py positions TOKENS WIDTH REPLY.safetensors
        videomae.py make FOLDER REQUEST.safetensors REPLY.safetensors CONFIG_JSON
        videomae.py load official|transformers FOLDER REQUEST.safetensors REPLY.safetensors
 steps:  request: weight.<official name>, input.<i> [B, C, T, Y, X] and drop.<i> int64 [B, M] for each step i
-        reply:   loss.<i>, grad.0.<official name>, weight.<official name> (after the last step)
-make:   a model of random weights, saved in FOLDER as transformers saves it (transformers/) and as the official training
-        does (checkpoint-3.pth, with its arguments; plain.safetensors, without)
-load:   what `occlude export` wrote
-both:   request: input, drop; reply: loss, mean (of all tokens, nothing hidden)
+        reply:   loss.<i>, grad.0.<official name>, weight.<official name> (after the last step);
+                 all in fp64, and as fp32.<name> in fp32
+make:   a model with random weights, saved in FOLDER in the format of transformers (transformers/) and in that of the official
+        training (checkpoint-3.pth, with its arguments; plain.safetensors, without)
+load:   an output of `occlude export`
+both:   request: input, drop; reply: loss, mean (of all tokens, without a mask)
 """
 import argparse
 import json
@@ -21,6 +22,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
 from official import LAYERS, load, official
+from precision import cast, in_both_dtypes
 
 TABLE = (
     ("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
@@ -37,22 +39,26 @@ def build(numbers):
 
 
 def as_official(model):
-    """The config does not reach this normalisation; the official code has 1e-6 everywhere."""
+    """Sets the epsilon that the config does not cover; the official code has 1e-6 everywhere."""
     model.decoder.norm.eps = 1e-6
     return model.train()
 
 
-def ask(model, clips, drop):
+def forward(model, clips, drop):
     hidden = torch.zeros(clips.shape[0], model.videomae.embeddings.num_patches, dtype=torch.bool).scatter_(1, drop, True)
     return model(clips.transpose(1, 2), bool_masked_pos=hidden)
 
 
 def steps(request, reply, text):
-    asked, numbers = load_file(request), json.loads(text)
-    count, lr, weight_decay = (numbers.pop(k) for k in ("steps", "lr", "weight_decay"))
+    inputs, numbers = load_file(request), json.loads(text)
+    training = [numbers.pop(k) for k in ("steps", "lr", "weight_decay")]
+    save(in_both_dtypes(lambda dtype: train(cast(inputs, dtype), numbers, *training, dtype)), reply)
+
+
+def train(inputs, numbers, count, lr, weight_decay, dtype):
     torch.manual_seed(0)
-    model = build(numbers)
-    load(model, asked, TABLE)
+    model = build(numbers).to(dtype)
+    load(model, inputs, TABLE)
     trained = list(model.named_parameters())
     decays = lambda name, value: value.ndim > 1 and name != "mask_token"
     optimizer = torch.optim.AdamW([
@@ -62,13 +68,13 @@ def steps(request, reply, text):
     out = {}
     for step in range(count):
         optimizer.zero_grad()
-        loss = ask(model, asked[f"input.{step}"], asked[f"drop.{step}"]).loss
+        loss = forward(model, inputs[f"input.{step}"], inputs[f"drop.{step}"]).loss
         loss.backward()
         out[f"loss.{step}"] = loss.detach().reshape(1)
         if step == 0:
             out |= official(((n, p.grad) for n, p in trained), "grad.0.", TABLE)
         optimizer.step()
-    save(out | official(trained, "weight.", TABLE), reply)
+    return out | official(trained, "weight.", TABLE)
 
 
 def save(tensors, path):
@@ -76,10 +82,10 @@ def save(tensors, path):
 
 
 @torch.no_grad()
-def answer(model, request, reply):
-    asked = load_file(request)
-    mean = model.videomae(asked["input"].transpose(1, 2)).last_hidden_state.mean(1)
-    save({"loss": ask(model, asked["input"], asked["drop"]).loss.reshape(1), "mean": mean}, reply)
+def evaluate(model, request, reply):
+    inputs = load_file(request)
+    mean = model.videomae(inputs["input"].transpose(1, 2)).last_hidden_state.mean(1)
+    save({"loss": forward(model, inputs["input"], inputs["drop"]).loss.reshape(1), "mean": mean}, reply)
 
 
 def make(folder, request, reply, text):
@@ -96,19 +102,19 @@ def make(folder, request, reply, text):
         normlize_target=numbers["norm_pix_loss"], lr=None)
     torch.save({"model": state, "epoch": 3, "args": arguments}, f"{folder}/checkpoint-3.pth")
     save(state, f"{folder}/plain.safetensors")
-    answer(model, request, reply)
+    evaluate(model, request, reply)
 
 
-def opened(kind, folder):
+def open_model(kind, folder):
     if kind == "transformers":
-        model, told = VideoMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
-        assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+        model, report = VideoMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
         return as_official(model)
-    said = json.load(open(f"{folder}/config.json"))
-    a = said["arguments"]
+    config = json.load(open(f"{folder}/config.json"))
+    a = config["arguments"]
     model = build({
         "image_size": a["img_size"], "patch_size": a["patch_size"], "tubelet_size": a["tubelet_size"],
-        "num_channels": a["encoder_in_chans"], "num_frames": said["num_frames"], "norm_pix_loss": said["normlize_target"],
+        "num_channels": a["encoder_in_chans"], "num_frames": config["num_frames"], "norm_pix_loss": config["normlize_target"],
         "hidden_size": a["encoder_embed_dim"], "num_hidden_layers": a["encoder_depth"],
         "num_attention_heads": a["encoder_num_heads"], "intermediate_size": a["mlp_ratio"] * a["encoder_embed_dim"],
         "decoder_hidden_size": a["decoder_embed_dim"], "decoder_num_hidden_layers": a["decoder_depth"],
@@ -121,13 +127,13 @@ def opened(kind, folder):
     return model
 
 
-what, *rest = sys.argv[1:]
-if what == "steps":
-    steps(*rest)
-elif what == "positions":
-    save_file({"positions": get_sinusoid_encoding_table(int(rest[0]), int(rest[1]))[0]}, rest[2])
-elif what == "make":
-    make(*rest)
+command, *arguments = sys.argv[1:]
+if command == "steps":
+    steps(*arguments)
+elif command == "positions":
+    save_file({"positions": get_sinusoid_encoding_table(int(arguments[0]), int(arguments[1]))[0]}, arguments[2])
+elif command == "make":
+    make(*arguments)
 else:
-    kind, folder, request, reply = rest
-    answer(opened(kind, folder), request, reply)
+    kind, folder, request, reply = arguments
+    evaluate(open_model(kind, folder), request, reply)

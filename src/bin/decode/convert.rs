@@ -1,92 +1,106 @@
-//! Frames as decoded → upright pixels [height, width, 3] of one region, smaller where that may be.
+//! Conversion of decoded frames to upright RGB pixels [height, width, 3] of a region, downscaled where permitted.
 
-use crate::Refusal;
-use crate::raw::ToRgb;
-use crate::wire::Facts;
+use crate::RequestError;
+use crate::protocol::VideoInfo;
+use crate::raw::RgbConverter;
 use ffmpeg_next::format::Pixel;
 use ffmpeg_next::util::frame::Video as Frame;
 
 /// Converts the frames of one video.
 pub struct Converter {
-    kept: Option<ToRgb>,
-    /// What is converted, [left, top, width, height] in stored pixels; even where it begins.
-    from: [u32; 4],
-    /// The same, converted and not yet turned.
+    cached: Option<RgbConverter>,
+    /// The region to convert, [left, top, width, height] in coded pixels, extended to an even left and top.
+    source: [u32; 4],
+    /// The converted region, not yet rotated.
     rgb: Frame,
     rotation: u32,
-    /// The region in it, upright.
-    place: [f64; 4],
+    /// The requested region in the output, upright.
+    region: [f64; 4],
     pixels: Vec<u8>,
 }
 
 impl Converter {
-    /// For `region` (upright) of a video's frames, at 1/1, 1/2, 1/4 or 1/8, whichever still leaves `least` pixels.
-    pub fn new(facts: &Facts, region: [u32; 4], least: [u32; 2]) -> Result<Converter, Refusal> {
+    /// Creates a converter for `region` (upright) of a video's frames, at the smallest of the scales 1/1, 1/2, 1/4, 1/8
+    /// at which the region has at least `min_size` pixels.
+    pub fn new(info: &VideoInfo, region: [u32; 4], min_size: [u32; 2]) -> Result<Converter, RequestError> {
         let [left, top, width, height] = region;
-        let inside = |from: u32, size: u32, all: u32| size > 0 && from.checked_add(size).is_some_and(|to| to <= all);
-        if !inside(left, width, facts.width) || !inside(top, height, facts.height) {
-            return Err(format!("no such region of {}x{} pixels: {region:?}", facts.width, facts.height));
+        let fits =
+            |start: u32, size: u32, full: u32| size > 0 && start.checked_add(size).is_some_and(|end| end <= full);
+        if !fits(left, width, info.width) || !fits(top, height, info.height) {
+            return Err(format!("no such region of {}x{} pixels: {region:?}", info.width, info.height));
         }
-        let by = [8, 4, 2].into_iter().find(|by| width >= by * least[0] && height >= by * least[1]).unwrap_or(1);
-        let rotation = facts.rotation;
-        let [x, y, w, h] = stored(region, rotation, [facts.width, facts.height]);
-        // Rows and columns in pairs, which share their chroma; FFmpeg converts a single row with other rounding.
-        let all = stored([0, 0, facts.width, facts.height], rotation, [facts.width, facts.height]);
-        let (left, top) = (x & !1, y & !1);
-        let (right, bottom) = ((x + w).next_multiple_of(2).min(all[2]), (y + h).next_multiple_of(2).min(all[3]));
-        let from = [left, top, right - left, bottom - top];
-        let to = [from[2].div_ceil(by), from[3].div_ceil(by)];
-        let scale = [f64::from(to[0]) / f64::from(from[2]), f64::from(to[1]) / f64::from(from[3])];
-        let part = [(x - left, scale[0]), (y - top, scale[1]), (w, scale[0]), (h, scale[1])];
-        let place = upright(part.map(|(pixels, scale)| f64::from(pixels) * scale), rotation, to);
+        let denominator =
+            [8, 4, 2].into_iter().find(|by| width >= by * min_size[0] && height >= by * min_size[1]).unwrap_or(1);
+        let rotation = info.rotation;
+        let full = [info.width, info.height];
+        let [x, y, w, h] = upright_to_coded(region, rotation, full);
+        // Rows and columns in pairs, which share their chroma; FFmpeg rounds differently in a single row.
+        let [_, _, coded_width, coded_height] = upright_to_coded([0, 0, full[0], full[1]], rotation, full);
+        let left = x & !1;
+        let top = y & !1;
+        let right = (x + w).next_multiple_of(2).min(coded_width);
+        let bottom = (y + h).next_multiple_of(2).min(coded_height);
+        let source = [left, top, right - left, bottom - top];
+        let size = [source[2].div_ceil(denominator), source[3].div_ceil(denominator)];
+        let scale = [f64::from(size[0]) / f64::from(source[2]), f64::from(size[1]) / f64::from(source[3])];
+        let scaled = [
+            f64::from(x - left) * scale[0],
+            f64::from(y - top) * scale[1],
+            f64::from(w) * scale[0],
+            f64::from(h) * scale[1],
+        ];
         Ok(Converter {
-            kept: None,
-            from,
-            rgb: Frame::new(Pixel::RGB24, to[0], to[1]),
+            cached: None,
+            source,
+            rgb: Frame::new(Pixel::RGB24, size[0], size[1]),
             rotation,
-            place,
+            region: coded_to_upright(scaled, rotation, size),
             pixels: Vec::new(),
         })
     }
 
-    /// Width and height of what comes out.
-    pub fn size(&self) -> [u32; 2] {
-        let [width, height] = [self.rgb.width(), self.rgb.height()];
+    /// Returns the width and height of the output.
+    pub fn output_size(&self) -> [u32; 2] {
+        let width = self.rgb.width();
+        let height = self.rgb.height();
         if self.rotation.is_multiple_of(180) { [width, height] } else { [height, width] }
     }
 
-    /// Where the region lies in it: [left, top, width, height].
-    pub fn place(&self) -> [f64; 4] {
-        self.place
+    /// Returns the requested region in the output: [left, top, width, height].
+    pub fn region(&self) -> [f64; 4] {
+        self.region
     }
 
-    /// Bytes of what comes out.
-    pub fn bytes(&self) -> usize {
+    /// Returns the bytes of an output frame.
+    pub fn frame_bytes(&self) -> usize {
         self.rgb.width() as usize * self.rgb.height() as usize * 3
     }
 
-    /// One frame.
-    pub fn convert(&mut self, frame: &Frame) -> Result<&[u8], Refusal> {
-        ToRgb::convert(&mut self.kept, frame, self.from, &mut self.rgb)?;
-        let (width, height) = (self.rgb.width() as usize, self.rgb.height() as usize);
-        let (data, stride) = (self.rgb.data(0), self.rgb.stride(0));
-        self.pixels.clear();
+    /// Converts one frame.
+    pub fn convert(&mut self, frame: &Frame) -> Result<&[u8], RequestError> {
+        RgbConverter::convert(&mut self.cached, frame, self.source, &mut self.rgb)?;
+        let width = self.rgb.width() as usize;
+        let height = self.rgb.height() as usize;
+        let data = self.rgb.data(0);
+        let stride = self.rgb.stride(0);
         let row = |y: usize| &data[y * stride..y * stride + width * 3];
-        let at = |x: usize, y: usize| &data[y * stride + x * 3..y * stride + x * 3 + 3];
+        let pixel = |x: usize, y: usize| &data[y * stride + x * 3..y * stride + x * 3 + 3];
         let out = &mut self.pixels;
+        out.clear();
         match self.rotation {
             0 => (0..height).for_each(|y| out.extend_from_slice(row(y))),
-            180 => (0..height).rev().for_each(|y| (0..width).rev().for_each(|x| out.extend_from_slice(at(x, y)))),
-            90 => (0..width).for_each(|x| (0..height).rev().for_each(|y| out.extend_from_slice(at(x, y)))),
-            _ => (0..width).rev().for_each(|x| (0..height).for_each(|y| out.extend_from_slice(at(x, y)))),
+            180 => (0..height).rev().for_each(|y| (0..width).rev().for_each(|x| out.extend_from_slice(pixel(x, y)))),
+            90 => (0..width).for_each(|x| (0..height).rev().for_each(|y| out.extend_from_slice(pixel(x, y)))),
+            _ => (0..width).rev().for_each(|x| (0..height).for_each(|y| out.extend_from_slice(pixel(x, y)))),
         }
         Ok(&self.pixels)
     }
 }
 
-/// An upright region of a picture of upright `size` in the stored picture, which is turned clockwise to stand upright.
-fn stored([left, top, width, height]: [u32; 4], rotation: u32, size: [u32; 2]) -> [u32; 4] {
-    let (right, bottom) = (size[0] - left - width, size[1] - top - height);
+/// Maps a region of an image of upright `size` to the coded image, which must be rotated clockwise to be upright.
+fn upright_to_coded([left, top, width, height]: [u32; 4], rotation: u32, size: [u32; 2]) -> [u32; 4] {
+    let right = size[0] - left - width;
+    let bottom = size[1] - top - height;
     match rotation {
         0 => [left, top, width, height],
         90 => [top, right, height, width],
@@ -95,9 +109,10 @@ fn stored([left, top, width, height]: [u32; 4], rotation: u32, size: [u32; 2]) -
     }
 }
 
-/// A stored box of a picture of stored `size`, upright.
-fn upright([left, top, width, height]: [f64; 4], rotation: u32, size: [u32; 2]) -> [f64; 4] {
-    let (right, bottom) = (f64::from(size[0]) - left - width, f64::from(size[1]) - top - height);
+/// Maps a region of an image of coded `size` to the upright image.
+fn coded_to_upright([left, top, width, height]: [f64; 4], rotation: u32, size: [u32; 2]) -> [f64; 4] {
+    let right = f64::from(size[0]) - left - width;
+    let bottom = f64::from(size[1]) - top - height;
     match rotation {
         0 => [left, top, width, height],
         90 => [bottom, left, height, width],

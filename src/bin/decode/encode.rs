@@ -1,15 +1,15 @@
-//! Pixels become a video: one that was decoded, encoded anew, or pictures one after another.
+//! Encoding of videos: a decoded video transcoded, or a sequence of images.
 
-use crate::Refusal;
+use crate::RequestError;
 use crate::convert::Converter;
 use crate::frames;
-use crate::video::Video;
-use crate::wire::{Codec, Container, Recipe};
+use crate::protocol::{Codec, Container, VideoEncoding};
+use crate::video::DemuxedVideo;
 use ffmpeg_next::codec::packet::Packet;
 use ffmpeg_next::codec::{self, Flags as CodecFlags, threading};
 use ffmpeg_next::format::context::{Output, StreamIo};
 use ffmpeg_next::format::{Flags as FormatFlags, Pixel};
-use ffmpeg_next::software::scaling::{Context as Scaler, Flags};
+use ffmpeg_next::software::scaling::{Context as Scaler, Flags as ScalerFlags};
 use ffmpeg_next::util::frame::Video as Frame;
 use ffmpeg_next::{Dictionary, Rational, encoder, format};
 use std::collections::BTreeSet;
@@ -18,60 +18,71 @@ use std::io::{Cursor, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
-/// The open video anew: upright, the shorter side brought down to `shorter` where it is longer, at `fps` frames a
-/// second, of which each is the one shown at its time. What is left out stays as it is.
-pub fn recode(video: &Video, recipe: &Recipe, fps: Option<f64>, shorter: Option<u32>) -> Result<Vec<u8>, Refusal> {
-    let facts = &video.facts;
-    let fps = fps.unwrap_or(facts.fps);
-    let [width, height] = [facts.width, facts.height];
-    let factor = shorter.map_or(1.0, |side| (f64::from(side) / f64::from(width.min(height))).min(1.0));
-    // Chroma of half the size wants even sides.
-    let even = |side: u32| ((f64::from(side) * factor / 2.0).round() as u32 * 2).max(2);
-    let mut converter = Converter::new(facts, [0, 0, width, height], [width, height])?;
-    let mut writer = Writer::new(recipe, fps, [even(width), even(height)])?;
-    let times = times(video, fps);
-    let wanted: BTreeSet<usize> = (0..times.len()).filter(|&frame| times[frame] > 0).collect();
+/// Transcodes the open video: upright, downscaled so that the short side is at most `short_side`, and resampled to
+/// `fps` frames per second by repeating or dropping frames. What is `None` stays unchanged.
+pub fn transcode(
+    video: &DemuxedVideo,
+    encoding: &VideoEncoding,
+    fps: Option<f64>,
+    short_side: Option<u32>,
+) -> Result<Vec<u8>, RequestError> {
+    let info = &video.info;
+    let fps = fps.unwrap_or(info.fps);
+    let size = [info.width, info.height];
+    let scale = short_side.map_or(1.0, |side| (f64::from(side) / f64::from(info.width.min(info.height))).min(1.0));
+    // Chroma of half the size needs even sides.
+    let scaled_size = size.map(|side| ((f64::from(side) * scale / 2.0).round() as u32 * 2).max(2));
+    let mut converter = Converter::new(info, [0, 0, info.width, info.height], size)?;
+    let mut writer = VideoWriter::new(encoding, fps, scaled_size)?;
+    let repeats = frame_repeats(video, fps);
+    let wanted: BTreeSet<usize> = (0..repeats.len()).filter(|&frame| repeats[frame] > 0).collect();
     let mut next = 0;
-    frames::decode(video, &wanted, &mut |number, frame| {
-        if number < next {
+    frames::decode(video, &wanted, &mut |index, frame| {
+        if index < next {
             return Err("its frames cannot be decoded in their order".into());
         }
-        next = number;
-        let pixels = picture(converter.convert(frame)?, [width, height]);
-        (0..times[number]).try_for_each(|_| writer.frame(&pixels))
+        next = index;
+        let image = rgb_frame(converter.convert(frame)?, size);
+        (0..repeats[index]).try_for_each(|_| writer.write_frame(&image))
     })?;
     writer.finish()
 }
 
-/// How often each frame is shown at so many frames a second.
-fn times(video: &Video, fps: f64) -> Vec<usize> {
+/// Returns how often each frame is shown at `fps` frames per second.
+fn frame_repeats(video: &DemuxedVideo, fps: f64) -> Vec<usize> {
     let frames = &video.frames;
-    let one = if video.timed { f64::from(video.time_base) } else { 1.0 / video.facts.fps };
-    let mut times = vec![0; frames.len()];
-    let shown = (video.facts.seconds * fps).round().max(1.0) as usize;
-    for number in 0..shown {
-        // A thousandth of a frame, against rounding of time stamps.
-        let at = (number as f64 + 1e-3) / fps;
-        let after = frames.partition_point(|frame| (frame.pts - frames[0].pts) as f64 * one <= at);
-        times[after.max(1) - 1] += 1;
+    let pts_seconds = if video.has_timestamps { f64::from(video.time_base) } else { 1.0 / video.info.fps };
+    let mut repeats = vec![0; frames.len()];
+    let count = (video.info.seconds * fps).round().max(1.0) as usize;
+    for index in 0..count {
+        // Plus a thousandth of a frame, because timestamps are rounded.
+        let time = (index as f64 + 1e-3) / fps;
+        let following = frames.partition_point(|frame| (frame.pts - frames[0].pts) as f64 * pts_seconds <= time);
+        repeats[following.max(1) - 1] += 1;
     }
-    times
+    repeats
 }
 
-/// So many pictures of `size` [width, height] in the memory.
-pub fn pictures(recipe: &Recipe, fps: f64, size: [u32; 2], frames: u64, memory: &File) -> Result<Vec<u8>, Refusal> {
-    let mut writer = Writer::new(recipe, fps, size)?;
+/// Encodes `frames` images of `size` [width, height] from the shared memory.
+pub fn encode_images(
+    encoding: &VideoEncoding,
+    fps: f64,
+    size: [u32; 2],
+    frames: u64,
+    memory: &File,
+) -> Result<Vec<u8>, RequestError> {
+    let mut writer = VideoWriter::new(encoding, fps, size)?;
     let mut pixels = vec![0; size[0] as usize * size[1] as usize * 3];
-    for number in 0..frames {
-        let at = number * pixels.len() as u64;
-        memory.read_exact_at(&mut pixels, at).map_err(|error| error.to_string())?;
-        writer.frame(&picture(&pixels, size))?;
+    for index in 0..frames {
+        let offset = index * pixels.len() as u64;
+        memory.read_exact_at(&mut pixels, offset).map_err(|error| error.to_string())?;
+        writer.write_frame(&rgb_frame(&pixels, size))?;
     }
     writer.finish()
 }
 
-/// [height, width, 3] as FFmpeg wants it.
-fn picture(pixels: &[u8], [width, height]: [u32; 2]) -> Frame {
+/// Copies pixels [height, width, 3] to an FFmpeg frame.
+fn rgb_frame(pixels: &[u8], [width, height]: [u32; 2]) -> Frame {
     let mut frame = Frame::new(Pixel::RGB24, width, height);
     let stride = frame.stride(0);
     let rows = pixels.chunks_exact(width as usize * 3);
@@ -79,112 +90,136 @@ fn picture(pixels: &[u8], [width, height]: [u32; 2]) -> Frame {
     frame
 }
 
-/// A video being written.
-struct Writer {
+/// Encodes and muxes a video.
+struct VideoWriter {
     output: Output,
     encoder: encoder::video::Encoder,
     time_base: Rational,
+    /// Created for the first frame.
     scaler: Option<Scaler>,
     frames: i64,
-    file: Memory,
+    file: OutputBuffer,
 }
 
-impl Writer {
-    fn new(recipe: &Recipe, fps: f64, size: [u32; 2]) -> Result<Writer, Refusal> {
+impl VideoWriter {
+    fn new(encoding: &VideoEncoding, fps: f64, size: [u32; 2]) -> Result<VideoWriter, RequestError> {
         if size.iter().any(|side| side % 2 == 1) {
             return Err(format!("a video of {}x{} pixels: both sides must be even", size[0], size[1]));
         }
         if !(fps > 0.0 && fps <= 1000.0) {
-            return Err(format!("a video of {fps} frames a second: more than 0, at most 1000"));
+            return Err(format!("a video of {fps} frames per second: more than 0, at most 1000"));
         }
-        Self::begin(recipe, fps, size).map_err(|error| format!("{:?} cannot be encoded here: {error}", recipe.codec))
+        Self::open(encoding, fps, size).map_err(|error| format!("{:?} cannot be encoded here: {error}", encoding.codec))
     }
 
-    fn begin(recipe: &Recipe, fps: f64, [width, height]: [u32; 2]) -> Result<Writer, ffmpeg_next::Error> {
-        let (name, pixel) = encoder_of(recipe.codec);
-        let found = encoder::find_by_name(name).ok_or(ffmpeg_next::Error::EncoderNotFound)?;
-        let file = Memory::default();
+    fn open(encoding: &VideoEncoding, fps: f64, size: [u32; 2]) -> Result<VideoWriter, ffmpeg_next::Error> {
+        let file = OutputBuffer::default();
         let io = StreamIo::from_write_seek(file.clone())?;
-        let mut output = format::output_to_stream(io, None, Some(muxer(recipe.container)))?;
-        let mut context = codec::Context::new_with_codec(found);
-        let mut flags = CodecFlags::BITEXACT;
-        flags.set(CodecFlags::GLOBAL_HEADER, output.format().flags().contains(FormatFlags::GLOBAL_HEADER));
-        flags.set(CodecFlags::CLOSED_GOP, recipe.codec == Codec::H264 && !recipe.open);
-        context.set_flags(flags);
-        // One thread: what it writes must not depend on how many there are.
-        context.set_threading(threading::Config { kind: threading::Type::None, count: 1, ..Default::default() });
+        let mut output = format::output_to_stream(io, None, Some(muxer_name(encoding.container)))?;
         let time_base = Rational::new(1000, (fps * 1000.0).round() as i32);
-        let mut video = context.encoder().video()?;
-        video.set_width(width);
-        video.set_height(height);
-        video.set_format(pixel);
-        video.set_time_base(time_base);
-        video.set_frame_rate(Some(time_base.invert()));
-        video.set_gop(recipe.gop);
-        video.set_max_b_frames(recipe.b_frames as usize);
-        let encoder = video.open_as_with(found, options(recipe))?;
+        let wants_global_header = output.format().flags().contains(FormatFlags::GLOBAL_HEADER);
+        let encoder = open_encoder(encoding, time_base, size, wants_global_header)?;
         let mut stream = output.add_stream_with(&encoder)?;
         stream.set_time_base(time_base);
         stream.set_avg_frame_rate(time_base.invert());
         let mut options = Dictionary::new();
         options.set("fflags", "+bitexact");
         output.write_header_with(options)?;
-        Ok(Writer { output, encoder, time_base, scaler: None, frames: 0, file })
+        Ok(VideoWriter { output, encoder, time_base, scaler: None, frames: 0, file })
     }
 
-    /// Appends one picture, brought to the video's size.
-    fn frame(&mut self, picture: &Frame) -> Result<(), Refusal> {
+    /// Scales an image to the video's size and appends it.
+    fn write_frame(&mut self, image: &Frame) -> Result<(), RequestError> {
         let encoder = &self.encoder;
         let mut out = Frame::new(encoder.format(), encoder.width(), encoder.height());
         if self.scaler.is_none() {
-            let (from, to) = ([picture.width(), picture.height()], [encoder.width(), encoder.height()]);
-            let flags = Flags::BICUBIC | Flags::ACCURATE_RND | Flags::BITEXACT;
-            let made = Scaler::get(Pixel::RGB24, from[0], from[1], encoder.format(), to[0], to[1], flags);
-            self.scaler = Some(made.map_err(|error| error.to_string())?);
+            let flags = ScalerFlags::BICUBIC | ScalerFlags::ACCURATE_RND | ScalerFlags::BITEXACT;
+            let scaler = Scaler::get(
+                Pixel::RGB24,
+                image.width(),
+                image.height(),
+                encoder.format(),
+                encoder.width(),
+                encoder.height(),
+                flags,
+            );
+            self.scaler = Some(scaler.map_err(|error| error.to_string())?);
         }
-        self.scaler.as_mut().expect("made above").run(picture, &mut out).map_err(|error| error.to_string())?;
+        self.scaler.as_mut().expect("created above").run(image, &mut out).map_err(|error| error.to_string())?;
         out.set_pts(Some(self.frames));
         self.frames += 1;
         let sent = self.encoder.send_frame(&out);
-        sent.and_then(|()| self.packets()).map_err(|error| format!("a frame cannot be encoded: {error}"))
+        sent.and_then(|()| self.write_packets()).map_err(|error| format!("a frame cannot be encoded: {error}"))
     }
 
-    fn packets(&mut self) -> Result<(), ffmpeg_next::Error> {
+    fn write_packets(&mut self) -> Result<(), ffmpeg_next::Error> {
         let mut packet = Packet::empty();
-        let base = self.output.stream(0).expect("the one stream").time_base();
+        let stream_time_base = self.output.stream(0).expect("the one stream").time_base();
         while self.encoder.receive_packet(&mut packet).is_ok() {
             packet.set_stream(0);
             if packet.duration() == 0 {
                 packet.set_duration(1);
             }
-            packet.rescale_ts(self.time_base, base);
+            packet.rescale_ts(self.time_base, stream_time_base);
             packet.write_interleaved(&mut self.output)?;
         }
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Vec<u8>, Refusal> {
-        let end = self.encoder.send_eof().and_then(|()| self.packets()).and_then(|()| self.output.write_trailer());
-        end.map_err(|error| format!("the video cannot be ended: {error}"))?;
-        // The last bytes leave FFmpeg's buffer with it.
+    fn finish(mut self) -> Result<Vec<u8>, RequestError> {
+        let sent = self.encoder.send_eof();
+        let finished = sent.and_then(|()| self.write_packets()).and_then(|()| self.output.write_trailer());
+        finished.map_err(|error| format!("the video cannot be finished: {error}"))?;
+        // Dropping the output flushes FFmpeg's buffer.
         drop(self.output);
-        Ok(std::mem::take(self.file.0.lock().expect("no panic while held").get_mut()))
+        Ok(std::mem::take(self.file.0.lock().expect("no panic while locked").get_mut()))
     }
 }
 
-/// FFmpeg's name for a codec's encoder, and what it is given.
-fn encoder_of(codec: Codec) -> (&'static str, Pixel) {
+fn open_encoder(
+    encoding: &VideoEncoding,
+    time_base: Rational,
+    [width, height]: [u32; 2],
+    global_header: bool,
+) -> Result<encoder::video::Encoder, ffmpeg_next::Error> {
+    let codec = encoder::find_by_name(encoder_name(encoding.codec)).ok_or(ffmpeg_next::Error::EncoderNotFound)?;
+    let mut context = codec::Context::new_with_codec(codec);
+    let mut flags = CodecFlags::BITEXACT;
+    flags.set(CodecFlags::GLOBAL_HEADER, global_header);
+    flags.set(CodecFlags::CLOSED_GOP, encoding.codec == Codec::H264 && !encoding.open_gop);
+    context.set_flags(flags);
+    // One thread, because the output of some encoders depends on the number of threads.
+    context.set_threading(threading::Config { kind: threading::Type::None, count: 1, ..Default::default() });
+    let mut video = context.encoder().video()?;
+    video.set_width(width);
+    video.set_height(height);
+    video.set_format(pixel_format(encoding.codec));
+    video.set_time_base(time_base);
+    video.set_frame_rate(Some(time_base.invert()));
+    video.set_gop(encoding.max_keyframe_interval);
+    video.set_max_b_frames(encoding.max_b_frames as usize);
+    video.open_as_with(codec, encoder_options(encoding))
+}
+
+/// Returns FFmpeg's name of the encoder.
+fn encoder_name(codec: Codec) -> &'static str {
     match codec {
-        Codec::H264 => ("libx264", Pixel::YUV420P),
-        Codec::H265 => ("libx265", Pixel::YUV420P),
-        Codec::Vp9 => ("libvpx-vp9", Pixel::YUV420P),
-        Codec::Av1 => ("libaom-av1", Pixel::YUV420P),
-        Codec::Mpeg4 => ("mpeg4", Pixel::YUV420P),
-        Codec::Mjpeg => ("mjpeg", Pixel::YUVJ420P),
+        Codec::H264 => "libx264",
+        Codec::H265 => "libx265",
+        Codec::Vp9 => "libvpx-vp9",
+        Codec::Av1 => "libaom-av1",
+        Codec::Mpeg4 => "mpeg4",
+        Codec::Mjpeg => "mjpeg",
     }
 }
 
-fn muxer(container: Container) -> &'static str {
+/// Returns the pixel format that the encoder gets.
+fn pixel_format(codec: Codec) -> Pixel {
+    if codec == Codec::Mjpeg { Pixel::YUVJ420P } else { Pixel::YUV420P }
+}
+
+/// Returns FFmpeg's name of the muxer.
+fn muxer_name(container: Container) -> &'static str {
     match container {
         Container::Mp4 => "mp4",
         Container::Webm => "webm",
@@ -193,51 +228,54 @@ fn muxer(container: Container) -> &'static str {
     }
 }
 
-/// What encoders are told in their own words. Quality 1 to 100 becomes each one's own scale.
-fn options(recipe: &Recipe) -> Dictionary<'static> {
-    let worst = |scale: f64| ((100.0 - f64::from(recipe.quality)) / 99.0 * scale).round();
+/// Returns the options of the encoder. Quality 1 to 100 is mapped to each encoder's own scale.
+fn encoder_options(encoding: &VideoEncoding) -> Dictionary<'static> {
+    let quantizer = |max: f64| ((100.0 - f64::from(encoding.quality)) / 99.0 * max).round();
     let mut options = Dictionary::new();
-    let mut set = |key: &str, value: &str| options.set(key, value);
-    match recipe.codec {
+    match encoding.codec {
         Codec::H264 => {
-            set("crf", &worst(51.0).to_string());
-            set("preset", "medium");
+            options.set("crf", &quantizer(51.0).to_string());
+            options.set("preset", "medium");
         }
         Codec::H265 => {
-            set("crf", &worst(51.0).to_string());
-            let (gop, frames) = (recipe.gop, recipe.b_frames);
-            set("x265-params", &format!("pools=none:frame-threads=1:log-level=none:keyint={gop}:bframes={frames}"));
+            let interval = encoding.max_keyframe_interval;
+            let b_frames = encoding.max_b_frames;
+            options.set("crf", &quantizer(51.0).to_string());
+            options.set(
+                "x265-params",
+                &format!("pools=none:frame-threads=1:log-level=none:keyint={interval}:bframes={b_frames}"),
+            );
         }
         Codec::Vp9 | Codec::Av1 => {
-            set("crf", &worst(63.0).to_string());
-            set("b", "0");
-            set("cpu-used", "8");
-            set("row-mt", "0");
+            options.set("crf", &quantizer(63.0).to_string());
+            options.set("b", "0");
+            options.set("cpu-used", "8");
+            options.set("row-mt", "0");
         }
         Codec::Mpeg4 | Codec::Mjpeg => {
-            let scale = (2.0 + worst(29.0)).to_string();
-            set("qmin", &scale);
-            set("qmax", &scale);
+            let scale = (2.0 + quantizer(29.0)).to_string();
+            options.set("qmin", &scale);
+            options.set("qmax", &scale);
         }
     }
     options
 }
 
-/// The file being written.
+/// The file that is written, in memory.
 #[derive(Clone, Default)]
-struct Memory(Arc<Mutex<Cursor<Vec<u8>>>>);
+struct OutputBuffer(Arc<Mutex<Cursor<Vec<u8>>>>);
 
-impl Write for Memory {
+impl Write for OutputBuffer {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().expect("no panic while held").write(bytes)
+        self.0.lock().expect("no panic while locked").write(bytes)
     }
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
 }
 
-impl Seek for Memory {
+impl Seek for OutputBuffer {
     fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
-        self.0.lock().expect("no panic while held").seek(to)
+        self.0.lock().expect("no panic while locked").seek(to)
     }
 }

@@ -1,10 +1,10 @@
-//! The frames that are wanted, decoded in one run forward: from the last frame that stands alone before the first one
-//! wanted, and on from a later such frame where that skips frames which nobody wants.
+//! Decoding of selected frames in one forward pass: from the last keyframe before the first wanted frame, with jumps to
+//! later keyframes where that skips packets that no wanted frame needs.
 
-use crate::Refusal;
+use crate::RequestError;
 use crate::convert::Converter;
-use crate::video::Video;
-use crate::wire::Answer;
+use crate::protocol::DecodeResponse;
+use crate::video::DemuxedVideo;
 use ffmpeg_next::codec::threading;
 use ffmpeg_next::util::frame::Video as Frame;
 use ffmpeg_next::{Discard, Error, codec, decoder};
@@ -13,172 +13,175 @@ use std::fs::File;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 
-/// Packets between two runs that nobody needs and that are rather gone through than left out.
-const APART: usize = 4;
-/// Packets behind a run that make a decoder give what it keeps back for the order of showing: as many as it can keep.
-const BEHIND: usize = 16;
+/// Maximum number of unneeded packets between two ranges that are decoded rather than skipped.
+const MAX_GAP: usize = 4;
+/// Number of packets behind a range that flush the frames that a decoder delays for reordering: the maximum delay.
+const FLUSH_PACKETS: usize = 16;
 
-/// Takes a frame and its number.
-pub type See<'a> = dyn FnMut(usize, &Frame) -> Result<(), Refusal> + 'a;
+/// Receives a frame and its index.
+pub type FrameVisitor<'a> = dyn FnMut(usize, &Frame) -> Result<(), RequestError> + 'a;
 
-/// Decodes frames and lays their pixels into the memory.
-pub fn answer(
-    video: &mut Video,
+/// Decodes frames and writes their pixels to the shared memory.
+pub fn decode_frames(
+    video: &mut DemuxedVideo,
     indices: &[u64],
     region: [u32; 4],
-    least: [u32; 2],
+    min_size: [u32; 2],
     memory: &File,
-) -> Result<Answer, Refusal> {
-    let count = video.facts.frames;
-    if !indices.windows(2).all(|two| two[0] < two[1]) || indices.last().is_none_or(|&last| last >= count) {
-        return Err(format!("of {count} frames these are wanted: {indices:?}"));
+) -> Result<DecodeResponse, RequestError> {
+    let count = video.info.frames;
+    if !indices.windows(2).all(|pair| pair[0] < pair[1]) || indices.last().is_none_or(|&last| last >= count) {
+        return Err(format!("frame indices must be increasing and below {count}; got {indices:?}"));
     }
-    let mut converter = Converter::new(&video.facts, region, least)?;
-    let each = converter.bytes() as u64;
-    if each * indices.len() as u64 > video.bounds.max_answer {
+    let mut converter = Converter::new(&video.info, region, min_size)?;
+    let frame_bytes = converter.frame_bytes() as u64;
+    if frame_bytes * indices.len() as u64 > video.limits.max_response_bytes {
         return Err(format!(
             "{} frames of {} MB each are more than {} MB; pack the videos again with --resize",
             indices.len(),
-            each >> 20,
-            video.bounds.max_answer >> 20
+            frame_bytes >> 20,
+            video.limits.max_response_bytes >> 20
         ));
     }
-    let place: BTreeMap<usize, u64> =
-        indices.iter().enumerate().map(|(at, &frame)| (frame as usize, at as u64)).collect();
-    let mut lay = |number: usize, frame: &Frame| {
+    let slots: BTreeMap<usize, u64> = indices.iter().map(|&frame| frame as usize).zip(0..).collect();
+    let mut write = |index: usize, frame: &Frame| {
         let pixels = converter.convert(frame)?;
-        memory.write_all_at(pixels, place[&number] * each).map_err(|error| error.to_string())
+        memory.write_all_at(pixels, slots[&index] * frame_bytes).map_err(|error| error.to_string())
     };
-    let decoded = decode(video, &place.keys().copied().collect(), &mut lay)?;
-    Ok(Answer::Frames { size: converter.size(), place: converter.place(), decoded })
+    let decoded = decode(video, &slots.keys().copied().collect(), &mut write)?;
+    Ok(DecodeResponse::Frames { size: converter.output_size(), region: converter.region(), decoded })
 }
 
-/// Shows the wanted frames to `see`, in the order of showing but where damage forces a second run, from the very first
-/// packet. How many frames came for them.
-pub fn decode(video: &Video, wanted: &BTreeSet<usize>, see: &mut See) -> Result<u64, Refusal> {
-    let mut left = wanted.clone();
-    let mut run = Run { video, decoder: open(video)?, decoded: 0, reason: None };
-    if video.timed {
-        for range in ranges(video, wanted) {
-            run.forward(range.clone(), &mut left, true, see)?;
-            // At an end FFmpeg 5.1 drops what is kept back of H.264 whose groups of pictures are open: then there is none.
-            if left.iter().any(|&frame| range.contains(&video.frames[frame].packet)) {
-                let end = (range.end() + BEHIND).min(video.packets.len() - 1);
-                run.forward(*range.start()..=end, &mut left, true, see)?;
+/// Passes the wanted frames to `visit` in presentation order. If frames are missing because the file is damaged, they
+/// follow out of order from a second pass that starts at the first packet. Returns the number of frames that the
+/// decoder returned.
+pub fn decode(video: &DemuxedVideo, wanted: &BTreeSet<usize>, visit: &mut FrameVisitor) -> Result<u64, RequestError> {
+    let mut frames =
+        FrameDecoder { video, decoder: open_decoder(video)?, missing: wanted.clone(), decoded: 0, last_error: None };
+    if video.has_timestamps {
+        for range in packet_ranges(video, wanted) {
+            frames.decode_packets(range.clone(), true, visit)?;
+            // When it is flushed, FFmpeg 5.1 drops delayed frames of H.264 with open groups of pictures; with further
+            // packets nothing needs to be flushed.
+            if frames.missing.iter().any(|&frame| range.contains(&video.frames[frame].packet_index)) {
+                let end = (range.end() + FLUSH_PACKETS).min(video.packets.len() - 1);
+                frames.decode_packets(*range.start()..=end, true, visit)?;
             }
         }
     }
-    if let Some(last) = left.iter().map(|&frame| video.frames[frame].packet).max() {
-        // Frames that are counted are told apart by nothing else than all those before them.
-        let last = if video.timed { last } else { video.packets.len() - 1 };
-        run.forward(0..=last, &mut left, false, see)?;
+    if let Some(last) = frames.missing.iter().map(|&frame| video.frames[frame].packet_index).max() {
+        // Without timestamps frames are identified by counting, from the first to the last.
+        let last = if video.has_timestamps { last } else { video.packets.len() - 1 };
+        frames.decode_packets(0..=last, false, visit)?;
     }
-    match left.first() {
-        None => Ok(run.decoded),
-        Some(frame) => {
-            let reason = run.reason.map_or("the file was cut or damaged".into(), |error| error.to_string());
-            Err(format!("frame {frame} of {} cannot be decoded: {reason}", video.frames.len()))
-        }
-    }
+    let Some(frame) = frames.missing.first() else { return Ok(frames.decoded) };
+    let reason = frames.last_error.map_or("the file was cut or damaged".into(), |error| error.to_string());
+    Err(format!("frame {frame} of {} cannot be decoded: {reason}", video.frames.len()))
 }
 
-fn open(video: &Video) -> Result<decoder::Video, Refusal> {
+fn open_decoder(video: &DemuxedVideo) -> Result<decoder::Video, RequestError> {
     let context = codec::Context::from_parameters(video.parameters.clone()).map_err(|error| error.to_string())?;
     let mut decoder = context.decoder();
     decoder.set_threading(threading::Config { kind: threading::Type::None, count: 1, ..Default::default() });
     decoder.video().map_err(|error| format!("its decoder does not start: {error}"))
 }
 
-/// Runs of packets that the wanted frames need, rising and apart from each other.
-fn ranges(video: &Video, wanted: &BTreeSet<usize>) -> Vec<RangeInclusive<usize>> {
-    let alone: Vec<usize> = (0..video.packets.len()).filter(|&at| video.packets[at].is_key()).collect();
+/// Returns the ranges of packets that the wanted frames need, in increasing order and more than [`MAX_GAP`] apart.
+fn packet_ranges(video: &DemuxedVideo, wanted: &BTreeSet<usize>) -> Vec<RangeInclusive<usize>> {
+    let keyframes: Vec<usize> = (0..video.packets.len()).filter(|&packet| video.packets[packet].is_key()).collect();
     let mut ranges: Vec<RangeInclusive<usize>> = Vec::new();
     for frame in wanted.iter().map(|&frame| &video.frames[frame]) {
-        // What is shown before the frame that stands alone and follows it in the file may need what lies before it.
-        let begins = |at: &&usize| video.packets[**at].pts().is_some_and(|pts| pts <= frame.pts);
-        let before = &alone[..alone.partition_point(|&at| at <= frame.packet)];
-        let first = before.iter().rev().find(begins).copied().unwrap_or(0);
-        match ranges.last_mut().filter(|range| first <= *range.end() + APART) {
-            Some(range) => *range = (*range.start()).min(first)..=(*range.end()).max(frame.packet),
-            None => ranges.push(first..=frame.packet),
+        // A frame that follows a keyframe in the file but is shown before it may need packets before the keyframe.
+        let is_start = |keyframe: &&usize| video.packets[**keyframe].pts().is_some_and(|pts| pts <= frame.pts);
+        let preceding = &keyframes[..keyframes.partition_point(|&keyframe| keyframe <= frame.packet_index)];
+        let first = preceding.iter().rev().find(is_start).copied().unwrap_or(0);
+        match ranges.last_mut().filter(|range| first <= *range.end() + MAX_GAP) {
+            Some(range) => *range = (*range.start()).min(first)..=(*range.end()).max(frame.packet_index),
+            None => ranges.push(first..=frame.packet_index),
         }
     }
     ranges
 }
 
-struct Run<'a> {
-    video: &'a Video,
+struct FrameDecoder<'a> {
+    video: &'a DemuxedVideo,
     decoder: decoder::Video,
-    /// Frames that came.
+    /// Wanted frames that were not decoded yet.
+    missing: BTreeSet<usize>,
+    /// Number of frames that the decoder returned.
     decoded: u64,
-    /// What the decoder complained of last.
-    reason: Option<Error>,
+    last_error: Option<Error>,
 }
 
-impl Run<'_> {
-    /// Decodes these packets and shows those of their frames that are left.
-    fn forward(
+impl FrameDecoder<'_> {
+    /// Decodes packets and visits those of their frames that are missing. With `skip`, frames are not decoded if they
+    /// are neither missing nor referenced by other frames.
+    fn decode_packets(
         &mut self,
         packets: RangeInclusive<usize>,
-        left: &mut BTreeSet<usize>,
         skip: bool,
-        see: &mut See,
-    ) -> Result<(), Refusal> {
+        visit: &mut FrameVisitor,
+    ) -> Result<(), RequestError> {
         let video = self.video;
-        let packet = |frame: &usize| video.frames[*frame].packet;
-        let needed: BTreeSet<usize> = left.iter().map(packet).filter(|at| packets.contains(at)).collect();
-        let rest = left.len() - needed.len();
-        let mut counted = 0;
+        let packet_index = |frame: &usize| video.frames[*frame].packet_index;
+        let needed: BTreeSet<usize> =
+            self.missing.iter().map(packet_index).filter(|packet| packets.contains(packet)).collect();
+        let missing_elsewhere = self.missing.len() - needed.len();
+        let mut received = 0;
         self.decoder.flush();
-        for at in packets {
-            // A frame that no other is made from, and nobody wants, need not be decoded at all.
-            let skip = if skip && !needed.contains(&at) { Discard::NonReference } else { Discard::Default };
-            self.decoder.skip_frame(skip);
-            // A damaged packet costs its own frames, which are missed below.
-            if let Err(error) = self.decoder.send_packet(&video.packets[at]) {
-                self.reason = Some(error);
+        for packet in packets {
+            let is_skippable = skip && !needed.contains(&packet);
+            self.decoder.skip_frame(if is_skippable { Discard::NonReference } else { Discard::Default });
+            // After a damaged packet its frames remain in `missing`.
+            if let Err(error) = self.decoder.send_packet(&video.packets[packet]) {
+                self.last_error = Some(error);
             }
-            self.receive(left, &mut counted, see)?;
-            if left.len() == rest {
+            self.receive(&mut received, visit)?;
+            if self.missing.len() == missing_elsewhere {
                 return Ok(());
             }
         }
         self.decoder.skip_frame(Discard::Default);
         if let Err(error) = self.decoder.send_eof() {
-            self.reason = Some(error);
+            self.last_error = Some(error);
         }
-        self.receive(left, &mut counted, see)
+        self.receive(&mut received, visit)
     }
 
-    fn receive(&mut self, left: &mut BTreeSet<usize>, counted: &mut usize, see: &mut See) -> Result<(), Refusal> {
+    /// Receives the frames that the decoder has ready. `received` counts the frames of this pass.
+    fn receive(&mut self, received: &mut usize, visit: &mut FrameVisitor) -> Result<(), RequestError> {
         let mut frame = Frame::empty();
         loop {
             match self.decoder.receive_frame(&mut frame) {
                 Ok(()) => {}
                 Err(Error::Eof | Error::Other { .. }) => return Ok(()),
                 Err(error) => {
-                    self.reason = Some(error);
+                    self.last_error = Some(error);
                     return Ok(());
                 }
             }
-            let frames = &self.video.frames;
-            let number = match (self.video.timed, frame.pts()) {
-                (true, Some(pts)) => frames.binary_search_by_key(&pts, |frame| frame.pts).ok(),
-                (true, None) => None,
-                (false, _) => Some(*counted),
-            };
-            *counted += 1;
+            let index = self.frame_index(&frame, *received);
+            *received += 1;
             self.decoded += 1;
-            // What a decoder made up in the place of damage is no frame of this video.
-            let sound = !frame.is_corrupt() && !frame.has_decode_errors();
-            if let Some(number) = number.filter(|number| sound && left.contains(number)) {
-                if [frame.width(), frame.height()] != self.video.stored {
-                    let [width, height] = self.video.stored;
+            // A decoder may conceal damage with an invented frame.
+            let is_intact = !frame.is_corrupt() && !frame.has_decode_errors();
+            if let Some(index) = index.filter(|index| is_intact && self.missing.contains(index)) {
+                let [width, height] = self.video.coded_size;
+                if [frame.width(), frame.height()] != [width, height] {
                     return Err(format!("a frame of {}x{} among {width}x{height}", frame.width(), frame.height()));
                 }
-                see(number, &frame)?;
-                left.remove(&number);
+                visit(index, &frame)?;
+                self.missing.remove(&index);
             }
         }
+    }
+
+    /// Returns the index of a frame: by its timestamp, or by counting in a video without timestamps.
+    fn frame_index(&self, frame: &Frame, received: usize) -> Option<usize> {
+        if !self.video.has_timestamps {
+            return Some(received);
+        }
+        let pts = frame.pts()?;
+        self.video.frames.binary_search_by_key(&pts, |frame| frame.pts).ok()
     }
 }

@@ -1,95 +1,100 @@
-//! CUDA graphs: work that was queued once and is launched again as a whole, with the same addresses.
+//! CUDA graphs: work that is captured once and replayed as a whole, at the same addresses.
 
+use super::functions::{RawGraph, RawGraphPool};
 use super::stream::Stream;
-use super::table::{RawGraph, RawPool};
-use super::{call, half, synchronize};
-use crate::fault::Result;
+use super::{call, library, synchronize};
+use crate::error::Result;
 use std::ptr::NonNull;
 
-/// Memory for what graphs compute on the way. Graphs that share one must be replayed in the order of their capture,
-/// and not at the same time.
+/// A memory pool for the intermediate results of graphs. Graphs that share a pool must be replayed in the order of
+/// their capture and never concurrently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pool(RawPool);
+pub struct GraphPool(RawGraphPool);
 
-impl Pool {
-    pub fn new() -> Result<Pool> {
-        let mut pool = RawPool::default();
+impl GraphPool {
+    /// Creates a new pool.
+    pub fn new() -> Result<GraphPool> {
+        let mut pool = RawGraphPool::default();
         // SAFETY: a structure to be written.
-        call("a memory pool", |table| unsafe { (table.pool_create)(&mut pool) })?;
-        Ok(Pool(pool))
+        call("a memory pool", |functions| unsafe { (functions.pool_create)(&mut pool) })?;
+        Ok(GraphPool(pool))
     }
 }
 
-/// Captured work. It reads and writes the memory of the tensors that it was captured with, which must outlive it.
+/// A captured CUDA graph. It reads and writes the memory of the tensors that it was captured with, which must outlive
+/// it.
 pub struct Graph(NonNull<RawGraph>);
 
 // SAFETY: owned by this value alone, and CUDA ties graphs to no thread.
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Captures what `body` queues on `stream`, which is its thread's current stream meanwhile and not the default one.
-    /// Nothing of it is computed before the first replay. What `body` returns are the tensors that replays write to.
+    /// Captures the work that `body` queues on `stream`, which is the current stream meanwhile and must not be the
+    /// default one. Nothing is computed before the first replay; replays write to the tensors that `body` returns.
     ///
-    /// The capture is thread-local: other threads may ask anything of CUDA meanwhile. Whatever libtorch sets up at an
-    /// operation's first use must have been used before: run `body` a few times first.
+    /// The capture mode is thread-local: other threads may call CUDA meanwhile. Whatever libtorch initializes at the
+    /// first use of an operation must be initialized before: run `body` a few times first.
     ///
     /// # Errors
-    /// A fault of `body`, and whatever in it cannot be captured (a copy to the host, a wait). After the latter libtorch's
-    /// allocator may be left inside the pool: leave the process.
-    pub fn capture<T>(stream: &Stream, pool: Pool, body: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
+    /// The errors of `body`, and operations in it that cannot be captured (a copy to the host, a wait). After the latter
+    /// libtorch's allocator may be left inside the pool, so the process must end.
+    pub fn capture<T>(stream: &Stream, pool: GraphPool, body: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
         synchronize(stream.device())?;
-        let _entered = stream.enter()?;
+        let _guard = stream.set_current()?;
         let mut graph = std::ptr::null_mut();
         // SAFETY: a place for a pointer.
-        call("a graph", |table| unsafe { (table.graph_create)(&mut graph) })?;
+        call("a graph", |functions| unsafe { (functions.graph_create)(&mut graph) })?;
         let graph = Graph(NonNull::new(graph).expect("a call that succeeded writes its result"));
         // SAFETY: a live graph, and a live structure.
-        call("beginning a capture", |table| unsafe { (table.graph_begin)(graph.0.as_ptr(), &pool.0) })?;
+        call("beginning a capture", |functions| unsafe { (functions.graph_capture_begin)(graph.0.as_ptr(), &pool.0) })?;
         let capture = Capture(&graph);
-        let made = body();
+        let result = body();
         let ended = capture.end();
-        // The body's own fault says more than that its capture ended badly.
-        let made = made?;
+        // An error of the body also makes its capture fail, and is the cause.
+        let result = result?;
         ended?;
-        Ok((graph, made))
+        Ok((graph, result))
     }
 
-    /// Launches the work on the current stream of the device that it was captured on.
+    /// Launches the graph on the current stream of the device that it was captured on.
     pub fn replay(&self) -> Result<()> {
         // SAFETY: a live graph; a replay is queued on one stream by one thread, since a graph is not shared (not Sync).
-        call("replaying a graph", |table| unsafe { (table.graph_replay)(self.0.as_ptr()) })
+        call("replaying a graph", |functions| unsafe { (functions.graph_replay)(self.0.as_ptr()) })
     }
 
-    /// Gives its memory back to the pool, once no replay is under way.
+    /// Returns the graph's memory to the pool. No replay may be running.
     pub fn reset(self) -> Result<()> {
         // SAFETY: a live graph, which is not used again.
-        call("resetting a graph", |table| unsafe { (table.graph_reset)(self.0.as_ptr()) })
+        call("resetting a graph", |functions| unsafe { (functions.graph_reset)(self.0.as_ptr()) })
     }
 }
 
-/// A capture under way, which is ended also where its body panics.
+/// A capture in progress, which ends even if its body panics.
 struct Capture<'a>(&'a Graph);
 
 impl Capture<'_> {
     fn end(self) -> Result<()> {
         let graph = std::mem::ManuallyDrop::new(self).0;
-        // SAFETY: a live graph that is capturing.
-        call("ending a capture", |table| unsafe { (table.graph_end)(graph.0.as_ptr()) })
+        end_capture(graph)
     }
 }
 
 impl Drop for Capture<'_> {
     fn drop(&mut self) {
-        let graph = self.0.0.as_ptr();
-        // SAFETY: a live graph that is capturing. The panic is the news, not how the capture ended.
-        let _ = call("ending a capture", |table| unsafe { (table.graph_end)(graph) });
+        // An error here would hide the panic of the body.
+        let _ = end_capture(self.0);
     }
+}
+
+fn end_capture(graph: &Graph) -> Result<()> {
+    // SAFETY: a live graph that is capturing.
+    call("ending a capture", |functions| unsafe { (functions.graph_capture_end)(graph.0.as_ptr()) })
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        let half = half().expect("open, since it made this graph");
+        let library = library().expect("loaded, since it made this graph");
         // SAFETY: made by graph_create and not used again.
-        unsafe { (half.table.graph_destroy)(self.0.as_ptr()) }
+        unsafe { (library.functions.graph_destroy)(self.0.as_ptr()) }
     }
 }

@@ -1,123 +1,143 @@
-//! CUDA streams: queues of work on a device.
+//! CUDA streams.
 
 use super::event::Event;
-use super::table::RawStream;
-use super::{call, current_device, use_device};
-use crate::fault::Result;
+use super::functions::{CudaFns, RawStream};
+use super::{call, current_device, set_device};
+use crate::error::Result;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use tch::Tensor;
 
-/// A stream. Copies name the same one; libtorch's streams live as long as the process.
+/// A handle of a CUDA stream. Copies refer to the same stream; libtorch's streams live as long as the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream(pub(super) RawStream);
 
-// SAFETY: a name; CUDA's and libtorch's calls on streams may come from any thread.
+// SAFETY: a handle; CUDA's and libtorch's calls on streams may come from any thread.
 unsafe impl Send for Stream {}
 // SAFETY: as above.
 unsafe impl Sync for Stream {}
 
-/// Which work the device prefers where there is more than it can do at once.
+/// Scheduling priority of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Priority {
     Normal,
-    /// For copies and reductions beside the computation.
+    /// For copies and reductions that overlap with the computation.
     High,
 }
 
 impl Stream {
-    fn told(what: &str, ask: impl FnOnce(&super::Table, *mut RawStream) -> bool) -> Result<Stream> {
-        let mut found = RawStream::NONE;
-        call(what, |table| ask(table, &mut found))?;
-        Ok(Stream(found))
+    fn from_call(what: &str, body: impl FnOnce(&CudaFns, *mut RawStream) -> bool) -> Result<Stream> {
+        let mut stream = RawStream::NULL;
+        call(what, |functions| body(functions, &mut stream))?;
+        Ok(Stream(stream))
     }
 
-    /// The stream on which this thread's work on the device is queued.
+    /// Returns the current stream of this thread on a device.
     pub fn current(device: usize) -> Result<Stream> {
         // SAFETY: a structure to be written.
-        Stream::told("the current stream", |table, out| unsafe { (table.stream_current)(device as i64, out) })
+        Stream::from_call("the current stream", |functions, out| unsafe {
+            (functions.stream_current)(device as i64, out)
+        })
     }
 
-    /// The next of libtorch's 32 streams of this priority, in turn: the 33rd is the first again.
+    /// Returns the next stream of libtorch's pool of 32 streams per priority (round-robin: the 33rd is the first
+    /// again).
     pub fn new(device: usize, priority: Priority) -> Result<Stream> {
-        let urgent = priority == Priority::High;
+        let high = priority == Priority::High;
         // SAFETY: a structure to be written.
-        Stream::told("a stream", |table, out| unsafe { (table.stream_from_pool)(device as i64, urgent, out) })
+        Stream::from_call("a stream", |functions, out| unsafe {
+            (functions.stream_from_pool)(device as i64, high, out)
+        })
     }
 
-    /// A stream that somebody else made, for libtorch to work on.
+    /// Wraps a stream that was made elsewhere for use by libtorch.
     ///
     /// # Safety
     /// `raw` is a cudaStream_t of the device that outlives every use of the returned value.
-    pub unsafe fn external(raw: *mut c_void, device: usize) -> Result<Stream> {
+    pub unsafe fn from_external(raw: *mut c_void, device: usize) -> Result<Stream> {
         // SAFETY: the caller's promise; a structure to be written.
-        Stream::told("an external stream", |table, out| unsafe { (table.stream_external)(raw, device as i64, out) })
+        Stream::from_call("an external stream", |functions, out| unsafe {
+            (functions.stream_external)(raw, device as i64, out)
+        })
     }
 
-    /// cudaStream_t, for launches of our own. Null is the default stream.
+    /// Returns the cudaStream_t for kernel launches. Null is the default stream.
     pub fn raw(&self) -> *mut c_void {
         self.0.raw
     }
 
+    /// Returns the index of the stream's device.
     pub fn device(&self) -> usize {
         self.0.device as usize
     }
 
-    /// Makes it this thread's current stream, and its device the current one, until the returned value is dropped.
-    pub fn enter(&self) -> Result<Entered> {
-        let entered =
-            Entered { stream: Stream::current(self.device())?, device: current_device()?, _this_thread: PhantomData };
-        use_device(self.device())?;
+    /// Makes this the current stream of the thread, and its device the current device, until the guard is dropped.
+    pub fn set_current(&self) -> Result<StreamGuard> {
+        let guard = StreamGuard {
+            stream: Stream::current(self.device())?,
+            device: current_device()?,
+            _this_thread: PhantomData,
+        };
+        set_device(self.device())?;
         self.make_current()?;
-        Ok(entered)
+        Ok(guard)
     }
 
     fn make_current(&self) -> Result<()> {
         // SAFETY: a live structure.
-        call("making a stream current", |table| unsafe { (table.stream_make_current)(&self.0) })
+        call("making a stream current", |functions| unsafe { (functions.stream_set_current)(&self.0) })
     }
 
-    /// What is queued from now on waits for the event; the calling thread does not.
+    /// Makes work that is queued from now on wait for the event. Does not block the calling thread.
     pub fn wait(&self, event: &Event) -> Result<()> {
-        event.block(self)
+        // SAFETY: a live event; CUDA only reads it here.
+        call("waiting for an event", |functions| unsafe { (functions.event_block)(event.0.as_ptr(), &self.0) })
     }
 
-    /// Whether what is queued becomes part of a graph instead of being computed.
+    /// Returns whether work on this stream is being captured into a graph.
     pub fn is_capturing(&self) -> Result<bool> {
         let mut capturing = false;
         // SAFETY: a live structure, and a place for the answer.
-        call("asking a stream", |table| unsafe { (table.stream_capturing)(&self.0, &mut capturing) })?;
+        call("querying a stream", |functions| unsafe { (functions.stream_is_capturing)(&self.0, &mut capturing) })?;
         Ok(capturing)
     }
 
-    /// The calling thread waits for everything that is queued.
+    /// Blocks the calling thread until all queued work has completed.
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: a live structure.
-        call("waiting for a stream", |table| unsafe { (table.stream_synchronize)(&self.0) })
+        call("waiting for a stream", |functions| unsafe { (functions.stream_synchronize)(&self.0) })
     }
 }
 
-/// While it lives, a stream is its thread's current one; afterwards stream and device are those from before.
+impl Event {
+    /// Records the event behind the work that is queued on the stream by now; replaces an earlier recording.
+    pub fn record(&mut self, stream: &Stream) -> Result<()> {
+        // SAFETY: a live event that nothing else uses meanwhile.
+        call("recording an event", |functions| unsafe { (functions.event_record)(self.0.as_ptr(), &stream.0) })
+    }
+}
+
+/// A guard that restores the previous current stream and device when it is dropped.
 #[must_use = "the stream is current only while this lives"]
-pub struct Entered {
+pub struct StreamGuard {
     stream: Stream,
     device: usize,
-    /// What is current is a matter of one thread.
+    /// The current stream is per thread.
     _this_thread: PhantomData<*const ()>,
 }
 
-impl Drop for Entered {
+impl Drop for StreamGuard {
     fn drop(&mut self) {
-        // Both were current before: libtorch has no reason to refuse them.
-        if let Err(fault) = self.stream.make_current().and_then(|()| use_device(self.device)) {
-            tracing::error!("{fault}");
+        // Both were current before, so libtorch has no reason to refuse them.
+        if let Err(error) = self.stream.make_current().and_then(|()| set_device(self.device)) {
+            tracing::error!("{error}");
         }
     }
 }
 
-/// Tells the allocator that the tensor's memory is used on a stream other than the one it was made on, so that it is
-/// not given to another tensor before what is queued there now is done.
+/// Tells the caching allocator that the tensor is used on a stream other than the one it was allocated on, so that its
+/// memory is not reused before the work that is queued there now is done.
 pub fn record_stream(tensor: &Tensor, stream: &Stream) -> Result<()> {
     // SAFETY: a live handle, and a live structure.
-    call("record_stream", |table| unsafe { (table.record_stream)(tensor.as_ptr(), &stream.0) })
+    call("record_stream", |functions| unsafe { (functions.record_stream)(tensor.as_ptr(), &stream.0) })
 }

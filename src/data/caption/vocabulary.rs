@@ -1,65 +1,64 @@
-//! A vocabulary's files become a tokenizer. Each form is written out as the `tokenizer.json` that it stands for, so that
-//! one reader reads all.
+//! Reads the files of a vocabulary. Every format is converted to the equivalent `tokenizer.json`, which one reader
+//! reads.
 
 use serde_json::{Map, Value, json};
 use std::io::Read;
 use std::path::Path;
 use tokenizers::Tokenizer;
 
-/// The most bytes of a vocabulary, unpacked.
-const MOST: u64 = 256 << 20;
+/// Maximum bytes of a vocabulary, uncompressed.
+const MAX_BYTES: u64 = 256 << 20;
 
-/// The tokenizer of a file, and its digest; or why there is none.
+/// Reads a vocabulary and returns its tokenizer and its digest, or the reason why it cannot be read.
 pub fn read(path: &Path) -> Result<(Tokenizer, String), String> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-    let bytes = bytes(path)?;
+    let bytes = read_bytes(path)?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(&bytes);
-    let described = match name.as_str() {
-        _ if name.ends_with(".gz") => clip_list(&text(bytes)?)?,
-        _ if name.ends_with(".txt") => word_pieces(&text(bytes)?)?,
-        _ => {
-            let value: Value = serde_json::from_slice(&bytes).map_err(|error| format!("not JSON: {error}"))?;
-            // A vocabulary may have the word: then it is a number.
-            match value.get("model").is_some_and(Value::is_object) {
-                true => value,
-                false => {
-                    let beside = path.with_file_name("merges.txt");
-                    let merges = self::bytes(&beside)
-                        .map_err(|why| format!("a vocab.json wants {}: {why}", beside.display()))?;
-                    hasher.update(&merges);
-                    clip(value, &text(merges)?)
-                }
-            }
+    let definition = if name.ends_with(".gz") {
+        clip_merges_json(&decode_utf8(bytes)?)?
+    } else if name.ends_with(".txt") {
+        word_list_json(&decode_utf8(bytes)?)?
+    } else {
+        let value: Value = serde_json::from_slice(&bytes).map_err(|error| format!("not JSON: {error}"))?;
+        // In a `vocab.json`, "model" may be a token: then its value is a number.
+        if value.get("model").is_some_and(Value::is_object) {
+            value
+        } else {
+            let sidecar = path.with_file_name("merges.txt");
+            let merges =
+                read_bytes(&sidecar).map_err(|why| format!("a vocab.json needs {}: {why}", sidecar.display()))?;
+            hasher.update(&merges);
+            clip_json(value, &decode_utf8(merges)?)
         }
     };
     let mut tokenizer =
-        Tokenizer::from_bytes(described.to_string()).map_err(|error| format!("no tokenizer: {error}"))?;
-    // Length is ours to see to.
+        Tokenizer::from_bytes(definition.to_string()).map_err(|error| format!("no tokenizer: {error}"))?;
+    // `super::Tokenizer` pads and truncates.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
     Ok((tokenizer, hasher.finalize().to_hex()[..16].to_string()))
 }
 
-/// A file's bytes, unpacked where they are gzip.
-fn bytes(path: &Path) -> Result<Vec<u8>, String> {
+/// Reads a file; a `.gz` is uncompressed.
+fn read_bytes(path: &Path) -> Result<Vec<u8>, String> {
     let file = std::fs::File::open(path).map_err(|error| format!("{error}; give a local vocabulary file"))?;
-    let packed = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz"));
-    let reader: Box<dyn Read> = if packed { Box::new(flate2::read::GzDecoder::new(file)) } else { Box::new(file) };
+    let compressed = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz"));
+    let reader: Box<dyn Read> = if compressed { Box::new(flate2::read::GzDecoder::new(file)) } else { Box::new(file) };
     let mut bytes = Vec::new();
-    reader.take(MOST + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    match bytes.len() as u64 > MOST {
-        true => Err(format!("longer than {MOST} bytes, which no vocabulary is")),
-        false => Ok(bytes),
+    reader.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(format!("longer than {MAX_BYTES} bytes, which no vocabulary is"));
     }
+    Ok(bytes)
 }
 
-fn text(bytes: Vec<u8>) -> Result<String, String> {
+fn decode_utf8(bytes: Vec<u8>) -> Result<String, String> {
     String::from_utf8(bytes).map_err(|error| format!("not UTF-8: {error}"))
 }
 
-/// BERT's uncased WordPiece (Devlin et al., 2019) of `vocabulary`, token → id.
-pub fn word_piece(vocabulary: Map<String, Value>) -> Value {
+/// Returns the `tokenizer.json` of BERT's uncased WordPiece (Devlin et al., 2019) with this vocabulary, token → id.
+pub fn word_piece_json(vocabulary: Map<String, Value>) -> Value {
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
         "normalizer": {
@@ -74,18 +73,19 @@ pub fn word_piece(vocabulary: Map<String, Value>) -> Value {
     })
 }
 
-/// `vocab.txt`: a token a line, numbered from 0.
-fn word_pieces(list: &str) -> Result<Value, String> {
+/// Converts a `vocab.txt`: one token per line, numbered from 0.
+fn word_list_json(list: &str) -> Result<Value, String> {
     let vocabulary: Map<String, Value> =
         list.lines().enumerate().map(|(id, token)| (token.trim_end().to_owned(), json!(id))).collect();
     match ["[PAD]", "[UNK]"].iter().find(|token| !vocabulary.contains_key(**token)) {
         Some(token) => Err(format!("it has no {token}: not a WordPiece vocabulary")),
-        None => Ok(word_piece(vocabulary)),
+        None => Ok(word_piece_json(vocabulary)),
     }
 }
 
-/// CLIP's byte pairs (Radford et al., 2021): lower case, white space as one blank, words by the official pattern.
-fn clip(vocabulary: Value, merges: &str) -> Value {
+/// Converts CLIP's byte-pair encoding (Radford et al., 2021): lower case, white space collapsed, words by the official
+/// pattern.
+fn clip_json(vocabulary: Value, merges: &str) -> Value {
     let merges: Vec<&str> = merges.lines().filter(|line| !line.starts_with("#version") && !line.is_empty()).collect();
     let unknown = ["<|endoftext|>", "<end_of_text>"].into_iter().find(|name| vocabulary.get(*name).is_some());
     let words = "'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+";
@@ -106,28 +106,29 @@ fn clip(vocabulary: Value, merges: &str) -> Value {
     })
 }
 
-/// `bpe_simple_vocab_16e6.txt`: the merges that CLIP takes of it, and the vocabulary that follows from them: every byte,
-/// every byte that ends a word, every merge, the two marks (official `simple_tokenizer.py`).
-fn clip_list(list: &str) -> Result<Value, String> {
+/// Converts `bpe_simple_vocab_16e6.txt`: the merges that CLIP uses, and the vocabulary derived from them: every byte,
+/// every byte at the end of a word, every merge, the start and end token (official `simple_tokenizer.py`).
+fn clip_merges_json(list: &str) -> Result<Value, String> {
     const TOKENS: usize = 49408;
     const MERGES: usize = TOKENS - 2 * 256 - 2;
     let merges: Vec<&str> = list.lines().skip(1).take(MERGES).collect();
     if merges.len() < MERGES {
-        return Err(format!("{} merges; CLIP's list has {MERGES} and more", merges.len()));
+        return Err(format!("{} merges; CLIP's list has at least {MERGES}", merges.len()));
     }
-    let letters = letters();
-    let ends = letters.iter().map(|letter| format!("{letter}</w>"));
-    let joined = merges.iter().map(|merge| merge.split(' ').collect::<String>());
-    let marks = ["<start_of_text>", "<end_of_text>"].map(str::to_owned);
-    let tokens = letters.iter().map(char::to_string).chain(ends).chain(joined).chain(marks);
+    let characters = byte_characters();
+    let ends = characters.iter().map(|character| format!("{character}</w>"));
+    let merged = merges.iter().map(|merge| merge.split(' ').collect::<String>());
+    let special = ["<start_of_text>", "<end_of_text>"].map(str::to_owned);
+    let tokens = characters.iter().map(char::to_string).chain(ends).chain(merged).chain(special);
     let vocabulary: Map<String, Value> = tokens.enumerate().map(|(id, token)| (token, json!(id))).collect();
-    Ok(clip(Value::Object(vocabulary), &merges.join("\n")))
+    Ok(clip_json(Value::Object(vocabulary), &merges.join("\n")))
 }
 
-/// The letter that stands for each byte, in the official order: bytes that print stand for themselves, the others, which
-/// come last, for letters from 256 on.
-fn letters() -> Vec<char> {
-    let prints = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    let others = (0..256).filter(|byte| !prints(byte)).zip(256..).map(|(_, letter)| letter);
-    (0..256).filter(prints).chain(others).map(|letter| char::from_u32(letter).expect("a letter")).collect()
+/// Returns the character that represents each byte, in the official order: printable bytes represent themselves; the
+/// others, which come last, are represented by the characters from 256 on.
+fn byte_characters() -> Vec<char> {
+    let is_printable = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let others = (0..256).filter(|byte| !is_printable(byte)).zip(256..).map(|(_, character)| character);
+    let codes = (0..256).filter(is_printable).chain(others);
+    codes.map(|code| char::from_u32(code).expect("a valid code point")).collect()
 }

@@ -1,69 +1,82 @@
-//! Which part of a JPEG is decoded, and at what scale.
+//! The region and the scale at which a JPEG is decoded.
 
-use super::{Placed, Region, colour, fit};
-use crate::bridge::jpeg::{Opened, Pixels, Space, Window};
-use crate::fault::Result;
+use super::{Region, StoredRegion, color, resize_buffer};
+use crate::bridge::jpeg::{ColorSpace, CropRegion, JpegReader, PixelFormat};
+use crate::error::Result;
 
-/// Pixels beside a region that its colours depend on: chroma is interpolated from the next sample, two pixels wide.
-const REACH: u32 = 2;
+/// Margin in pixels that the colors of a region depend on: chroma is interpolated from the next sample, two pixels
+/// wide.
+const CHROMA_MARGIN: u32 = 2;
 
-/// Decodes `region` into `out`, [height, width, channels], at a scale that leaves it at least `least` pixels; all as
-/// stored, not yet upright.
-pub fn read(opened: &mut Opened, region: Region, least: [u32; 2], channels: u32, out: &mut Vec<u8>) -> Result<Placed> {
-    let by = scale(region, least);
-    let [width, height] = opened.scaled(by);
-    let all = Window { left: 0, top: 0, width, height };
-    let mut window = window(opened, region, by);
-    if let Err(fault) = cut(opened, by, window, channels, out) {
-        if window == all {
-            return Err(fault);
+/// Decodes `region` into `out`, [height, width, channels], at the smallest scale that leaves it at least `min_size`
+/// pixels. Everything is in the orientation of the file.
+pub fn read(
+    reader: &mut JpegReader,
+    region: Region,
+    min_size: [u32; 2],
+    channels: u32,
+    out: &mut Vec<u8>,
+) -> Result<StoredRegion> {
+    let divisor = choose_divisor(region, min_size);
+    let [width, height] = reader.scaled_size(divisor);
+    let full = CropRegion { left: 0, top: 0, width, height };
+    let mut crop = crop_region(reader, region, divisor);
+    if let Err(error) = decode_crop(reader, divisor, crop, channels, out) {
+        if crop == full {
+            return Err(error);
         }
-        // A file of unusual units can be decoded, but not cut where its header makes one believe.
-        window = all;
-        cut(opened, by, window, channels, out)?;
+        // A file with unusual coding units can be decoded, but not cropped as its header suggests.
+        crop = full;
+        decode_crop(reader, divisor, crop, channels, out)?;
     }
     let [left, top, width, height] =
-        [region.left, region.top, region.width, region.height].map(|value| f64::from(value) / f64::from(by));
-    let place = [left - f64::from(window.left), top - f64::from(window.top), width, height];
-    Ok(Placed { size: [window.width, window.height], place })
+        [region.left, region.top, region.width, region.height].map(|value| f64::from(value) / f64::from(divisor));
+    let region = [left - f64::from(crop.left), top - f64::from(crop.top), width, height];
+    Ok(StoredRegion { size: [crop.width, crop.height], region })
 }
 
-/// The smallest of the scales whose inverse transforms are fast that leaves at least `least` pixels.
-fn scale(region: Region, least: [u32; 2]) -> u32 {
-    let enough = |by: &u32| region.width / by >= least[0] && region.height / by >= least[1];
-    [8, 4, 2].into_iter().find(enough).unwrap_or(1)
+/// Returns the largest divisor with a fast inverse transform that leaves the region at least `min_size` pixels.
+fn choose_divisor(region: Region, min_size: [u32; 2]) -> u32 {
+    let suffices = |by: &u32| region.width / by >= min_size[0] && region.height / by >= min_size[1];
+    [8, 4, 2].into_iter().find(suffices).unwrap_or(1)
 }
 
-/// The pixels to decode for the region at 1/`by` of the size.
-fn window(opened: &Opened, region: Region, by: u32) -> Window {
-    let [width, height] = opened.scaled(by);
-    let Some([unit_width, unit_height]) = opened.scaled_unit(by) else {
-        return Window { left: 0, top: 0, width, height };
+/// Returns the pixels to decode for the region at 1/`divisor` of the size.
+fn crop_region(reader: &JpegReader, region: Region, divisor: u32) -> CropRegion {
+    let [width, height] = reader.scaled_size(divisor);
+    let Some([unit_width, unit_height]) = reader.scaled_mcu_size(divisor) else {
+        return CropRegion { left: 0, top: 0, width, height };
     };
-    let left = (region.left / by).saturating_sub(REACH) / unit_width * unit_width;
-    let right = (region.left + region.width).div_ceil(by).saturating_add(REACH).min(width);
-    // Rows are skipped in whole units and one row more, which sees its neighbour above; the row after it is right.
-    let top = (region.top / by).saturating_sub(1) / unit_height * unit_height;
-    let top = if top == 0 { 0 } else { top + 1 };
-    let bottom = (region.top + region.height).div_ceil(by).min(height);
-    Window { left, top, width: right - left, height: bottom - top }
+    let left = (region.left / divisor).saturating_sub(CHROMA_MARGIN) / unit_width * unit_width;
+    let right = (region.left + region.width).div_ceil(divisor).saturating_add(CHROMA_MARGIN).min(width);
+    // Whole rows of units are skipped, and one pixel row more, whose upper neighbor is missing; the next row is exact.
+    let unit_top = (region.top / divisor).saturating_sub(1) / unit_height * unit_height;
+    let top = if unit_top == 0 { 0 } else { unit_top + 1 };
+    let bottom = (region.top + region.height).div_ceil(divisor).min(height);
+    CropRegion { left, top, width: right - left, height: bottom - top }
 }
 
-/// Decodes the window and brings it to `channels`.
-fn cut(opened: &mut Opened, by: u32, window: Window, channels: u32, out: &mut Vec<u8>) -> Result<()> {
-    let pixels = match (opened.head.space, channels) {
-        (Space::Grey, 1) => Pixels::Grey,
-        (Space::Ink, _) => Pixels::Cmyk,
-        _ => Pixels::Rgb,
+/// Decodes a crop and converts it to `channels`.
+fn decode_crop(
+    reader: &mut JpegReader,
+    divisor: u32,
+    crop: CropRegion,
+    channels: u32,
+    out: &mut Vec<u8>,
+) -> Result<()> {
+    let format = match (reader.header.color_space, channels) {
+        (ColorSpace::Gray, 1) => PixelFormat::Gray,
+        (ColorSpace::Cmyk, _) => PixelFormat::Cmyk,
+        _ => PixelFormat::Rgb,
     };
-    fit(out, window.width as usize * window.height as usize * pixels.bytes());
-    let whole = [window.width, window.height] == opened.scaled(by);
-    opened.read(pixels, by, (!whole).then_some(window), out)?;
-    if pixels == Pixels::Cmyk {
-        colour::ink_to_rgb(out);
+    resize_buffer(out, crop.width as usize * crop.height as usize * format.bytes_per_pixel());
+    let is_full = [crop.width, crop.height] == reader.scaled_size(divisor);
+    reader.decode(format, divisor, (!is_full).then_some(crop), out)?;
+    if format == PixelFormat::Cmyk {
+        color::cmyk_to_rgb(out);
     }
-    if channels == 1 && pixels != Pixels::Grey {
-        colour::rgb_to_grey(out);
+    if channels == 1 && format != PixelFormat::Gray {
+        color::rgb_to_gray(out);
     }
     Ok(())
 }

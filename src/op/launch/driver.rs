@@ -1,89 +1,93 @@
-//! Kernels on a GPU: loaded once a device, launched on libtorch's current stream.
+//! Runs kernels on a GPU: loaded once per device, launched on libtorch's current stream.
 
 use super::nvrtc::cubin;
 use super::{Argument, Launch};
 use crate::bridge::cuda::Stream;
-use crate::fault::{Fault, Result};
+use crate::error::{Error, Result};
 use cudarc::driver::sys;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-/// A loaded kernel's handle, which the driver lets any thread use.
+/// Handle of a loaded kernel, which the driver allows any thread to use.
 #[derive(Clone, Copy)]
-struct Function(sys::CUfunction);
+struct KernelHandle(sys::CUfunction);
 // SAFETY: the driver's handles belong to a context, not to a thread.
-unsafe impl Send for Function {}
+unsafe impl Send for KernelHandle {}
 
 /// Loaded kernels by device, variant and name. Modules stay loaded until the process ends.
-static LOADED: LazyLock<Mutex<HashMap<String, Function>>> = LazyLock::new(Mutex::default);
+static LOADED: LazyLock<Mutex<HashMap<String, KernelHandle>>> = LazyLock::new(Mutex::default);
 
-/// Launches without waiting. A fault where the program cannot be had or the driver refuses; what goes wrong while it
-/// runs, libtorch's next look at the device tells.
+/// Launches asynchronously. Errors during execution are reported by libtorch's next synchronization with the device.
+///
+/// # Errors
+/// If the program does not compile or load, or if the driver refuses the launch.
 pub(super) fn launch(launch: &Launch, arguments: &[Argument], device: usize) -> Result<()> {
-    enter(device)?;
-    let function = function(launch, device)?;
-    let mut values: Vec<u64> = arguments.iter().map(pass).collect();
-    let mut places: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+    ensure_context(device)?;
+    let kernel = load(launch, device)?;
+    let mut values: Vec<u64> = arguments.iter().map(to_bits).collect();
+    let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
     let stream = Stream::current(device)?;
-    let ([x, y, z], none) = (launch.grid, std::ptr::null_mut());
-    // SAFETY: one place for each of the kernel's parameters, each of at most eight bytes; the caller's tensors are on
-    // this device, and libtorch's allocator keeps their memory in the order of its stream.
+    let [x, y, z] = launch.grid;
+    // SAFETY: one pointer per parameter of the kernel, to at most eight bytes each; the tensors are on this device, and
+    // libtorch's allocator keeps their memory alive in stream order.
     let result = unsafe {
         sys::cuLaunchKernel(
-            function.0,
+            kernel.0,
             x,
             y,
             z,
             launch.threads,
             1,
             1,
-            launch.shared as u32,
+            launch.shared_bytes as u32,
             stream.raw().cast(),
-            places.as_mut_ptr(),
-            none,
+            pointers.as_mut_ptr(),
+            std::ptr::null_mut(),
         )
     };
-    checked(result, "launch")
+    check(result, "launch")
 }
 
-/// Makes the device's context, libtorch's own, this thread's where it has none or another device's: a thread that has been
-/// handed tensors and has asked nothing of CUDA yet has none, and libtorch gives it one only when it must.
-fn enter(device: usize) -> Result<()> {
-    let (mut current, mut handle, mut context) = (0, 0, std::ptr::null_mut());
-    // SAFETY: plain questions to the driver, which libtorch has initialised; the primary context that libtorch holds is
-    // held once more, for good.
+/// Makes the primary context of the device, which libtorch uses too, current on this thread if it is not. A thread that has
+/// not called CUDA yet has no context, and libtorch sets one only on demand.
+fn ensure_context(device: usize) -> Result<()> {
+    let mut current = 0;
+    let mut handle = 0;
+    let mut context = std::ptr::null_mut();
+    // SAFETY: plain queries of the driver, which libtorch has initialized; the additional reference to the primary context
+    // is never released.
     unsafe {
         if sys::cuCtxGetDevice(&mut current) == sys::CUresult::CUDA_SUCCESS && current == device as i32 {
             return Ok(());
         }
-        checked(sys::cuDeviceGet(&mut handle, device as i32), "the device")?;
-        checked(sys::cuDevicePrimaryCtxRetain(&mut context, handle), "the device's context")?;
-        checked(sys::cuCtxSetCurrent(context), "making the device's context current")
+        check(sys::cuDeviceGet(&mut handle, device as i32), "getting the device")?;
+        check(sys::cuDevicePrimaryCtxRetain(&mut context, handle), "retaining the device's context")?;
+        check(sys::cuCtxSetCurrent(context), "making the device's context current")
     }
 }
 
-/// Lets this thread load programs while it captures a graph, as long as this lives: a load is no work of the stream's, and
-/// yet the driver refuses it during a capture that is not relaxed.
-struct Relaxed(sys::CUstreamCaptureMode);
+/// Guard that allows this thread to load modules while it captures a graph. Loading is not part of the captured stream, but
+/// the driver refuses it during a capture whose mode is not relaxed.
+struct RelaxedCapture(sys::CUstreamCaptureMode);
 
-impl Relaxed {
-    fn new() -> Result<Relaxed> {
+impl RelaxedCapture {
+    fn new() -> Result<RelaxedCapture> {
         let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: this thread's mode, exchanged for the one given.
-        checked(unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }, "the mode of captures")?;
-        Ok(Relaxed(mode))
+        // SAFETY: exchanges this thread's mode for the given one.
+        check(unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }, "setting the capture mode")?;
+        Ok(RelaxedCapture(mode))
     }
 }
 
-impl Drop for Relaxed {
+impl Drop for RelaxedCapture {
     fn drop(&mut self) {
-        // SAFETY: as above. What was taken is given back; the driver has no reason to refuse what it gave.
+        // SAFETY: as above. Restores the previous mode, which the driver accepts.
         unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut self.0) };
     }
 }
 
-fn pass(argument: &Argument) -> u64 {
+fn to_bits(argument: &Argument) -> u64 {
     match *argument {
         Argument::Tensor(tensor) => tensor.data_ptr() as u64,
         Argument::Absent => 0,
@@ -94,30 +98,33 @@ fn pass(argument: &Argument) -> u64 {
     }
 }
 
-fn function(launch: &Launch, device: usize) -> Result<Function> {
+/// Returns the kernel of a launch, loaded if necessary.
+fn load(launch: &Launch, device: usize) -> Result<KernelHandle> {
     let key = format!("{device} {} {:?} {}", launch.source.name, launch.variant, launch.entry);
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(function) = loaded.get(&key) {
-        return Ok(*function);
+    if let Some(kernel) = loaded.get(&key) {
+        return Ok(*kernel);
     }
     let bytes = cubin(launch.source, &launch.variant, &architecture(device)?)?;
     let name = CString::new(launch.entry).expect("a name without NUL");
-    let _relaxed = Relaxed::new()?;
-    let (mut module, mut function) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let _relaxed = RelaxedCapture::new()?;
+    let mut module = std::ptr::null_mut();
+    let mut function = std::ptr::null_mut();
     // SAFETY: the bytes are a cubin, which the driver copies, and the device's context is current.
     unsafe {
-        checked(sys::cuModuleLoadData(&mut module, bytes.as_ptr().cast()), "loading the program")?;
-        checked(sys::cuModuleGetFunction(&mut function, module, name.as_ptr()), "finding the kernel in its program")?;
-        // Without asking, a kernel may have 48 KiB.
-        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let optin = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        checked(sys::cuFuncSetAttribute(function, most, attribute(device, optin)?), "asking for all shared memory")?;
+        check(sys::cuModuleLoadData(&mut module, bytes.as_ptr().cast()), "loading the module")?;
+        check(sys::cuModuleGetFunction(&mut function, module, name.as_ptr()), "finding the kernel in its module")?;
+        // The default limit of dynamic shared memory is 48 KiB.
+        let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let max_bytes = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let max_bytes = attribute(device, max_bytes)?;
+        check(sys::cuFuncSetAttribute(function, limit, max_bytes), "raising the limit of shared memory")?;
     }
-    loaded.insert(key, Function(function));
-    Ok(Function(function))
+    loaded.insert(key, KernelHandle(function));
+    Ok(KernelHandle(function))
 }
 
-/// What programs for a device are compiled for: its own architecture, with the features that only it has.
+/// Returns the architecture that programs for a device are compiled for, with architecture-specific features.
 fn architecture(device: usize) -> Result<String> {
     let major = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
@@ -131,24 +138,25 @@ fn architecture(device: usize) -> Result<String> {
 }
 
 fn attribute(device: usize, attribute: sys::CUdevice_attribute) -> Result<i32> {
-    let (mut handle, mut value) = (0, 0);
-    // SAFETY: plain questions to the driver, which libtorch has initialised.
+    let mut handle = 0;
+    let mut value = 0;
+    // SAFETY: plain queries of the driver, which libtorch has initialized.
     unsafe {
-        checked(sys::cuDeviceGet(&mut handle, device as i32), "the device")?;
-        checked(sys::cuDeviceGetAttribute(&mut value, attribute, handle), "what the device can do")?;
+        check(sys::cuDeviceGet(&mut handle, device as i32), "getting the device")?;
+        check(sys::cuDeviceGetAttribute(&mut value, attribute, handle), "querying the device")?;
     }
     Ok(value)
 }
 
-fn checked(result: sys::CUresult, what: &str) -> Result<()> {
+fn check(result: sys::CUresult, action: &str) -> Result<()> {
     if result == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
     }
     let mut text = std::ptr::null();
-    // SAFETY: the driver answers with a C string that it keeps, or with null.
+    // SAFETY: the driver returns a static C string, or null.
     let reason = unsafe {
         sys::cuGetErrorString(result, &mut text);
-        if text.is_null() { "no reason given".into() } else { CStr::from_ptr(text).to_string_lossy() }
+        if text.is_null() { "unknown error".into() } else { CStr::from_ptr(text).to_string_lossy() }
     };
-    Err(Fault::failed(format!("{what}: {reason} ({result:?})")))
+    Err(Error::failed(format!("{action}: {reason} ({result:?})")))
 }

@@ -1,89 +1,89 @@
-//! From a kernel's source to its launch: compiled by NVRTC for a GPU, or by the C++ compiler for the emulator that runs
-//! the same source on a CPU, in tests.
+//! Kernel sources and their launches: compiled by NVRTC for a GPU, or by the C++ compiler for the emulator, which runs the
+//! same source on a CPU in tests.
 //!
-//! A source is compiled once a variant, where a variant is a list of macros such as the element type. Programs are kept
-//! in the user's cache folder under a digest of all that they are made from, and are looked for beside the program first
-//! (`kernels/`), where a bundle has them. Whoever works on a kernel sets `OCCLUDE_KERNELS` to the folder of sources: they
-//! are read from there, and the program need not be compiled again.
+//! A source is compiled once per variant; a variant is a list of macros such as the element type. Compiled programs are
+//! cached in the user's cache folder under a digest of everything they are compiled from; a distribution may ship them in
+//! the folder `kernels/` next to the program, which is searched first. Kernel developers set `OCCLUDE_KERNELS` to the
+//! folder of sources, which are then read from there without recompiling the program.
 
 mod driver;
 mod emulator;
 mod nvrtc;
-pub mod occupancy; // how many blocks of a kernel a multiprocessor holds
+pub mod occupancy; // blocks per multiprocessor
 mod planned;
 
-pub use nvrtc::{Compiled, Resources, compile, file_name};
-pub use planned::{Planned, planned};
+pub use nvrtc::{CompiledProgram, Resources, compile, cubin_file_name};
+pub use planned::{PlannedLaunch, record_launches};
 
-use crate::fault::{Fault, Result};
+use crate::error::{Error, Result};
 use std::borrow::Cow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
-/// What sources include: name and text.
+/// Names and texts of the headers that sources include.
 const HEADERS: [(&str, &str); 2] = [
     ("device.cuh", include_str!("../../../kernels/device.cuh")),
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
 ];
-/// What the emulator adds.
+/// The header of the emulator.
 const HOST: [(&str, &str); 1] = [("host/emulator.hpp", include_str!("../../../kernels/host/emulator.hpp"))];
 
-/// The architectures that are compiled for in tests and bundles: Ampere, Hopper, Blackwell.
+/// The architectures that tests and distributions compile for: Ampere, Hopper, Blackwell.
 pub const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100a"];
 
-/// The macros that make one variant of a source: names and values.
+/// Names and values of the macros of one variant of a source.
 pub type Variant = Vec<(&'static str, String)>;
 
 /// A file of kernels.
-pub struct Source {
-    /// That of the operation, and of `kernels/<name>.cu`.
+pub struct KernelSource {
+    /// Name of the operation, and of `kernels/<name>.cu`.
     pub name: &'static str,
-    /// What the file holds.
-    pub built_in: &'static str,
-    /// Every variant that launches ask for.
+    /// Text of the file, embedded in the program.
+    pub embedded: &'static str,
+    /// Returns every variant that is launched.
     pub variants: fn() -> Vec<Variant>,
 }
 
-/// A file of kernels, as it was built in or as it lies under OCCLUDE_KERNELS.
-fn text(name: &str, built_in: &'static str) -> Result<Cow<'static, str>> {
-    let Some(folder) = std::env::var_os("OCCLUDE_KERNELS") else { return Ok(built_in.into()) };
+/// Returns the text of a kernel file, embedded or from the folder OCCLUDE_KERNELS.
+fn source_text(name: &str, embedded: &'static str) -> Result<Cow<'static, str>> {
+    let Some(folder) = std::env::var_os("OCCLUDE_KERNELS") else { return Ok(embedded.into()) };
     let path = PathBuf::from(folder).join(name);
-    let text = std::fs::read_to_string(&path).map_err(|error| Fault::disk(path.display(), error))?;
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::disk(path.display(), error))?;
     Ok(text.into())
 }
 
-impl Source {
+impl KernelSource {
     fn text(&self) -> Result<Cow<'static, str>> {
-        text(&format!("{}.cu", self.name), self.built_in)
+        source_text(&format!("{}.cu", self.name), self.embedded)
     }
 }
 
-/// The one variant of a source without macros.
-pub fn plain() -> Vec<Variant> {
+/// Returns the one variant of a source without macros.
+pub fn single_variant() -> Vec<Variant> {
     vec![Variant::new()]
 }
 
-/// The variants of a source whose macro `ELEMENT` is its element type.
-pub fn by_type(types: &[Kind]) -> Vec<Variant> {
+/// Returns the variants of a source whose only macro is the element type, `ELEMENT`.
+pub fn variants_by_type(types: &[Kind]) -> Vec<Variant> {
     types.iter().map(|kind| vec![("ELEMENT", type_name(*kind).to_owned())]).collect()
 }
 
-/// The variant of a source whose macro `ELEMENT` is its element type and `WIDE` the neighbours that it moves at a time,
-/// for rows of `width` elements.
-pub fn by_width(kind: Kind, width: i64) -> Variant {
-    vec![("ELEMENT", type_name(kind).to_owned()), ("WIDE", wide(kind, width).to_string())]
+/// Returns the variant, for rows of `width` elements, of a source whose macros are the element type, `ELEMENT`, and the
+/// elements per load and store, `WIDE`.
+pub fn variant_by_width(kind: Kind, width: i64) -> Variant {
+    vec![("ELEMENT", type_name(kind).to_owned()), ("WIDE", vector_width(kind, width).to_string())]
 }
 
-/// Neighbours that are moved at a time: 16 bytes where a row of `width` holds a whole number of them, else one.
-pub fn wide(kind: Kind, width: i64) -> i64 {
-    let most = 16 / kind.elt_size_in_bytes() as i64;
-    if width % most == 0 { most } else { 1 }
+/// Returns the elements per load and store: 16 bytes if a row of `width` elements is a multiple of them, else one element.
+pub fn vector_width(kind: Kind, width: i64) -> i64 {
+    let max_width = 16 / kind.elt_size_in_bytes() as i64;
+    if width % max_width == 0 { max_width } else { 1 }
 }
 
-/// What kernels call a kind of number.
+/// Returns the name of a dtype in kernels.
 ///
 /// # Panics
-/// Where no kernel knows it.
+/// If kernels do not support the dtype.
 pub fn type_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Uint8 => "u8",
@@ -91,11 +91,11 @@ pub fn type_name(kind: Kind) -> &'static str {
         Kind::Half => "f16",
         Kind::BFloat16 => "bf16",
         Kind::Float => "float",
-        other => panic!("no kernel computes in {other:?}"),
+        other => panic!("no kernel supports {other:?}"),
     }
 }
 
-/// What a kernel is given: a contiguous tensor for `Global`, nothing for a `Global` that may be absent, or a number.
+/// An argument of a kernel: a contiguous tensor for a `Global`, nothing for an optional `Global`, or a number.
 #[derive(Clone, Copy)]
 pub enum Argument<'a> {
     Tensor(&'a Tensor),
@@ -118,7 +118,7 @@ impl<'a> From<Option<&'a Tensor>> for Argument<'a> {
     }
 }
 
-macro_rules! number {
+macro_rules! impl_from_number {
     ($($from:ty => $to:ident),*) => {$(
         impl From<$from> for Argument<'_> {
             fn from(number: $from) -> Self {
@@ -127,59 +127,67 @@ macro_rules! number {
         }
     )*};
 }
-number!(i32 => I32, i64 => I64, u64 => U64, f32 => F32);
+impl_from_number!(i32 => I32, i64 => I64, u64 => U64, f32 => F32);
 
-/// How many blocks of `each` hold `n`.
-pub fn blocks(n: i64, each: i64) -> u32 {
-    u32::try_from((n + each - 1) / each).expect("a grid of less than 2³² blocks")
+/// Returns the number of blocks for `n` items, `per_block` items each.
+pub fn block_count(n: i64, per_block: i64) -> u32 {
+    u32::try_from((n + per_block - 1) / per_block).expect("a grid of less than 2³² blocks")
 }
 
 /// One launch of a kernel.
 pub struct Launch<'a> {
-    pub source: &'a Source,
+    pub source: &'a KernelSource,
     pub variant: Variant,
-    /// The kernel's name.
+    /// Name of the kernel.
     pub entry: &'static str,
-    /// Blocks.
+    /// Number of blocks in each dimension.
     pub grid: [u32; 3],
-    /// Threads a block, all in one dimension.
+    /// Threads per block, in one dimension.
     pub threads: u32,
-    /// Bytes of shared memory a block.
-    pub shared: usize,
+    /// Dynamic shared memory per block.
+    pub shared_bytes: usize,
 }
 
 impl Launch<'_> {
-    /// Launches on the device of the first tensor: on a GPU on libtorch's current stream, without waiting; on a CPU
-    /// in the emulator, to the end. A fault where a program cannot be compiled or loaded, where tensors live apart or
-    /// are not contiguous, and whatever the emulator found wrong.
+    /// Launches on the device of the first tensor: on a GPU asynchronously on libtorch's current stream; on a CPU in the
+    /// emulator, to completion.
+    ///
+    /// # Errors
+    /// If the program does not compile or load, if tensors are on different devices or not contiguous, or if the emulator
+    /// finds an invalid access.
     pub fn run(&self, arguments: &[Argument]) -> Result<()> {
-        let what = || format!("kernel {}", self.entry);
+        let device = self.check(arguments)?;
+        if self.grid.contains(&0) || planned::record(self) {
+            return Ok(());
+        }
+        let result = match device {
+            Device::Cuda(index) => driver::launch(self, arguments, index),
+            _ => emulator::launch(self, arguments),
+        };
+        result.map_err(|error| error.with_context(format!("kernel {}", self.entry)))
+    }
+
+    /// Returns the common device of all tensors.
+    fn check(&self, arguments: &[Argument]) -> Result<Device> {
         let tensors = || arguments.iter().filter_map(|a| if let Argument::Tensor(t) = a { Some(*t) } else { None });
-        let device = tensors().next().map(Tensor::device).ok_or_else(|| Fault::failed("a launch without a tensor"))?;
+        let device = tensors().next().map(Tensor::device);
+        let device = device.ok_or_else(|| Error::failed(format!("kernel {}: no argument is a tensor", self.entry)))?;
         for tensor in tensors() {
             if tensor.device() != device || !tensor.is_contiguous() {
-                let message = format!(
-                    "{}: wants contiguous tensors on {device:?}; got {:?} with strides {:?} on {:?}",
-                    what(),
+                return Err(Error::failed(format!(
+                    "kernel {}: wants contiguous tensors on {device:?}; got {:?} with strides {:?} on {:?}",
+                    self.entry,
                     tensor.size(),
                     tensor.stride(),
                     tensor.device()
-                );
-                return Err(Fault::failed(message));
+                )));
             }
         }
-        if self.grid.contains(&0) || planned::note(self) {
-            return Ok(());
-        }
-        match device {
-            Device::Cuda(index) => driver::launch(self, arguments, index),
-            _ => emulator::launch(self, arguments),
-        }
-        .map_err(|fault| fault.at(what()))
+        Ok(device)
     }
 }
 
-/// A digest of everything a program is made from.
+/// Returns a digest of everything a program is compiled from.
 fn digest(parts: &[&str]) -> String {
     let mut hasher = blake3::Hasher::new();
     for part in parts {
@@ -188,19 +196,20 @@ fn digest(parts: &[&str]) -> String {
     hasher.finalize().to_hex()[..32].to_owned()
 }
 
-/// Where compiled programs are kept.
-fn cache() -> Result<PathBuf> {
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).unwrap_or_else(std::env::temp_dir);
+/// Creates the cache folder of compiled programs and returns its path.
+fn cache_folder() -> Result<PathBuf> {
+    let home_cache = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    let xdg_cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = xdg_cache.or_else(home_cache).unwrap_or_else(std::env::temp_dir);
     let folder = cache.join("occlude/kernels");
-    std::fs::create_dir_all(&folder).map_err(|error| Fault::disk(folder.display(), error))?;
+    std::fs::create_dir_all(&folder).map_err(|error| Error::disk(folder.display(), error))?;
     Ok(folder)
 }
 
-/// Writes a file whole or not at all, whoever else does so at the same time.
-fn keep(path: &std::path::Path, bytes: &[u8]) -> Result<()> {
-    let fault = |error| Fault::disk(path.display(), error);
-    let open = path.with_extension(format!("{}.tmp", std::process::id()));
-    std::fs::write(&open, bytes).map_err(fault)?;
-    std::fs::rename(&open, path).map_err(fault)
+/// Writes a file and renames it into place, so that concurrent readers and writers see a complete file or none.
+fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let disk_error = |error| Error::disk(path.display(), error);
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    std::fs::write(&temporary, bytes).map_err(disk_error)?;
+    std::fs::rename(&temporary, path).map_err(disk_error)
 }

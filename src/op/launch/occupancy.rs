@@ -1,34 +1,37 @@
-//! How many blocks of a kernel a multiprocessor holds at once, counted as NVIDIA's occupancy calculator counts
-//! (`cuda_occupancy.h`): by warps, registers, shared memory and blocks, whichever runs out first.
+//! Blocks of a kernel per multiprocessor, computed as NVIDIA's occupancy calculator does (`cuda_occupancy.h`): limited by
+//! warps, registers, shared memory and blocks, whichever runs out first.
 
-/// Warps that a multiprocessor holds, at most, on every architecture that kernels are compiled for.
-pub const WARPS: u32 = 64;
+/// Maximum number of warps per multiprocessor, on every architecture that kernels are compiled for.
+pub const MAX_WARPS: u32 = 64;
 
-/// What is handed out: registers to a warp by 256, in four equal parts of the multiprocessor; shared memory to a block by
-/// 128 bytes, of which the driver keeps 1 KiB.
-const BLOCKS: u32 = 32;
+/// Maximum number of blocks per multiprocessor.
+const MAX_BLOCKS: u32 = 32;
+/// Registers of a multiprocessor, in four equal partitions.
 const REGISTERS: u32 = 65536;
-const BY_REGISTERS: u32 = 256;
-const PARTS: u32 = 4;
-const BY_SHARED: u32 = 128;
-const KEPT: u32 = 1024;
+const PARTITIONS: u32 = 4;
+/// Granularity of a warp's registers, and of a block's shared memory in bytes.
+const REGISTER_UNIT: u32 = 256;
+const SHARED_UNIT: u32 = 128;
+/// Bytes of shared memory per block that the driver reserves.
+const RESERVED_SHARED_BYTES: u32 = 1024;
 
-/// Blocks of `threads` with so many registers a thread and bytes of shared memory a block that one multiprocessor of an
-/// architecture such as `sm_90a` holds; none where a block does not fit.
-pub fn blocks(architecture: &str, registers: u32, threads: u32, shared: u32) -> u32 {
-    // Of a multiprocessor: 164 KiB on Ampere of the data centre, 228 KiB on Hopper and Blackwell; a block gets 1 KiB less.
-    let held = if architecture.starts_with("sm_80") { 164 << 10 } else { 228 << 10 };
-    let of_block = shared.next_multiple_of(BY_SHARED) + KEPT;
-    if of_block > held {
+/// Returns the number of blocks of `threads` threads, with the given registers per thread and bytes of shared memory per
+/// block, that one multiprocessor of an architecture such as `sm_90a` holds; 0 if a block does not fit.
+pub fn blocks_per_multiprocessor(architecture: &str, registers: u32, threads: u32, shared_bytes: u32) -> u32 {
+    // Shared memory of a multiprocessor: 164 KiB on A100, 228 KiB on Hopper and Blackwell; a block gets 1 KiB less.
+    let available_bytes = if architecture.starts_with("sm_80") { 164 << 10 } else { 228 << 10 };
+    let block_bytes = shared_bytes.next_multiple_of(SHARED_UNIT) + RESERVED_SHARED_BYTES;
+    if block_bytes > available_bytes {
         return 0;
     }
     let warps = threads.div_ceil(32);
-    let of_warp = (registers * 32).next_multiple_of(BY_REGISTERS).max(BY_REGISTERS);
-    let by_registers = REGISTERS / PARTS / of_warp * PARTS / warps;
-    (WARPS / warps).min(by_registers).min(held / of_block).min(BLOCKS)
+    let warp_registers = (registers * 32).next_multiple_of(REGISTER_UNIT).max(REGISTER_UNIT);
+    let by_registers = REGISTERS / PARTITIONS / warp_registers * PARTITIONS / warps;
+    (MAX_WARPS / warps).min(by_registers).min(available_bytes / block_bytes).min(MAX_BLOCKS)
 }
 
-/// The share of the warps that a multiprocessor could hold.
-pub fn occupancy(architecture: &str, registers: u32, threads: u32, shared: u32) -> f64 {
-    f64::from(blocks(architecture, registers, threads, shared) * threads.div_ceil(32)) / f64::from(WARPS)
+/// Returns the resident warps as a fraction of the maximum.
+pub fn occupancy(architecture: &str, registers: u32, threads: u32, shared_bytes: u32) -> f64 {
+    let blocks = blocks_per_multiprocessor(architecture, registers, threads, shared_bytes);
+    f64::from(blocks * threads.div_ceil(32)) / f64::from(MAX_WARPS)
 }

@@ -1,42 +1,49 @@
-//! What would be launched, without launching it: which blocks an operation asks for at a shape.
+//! Records launches instead of executing them, to see the grids that an operation launches for a shape.
 
 use super::{Launch, Variant};
-use crate::fault::Result;
+use crate::error::Result;
 use std::cell::RefCell;
 
-/// A launch that was not made.
+/// A recorded launch.
 #[derive(Clone, Debug)]
-pub struct Planned {
-    /// The file of kernels, its variant, and the kernel.
+pub struct PlannedLaunch {
+    /// Name of the source file.
     pub source: &'static str,
     pub variant: Variant,
+    /// Name of the kernel.
     pub entry: &'static str,
     pub grid: [u32; 3],
     pub threads: u32,
-    /// Bytes of shared memory a block.
-    pub shared: usize,
+    /// Dynamic shared memory per block.
+    pub shared_bytes: usize,
 }
 
 thread_local! {
-    static LIST: RefCell<Option<Vec<Planned>>> = const { RefCell::new(None) };
+    static RECORDED: RefCell<Option<Vec<PlannedLaunch>>> = const { RefCell::new(None) };
 }
 
-/// The launches that `work` would make on this thread. None is made, so that what it computes holds nothing; all else that
-/// it does is done.
-pub fn planned(work: impl FnOnce() -> Result<()>) -> Result<Vec<Planned>> {
-    LIST.set(Some(Vec::new()));
-    let done = work();
-    let list = LIST.take().unwrap_or_default();
-    done.map(|()| list)
+/// Returns the launches that `work` makes on this thread. They are not executed, so that the outputs are uninitialized;
+/// everything else that `work` does takes place.
+pub fn record_launches(work: impl FnOnce() -> Result<()>) -> Result<Vec<PlannedLaunch>> {
+    RECORDED.set(Some(Vec::new()));
+    let result = work();
+    let launches = RECORDED.take().unwrap_or_default();
+    result.map(|()| launches)
 }
 
-/// Notes the launch where only plans are wanted. Returns whether they are.
-pub(super) fn note(launch: &Launch) -> bool {
-    LIST.with_borrow_mut(|list| {
-        let Some(list) = list else { return false };
-        let Launch { source, variant, entry, grid, threads, shared } = launch;
-        let (source, variant) = (source.name, variant.clone());
-        list.push(Planned { source, variant, entry, grid: *grid, threads: *threads, shared: *shared });
+/// Records the launch if [`record_launches`] is active. Returns whether it is.
+pub(super) fn record(launch: &Launch) -> bool {
+    RECORDED.with_borrow_mut(|recorded| {
+        let Some(recorded) = recorded else { return false };
+        let Launch { source, variant, entry, grid, threads, shared_bytes } = launch;
+        recorded.push(PlannedLaunch {
+            source: source.name,
+            variant: variant.clone(),
+            entry,
+            grid: *grid,
+            threads: *threads,
+            shared_bytes: *shared_bytes,
+        });
         true
     })
 }

@@ -1,26 +1,27 @@
-//! Features become predictions at the hidden places.
+//! Decoders: features to predictions at hidden positions.
 
 pub mod vit;
 pub mod windows;
 
-use crate::fault::Result;
+use crate::error::{Error, Result};
 use crate::grid::Grid;
-use crate::part::encoder::block::Biases;
+use crate::part::cost::OpCost;
 use crate::part::encoder::vit::Shape;
 use crate::part::mask::Mask;
-use crate::part::weights::{Init, Table, Weights};
-use crate::part::work::Op;
+use crate::part::params::{ParamSpecs, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
+use vit::{DecoderOptions, VitDecoder};
+use windows::{WindowDecoder, WindowDecoderOptions};
 
-/// The config's `attention` of a decoder: who sees whom in it.
+/// The config's `attention` of a decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Attention {
-    /// All tokens each other, and the class token.
+    /// All tokens attend to all, including the class token.
     Global,
-    /// Those of a window each other.
+    /// Tokens attend to those of their window.
     Windows(windows::Config),
 }
 
@@ -31,57 +32,63 @@ impl Default for Attention {
 }
 
 impl Attention {
-    /// Refuses windows that do not divide the grid.
-    pub fn check(&self, at: &str, grid: &Grid) -> Result<()> {
+    /// Checks the attention, which is at `path` in the config.
+    ///
+    /// # Errors
+    /// A usage error if windows do not divide the grid.
+    pub fn check(&self, path: &str, grid: &Grid) -> Result<()> {
         match self {
             Attention::Global => Ok(()),
-            Attention::Windows(windows) => windows.check(&format!("{at}.windows"), grid),
+            Attention::Windows(windows) => windows.check(&format!("{path}.windows"), grid),
         }
     }
 
-    /// A decoder of this shape, its tensors in the table; `inputs` is the encoder's width, positions are fp32 [N, D].
-    pub fn decoder(
+    /// Builds a decoder of this shape and declares its tensors. `inputs` is the encoder's width. Windows take only the mask
+    /// token and the positions from the options.
+    ///
+    /// # Errors
+    /// A usage error if windows do not divide the grid or there is no mask token for them.
+    pub fn build(
         &self,
-        table: &mut Table,
-        (grid, inputs): (&Grid, i64),
+        params: &mut ParamSpecs,
+        grid: &Grid,
+        inputs: i64,
         shape: &Shape,
-        (token, positions): (Init, Tensor),
+        options: DecoderOptions,
     ) -> Result<Box<dyn Decode>> {
         match self {
-            Attention::Global => {
-                let (biases, head) = (Biases::All, Init::Xavier);
-                let make = vit::Make { token: Some(token), embed_bias: true, ahead: false, head, biases, positions };
-                Ok(Box::new(vit::Decoder::new(table, "decoder", grid, inputs, shape, make)))
-            }
+            Attention::Global => Ok(Box::new(VitDecoder::new(params, "decoder", grid, inputs, shape, options))),
             Attention::Windows(windows) => {
-                let make = windows::Make { token, positions, windows: *windows };
-                Ok(Box::new(windows::Decoder::new(table, "decoder", grid, inputs, shape, make)?))
+                let mask_token =
+                    options.mask_token.ok_or_else(|| Error::usage("a windowed decoder needs a mask token"))?;
+                let options = WindowDecoderOptions { mask_token, positions: options.positions, windows: *windows };
+                Ok(Box::new(WindowDecoder::new(params, "decoder", grid, inputs, shape, options)?))
             }
         }
     }
 }
 
-/// A decoder, whichever tokens see each other in it.
+/// A decoder of any kind of attention.
 pub trait Decode {
-    /// Guesses at the dropped places [B, M, P]. The features are those of visible tokens [B, K, D of the encoder], or of
-    /// all [B, N, D] in the order kept, dropped where the encoder has seen mask tokens; behind a class token if the
+    /// Predicts the hidden patches → [B, M, P]. The features are those of the visible tokens [B, K, D of the encoder], or, if
+    /// the encoder sees mask tokens, of all tokens [B, N, D] in the order visible, hidden; after a class token if the
     /// encoder has one.
-    fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor>;
-    /// From now on blocks are run again in backward instead of being kept.
-    fn recompute(&mut self);
-    /// The operations on one sample, of which `seen` tokens are read and `hidden` guessed; `class` of the features, one or
-    /// none, is a class token's.
-    fn work(&self, seen: i64, hidden: i64, class: i64) -> Vec<Op>;
+    fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor>;
+    /// Turns activation checkpointing on or off: blocks keep only their inputs and are recomputed in backward.
+    fn set_recompute(&mut self, on: bool);
+    /// Returns the operations on one sample with `visible` visible and `hidden` hidden tokens; `class_tokens`, one or none,
+    /// is the number of class tokens in the features.
+    fn cost(&self, visible: i64, hidden: i64, class_tokens: i64) -> Vec<OpCost>;
 }
 
 impl<D: Decode + ?Sized> Decode for Box<D> {
-    fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
-        (**self).guess(w, features, mask)
+    fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
+        (**self).forward(w, features, mask)
     }
-    fn recompute(&mut self) {
-        (**self).recompute();
+    fn set_recompute(&mut self, on: bool) {
+        (**self).set_recompute(on);
     }
-    fn work(&self, seen: i64, hidden: i64, class: i64) -> Vec<Op> {
-        (**self).work(seen, hidden, class)
+    fn cost(&self, visible: i64, hidden: i64, class_tokens: i64) -> Vec<OpCost> {
+        (**self).cost(visible, hidden, class_tokens)
     }
 }

@@ -1,97 +1,125 @@
 //! A small transformer over visible and mask tokens (MAE §3, "MAE decoder").
 
 use super::Decode;
-use crate::fault::Result;
+use crate::error::Result;
 use crate::grid::Grid;
-use crate::op::fill::{Places, fill};
-use crate::part::encoder::block::Biases;
+use crate::op::tokens::{TokenLayout, assemble_tokens};
+use crate::part::cost::{self, OpCost};
+use crate::part::encoder::block::QkvBias;
 use crate::part::encoder::position::Positions;
 use crate::part::encoder::stack::{Shape, Stack};
 use crate::part::mask::Mask;
-use crate::part::weights::{Init, Linear, Slot, Table, Weights};
-use crate::part::work::{self, Op};
+use crate::part::params::{Init, Linear, ParamId, ParamSpecs, Weights};
 use tch::Tensor;
 
-/// What sets one paper's decoder apart from another's, beside its shape.
-pub struct Make {
-    /// How the mask token that it puts at hidden places begins; none where the encoder has seen mask tokens.
-    pub token: Option<Init>,
-    /// The layer that brings features to its width has a bias.
+/// Options of a decoder besides its shape.
+pub struct DecoderOptions {
+    /// Initializer of the mask token; `None` if the encoder has seen mask tokens.
+    pub mask_token: Option<Init>,
+    /// The layer that projects features to the decoder's width has a bias.
     pub embed_bias: bool,
-    /// Mask tokens and positions have the encoder's width and come in ahead of that layer (OmniMAE), not behind it.
-    pub ahead: bool,
-    /// How the weight of the last layer, which guesses, begins.
-    pub head: Init,
-    pub biases: Biases,
-    /// fp32 [N, D], fixed; D is the encoder's width where they come in ahead.
+    /// Inserts mask tokens and positions, of the encoder's width, before that layer (OmniMAE) instead of after it.
+    pub mask_before_embed: bool,
+    /// Initializer of the weight of the prediction layer.
+    pub head_init: Init,
+    pub qkv_bias: QkvBias,
+    /// Fixed positions, fp32 [N, D]; D is the encoder's width if they are added before the embedding.
     pub positions: Tensor,
 }
 
-pub struct Decoder {
+impl DecoderOptions {
+    /// A mask token with standard deviation 0.02, inserted after the embedding, Xavier-uniform prediction, all biases.
+    pub fn new(positions: Tensor) -> DecoderOptions {
+        DecoderOptions {
+            mask_token: Some(Init::Normal(0.02)),
+            embed_bias: true,
+            mask_before_embed: false,
+            head_init: Init::Xavier,
+            qkv_bias: QkvBias::All,
+            positions,
+        }
+    }
+}
+
+/// A transformer decoder.
+pub struct VitDecoder {
     embed: Linear,
-    /// Not there where the encoder has seen mask tokens.
-    pub token: Option<Slot>,
-    ahead: bool,
+    /// Absent if the encoder has seen mask tokens.
+    pub mask_token: Option<ParamId>,
+    mask_before_embed: bool,
     pub stack: Stack,
     pred: Linear,
-    /// fp32 [N, D], fixed; public so that tables made elsewhere can be handed in.
+    /// Fixed positions, fp32 [N, D]; public so that other tables can be set.
     pub positions: Positions,
-    /// The encoder's width, and how many values a guess has.
-    ends: [i64; 2],
+    /// The encoder's width.
+    inputs: i64,
+    /// Values per predicted patch.
+    outputs: i64,
     shape: Shape,
 }
 
-impl Decoder {
-    /// `inputs` is the encoder's width. Tensors: `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm`, `.pred`.
-    pub fn new(table: &mut Table, name: &str, grid: &Grid, inputs: i64, shape: &Shape, make: Make) -> Self {
+impl VitDecoder {
+    /// Declares `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm` and `.pred`. `inputs` is the encoder's width.
+    pub fn new(
+        params: &mut ParamSpecs,
+        name: &str,
+        grid: &Grid,
+        inputs: i64,
+        shape: &Shape,
+        options: DecoderOptions,
+    ) -> Self {
         let width = shape.width;
-        let embed = if make.embed_bias { Linear::new } else { Linear::bare };
-        let token = [1, 1, if make.ahead { inputs } else { width }];
-        Decoder {
-            embed: embed(table, &format!("{name}.embed"), inputs, width),
-            token: make.token.map(|init| table.add(format!("{name}.mask_token"), &token, init)),
-            ahead: make.ahead,
-            stack: Stack::new(table, name, shape, make.biases),
-            pred: Linear::begun(table, &format!("{name}.pred"), width, grid.values(), [make.head, Init::Zero]),
-            positions: make.positions.into(),
-            ends: [inputs, grid.values()],
+        let outputs = grid.patch_values();
+        let new_embed = if options.embed_bias { Linear::new } else { Linear::without_bias };
+        let token_size = [1, 1, if options.mask_before_embed { inputs } else { width }];
+        VitDecoder {
+            embed: new_embed(params, &format!("{name}.embed"), inputs, width),
+            mask_token: options.mask_token.map(|init| params.add(format!("{name}.mask_token"), &token_size, init)),
+            mask_before_embed: options.mask_before_embed,
+            stack: Stack::new(params, name, shape, options.qkv_bias),
+            pred: Linear::with_init(params, &format!("{name}.pred"), width, outputs, options.head_init, Init::Zero),
+            positions: options.positions.into(),
+            inputs,
+            outputs,
             shape: *shape,
         }
     }
 }
 
-impl Decode for Decoder {
-    fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let embedded = (!self.ahead).then(|| self.embed.forward(w, features)).transpose()?;
-        let seen = embedded.as_ref().unwrap_or(features);
-        let positions = self.positions.on(seen.device());
-        let token = self.token.map(|token| w[token].view(-1));
+impl Decode for VitDecoder {
+    fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let embedded = (!self.mask_before_embed).then(|| self.embed.forward(w, features)).transpose()?;
+        let visible = embedded.as_ref().unwrap_or(features);
+        let positions = self.positions.to_device(visible.device());
+        let mask_token = self.mask_token.map(|token| w[token].view(-1));
         let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
-        let (keep, hidden) = match &token {
+        let (keep, hidden) = match &mask_token {
             Some(token) => (&mask.keep, Some((token, &mask.drop))),
             None => (&order, None),
         };
-        let x = fill(seen, None, Places { positions: &positions, keep, hidden })?; // class, visible, hidden
-        let x = if self.ahead { self.embed.forward(w, &x)? } else { x };
+        // In the order class, visible, hidden.
+        let x = assemble_tokens(visible, None, TokenLayout { positions: &positions, keep, hidden })?;
+        let x = if self.mask_before_embed { self.embed.forward(w, &x)? } else { x };
+        // The last block computes only the hidden tokens, which are last.
         let from = x.size()[1] - mask.drop.size()[1];
-        // The last block answers only the hidden tokens, which stand last.
         self.pred.forward(w, &self.stack.forward(w, x, from)?)
     }
 
-    fn recompute(&mut self) {
-        self.stack.recompute = true;
+    fn set_recompute(&mut self, on: bool) {
+        self.stack.recompute = on;
     }
 
-    fn work(&self, seen: i64, hidden: i64, class: i64) -> Vec<Op> {
-        let ([inputs, values], width) = (self.ends, self.shape.width);
-        let (read, all) = if self.token.is_some() { (seen, seen + hidden) } else { (seen + hidden, seen + hidden) };
-        let (read, all) = (read + class, all + class);
-        let mut ops = match self.ahead {
-            true => vec![work::fill(read, all, inputs), work::linear(all, inputs, width)],
-            false => vec![work::linear(read, inputs, width), work::fill(read, all, width)],
+    fn cost(&self, visible: i64, hidden: i64, class_tokens: i64) -> Vec<OpCost> {
+        let width = self.shape.width;
+        let tokens = visible + hidden + class_tokens;
+        let input_tokens = if self.mask_token.is_some() { visible + class_tokens } else { tokens };
+        let mut ops = if self.mask_before_embed {
+            vec![cost::assemble_tokens(input_tokens, tokens, self.inputs), cost::linear(tokens, self.inputs, width)]
+        } else {
+            vec![cost::linear(input_tokens, self.inputs, width), cost::assemble_tokens(input_tokens, tokens, width)]
         };
-        ops.extend(self.shape.work(all, hidden));
-        ops.push(work::linear(hidden, width, values));
+        ops.extend(self.shape.cost(tokens, hidden));
+        ops.push(cost::linear(hidden, width, self.outputs));
         ops
     }
 }

@@ -1,22 +1,22 @@
-//! A decoder whose tokens look at their neighbours alone: local windows, every second block's moved, with attention by the
-//! cosine and normalisation behind each half (Audio-MAE, Huang et al., 2022, section 3, "Decoder with local attention",
-//! as its code has it: facebookresearch/AudioMAE models_mae.py and timm_patch/swin_transformer.py, an early form of timm's
-//! `swin_transformer_v2_cr`). In training that code drops a tenth of the numbers inside the network that makes the biases
-//! of places; here none is dropped, since such noise would be a rank's, not a sample's.
+//! A decoder with local attention: windows that are shifted in every second block, cosine attention, and normalization after
+//! attention and MLP (Audio-MAE, Huang et al., 2022, section 3, "Decoder with local attention", as in its code:
+//! facebookresearch/AudioMAE models_mae.py and timm_patch/swin_transformer.py, an early form of timm's
+//! `swin_transformer_v2_cr`). In training, that code applies dropout of 0.1 inside the network that computes position
+//! biases; this decoder does not, because such noise would depend on the rank, not on the sample.
 
 use super::Decode;
-use crate::fault::Result;
+use crate::error::Result;
 use crate::grid::Grid;
-use crate::op::attention::{Windows, cosine};
-use crate::op::bias_gelu::Form;
-use crate::op::fill::{Places, fill};
+use crate::op::attention::{Windows, cosine_attention};
+use crate::op::bias_gelu::Gelu;
+use crate::op::tokens::{TokenLayout, assemble_tokens};
 use crate::op::{patch::gather, sizes};
-use crate::part::again::{Leaves, again};
+use crate::part::cost::{self, OpCost, Traffic};
 use crate::part::encoder::position::Positions;
 use crate::part::encoder::vit::Shape;
 use crate::part::mask::Mask;
-use crate::part::weights::{Init, Linear, Norm, Slot, Table, Weights};
-use crate::part::work::{self, Moved, Op};
+use crate::part::params::{Init, LayerNorm, Linear, ParamId, ParamSpecs, Weights};
+use crate::part::recompute::{Leaves, recompute_in_backward};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -27,286 +27,321 @@ use tch::{Device, Kind, Tensor};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Rows and columns of patches in a window (official code: 4 and 4). A grid of fewer is one window.
-    #[serde(default = "Config::size")]
+    /// Rows and columns of patches in a window (official code: 4 and 4). A smaller grid is one window.
+    #[serde(default = "Config::default_size")]
     pub size: [i64; 2],
-    /// Rows and columns by which the windows of every second block are moved (official code: 2 and 0).
-    #[serde(default = "Config::shift")]
+    /// Rows and columns by which the windows of every second block are shifted (official code: 2 and 0).
+    #[serde(default = "Config::default_shift")]
     pub shift: [i64; 2],
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Config { size: Config::size(), shift: Config::shift() }
+        Config { size: Config::default_size(), shift: Config::default_shift() }
     }
 }
 
 impl Config {
-    fn size() -> [i64; 2] {
+    fn default_size() -> [i64; 2] {
         [4, 4]
     }
-    fn shift() -> [i64; 2] {
+    fn default_shift() -> [i64; 2] {
         [2, 0]
     }
 
-    /// On a grid: where it has fewer rows or columns, a window has the grid's, and is not moved along that axis.
-    fn on(&self, grid: &Grid) -> Config {
+    /// Limits the windows to a grid: along an axis where the grid is not larger than the window, the window has the grid's
+    /// length and is not shifted.
+    fn limited_to(&self, grid: &Grid) -> Config {
         let sides = [grid.rows, grid.cols];
         let size = [0, 1].map(|axis| self.size[axis].min(sides[axis]));
         let shift = [0, 1].map(|axis| if sides[axis] <= size[axis] { 0 } else { self.shift[axis] });
         Config { size, shift }
     }
 
-    /// Refuses windows that do not divide the grid; they stand at `at` in the config.
-    pub fn check(&self, at: &str, grid: &Grid) -> Result<()> {
-        let Config { size, shift } = self.on(grid);
-        Windows::new([grid.rows, grid.cols], size, shift, Device::Cpu).map(drop).map_err(|fault| fault.at(at))
+    /// Checks the windows, which are at `path` in the config.
+    ///
+    /// # Errors
+    /// A usage error if windows do not divide the grid.
+    pub fn check(&self, path: &str, grid: &Grid) -> Result<()> {
+        let Config { size, shift } = self.limited_to(grid);
+        let windows = Windows::new([grid.rows, grid.cols], size, shift, Device::Cpu);
+        windows.map(drop).map_err(|error| error.with_context(path))
     }
 }
 
-/// What sets one paper's decoder apart from another's, beside its shape.
-pub struct Make {
-    /// How the mask token begins.
-    pub token: Init,
-    /// fp32 [N, D], fixed.
+/// Options of a decoder besides its shape.
+pub struct WindowDecoderOptions {
+    /// Initializer of the mask token.
+    pub mask_token: Init,
+    /// Fixed positions, fp32 [N, D].
     pub positions: Tensor,
     pub windows: Config,
 }
 
-pub struct Decoder {
+/// A decoder with windowed attention.
+pub struct WindowDecoder {
     embed: Linear,
-    token: Slot,
-    blocks: Vec<Block>,
-    norm: Norm,
+    mask_token: ParamId,
+    blocks: Vec<WindowBlock>,
+    norm: LayerNorm,
     pred: Linear,
     positions: Positions,
+    /// Rows and columns of the grid.
     grid: [i64; 2],
-    window: [i64; 2],
-    shift: [i64; 2],
-    /// Made once for a device and a number of rows, and there for good, since a captured graph reads them where they lay.
-    placed: RefCell<Vec<Rc<Local>>>,
+    /// Size and shift of the windows.
+    windows: Config,
+    /// Geometries by device and number of rows. They are never freed, because captured graphs read them at their address.
+    geometries: RefCell<Vec<Rc<WindowGeometry>>>,
     recompute: bool,
-    /// The encoder's width, and how many values a guess has.
-    ends: [i64; 2],
+    /// The encoder's width.
+    inputs: i64,
+    /// Values per predicted patch.
+    outputs: i64,
     shape: Shape,
 }
 
-/// What blocks know of places, on one device, where so many rows of the grid are there.
-struct Local {
+/// The windows of a grid of which the first `rows` rows hold tokens, on one device.
+struct WindowGeometry {
     device: Device,
     rows: i64,
-    /// Of blocks 0, 2, .. and of blocks 1, 3, ..
+    /// Windows of blocks 0, 2, .. and of blocks 1, 3, ..
     windows: [Windows; 2],
-    /// fp32 [T · T, 2]: from key to query in a window, rows and columns.
-    apart: Tensor,
+    /// Offsets from key to query in a window, in rows and columns, fp32 [T · T, 2].
+    offsets: Tensor,
 }
 
-impl Local {
-    /// `columns` of the first `rows` rows of a grid, which the last windows may reach beyond.
-    fn new([rows, columns]: [i64; 2], window: [i64; 2], shift: [i64; 2], device: Device) -> Result<Local> {
-        let grid = [rows + beyond(rows, window[0]), columns];
-        // Rows that one window holds are not torn apart, as on a grid of their own.
-        let shift = if grid[0] == window[0] { [0, shift[1]] } else { shift };
-        let [still, moved] = [[0, 0], shift].map(|shift| Windows::cut(grid, rows, window, shift, device));
-        Ok(Local { device, rows, windows: [still?, moved?], apart: apart(window).to_device(device) })
+impl WindowGeometry {
+    /// The windows may extend beyond the `rows` rows.
+    fn new(rows: i64, columns: i64, windows: &Config, device: Device) -> Result<WindowGeometry> {
+        let Config { size, shift } = *windows;
+        let grid = [rows + padding_rows(rows, size[0]), columns];
+        // If one window holds all rows, they are not shifted, as on a grid of their own.
+        let shift = if grid[0] == size[0] { [0, shift[1]] } else { shift };
+        let regular = Windows::with_valid_rows(grid, rows, size, [0, 0], device)?;
+        let shifted = Windows::with_valid_rows(grid, rows, size, shift, device)?;
+        Ok(WindowGeometry { device, rows, windows: [regular, shifted], offsets: log_offsets(size).to_device(device) })
     }
 }
 
-/// Rows by which windows of `window` rows reach beyond `rows` rows.
-fn beyond(rows: i64, window: i64) -> i64 {
+/// Returns the number of rows by which windows of `window` rows extend beyond `rows` rows.
+fn padding_rows(rows: i64, window: i64) -> i64 {
     (window - rows % window) % window
 }
 
-/// fp32 [T · T, 2]: sign(Δ) · ln(1 + |Δ|) of the way from each key to each query (Swin Transformer V2, Liu et al., 2022,
-/// equation 4).
-fn apart([rows, columns]: [i64; 2]) -> Tensor {
-    let along = |delta: i64| (delta.signum() as f64 * (delta.unsigned_abs() as f64).ln_1p()) as f32;
+/// Returns sign(Δ) · ln(1 + |Δ|) of the offset Δ from each key to each query, fp32 [T · T, 2] (Swin Transformer V2, Liu et
+/// al., 2022, equation 4).
+fn log_offsets([rows, columns]: [i64; 2]) -> Tensor {
     let tokens = rows * columns;
-    let pairs = (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key)));
-    let ways =
-        pairs.flat_map(|(query, key)| [along(query / columns - key / columns), along(query % columns - key % columns)]);
-    Tensor::from_slice(&ways.collect::<Vec<f32>>()).view([tokens * tokens, 2])
+    let mut offsets = Vec::with_capacity((tokens * tokens * 2) as usize);
+    for query in 0..tokens {
+        for key in 0..tokens {
+            offsets.push(log_offset(query / columns - key / columns));
+            offsets.push(log_offset(query % columns - key % columns));
+        }
+    }
+    Tensor::from_slice(&offsets).view([tokens * tokens, 2])
 }
 
-impl Decoder {
-    /// `inputs` is the encoder's width. Tensors: `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm`, `.pred`.
+fn log_offset(delta: i64) -> f32 {
+    (delta.signum() as f64 * (delta.unsigned_abs() as f64).ln_1p()) as f32
+}
+
+impl WindowDecoder {
+    /// Declares `<name>.embed`, `.mask_token`, `.blocks.<i>`, `.norm` and `.pred`. `inputs` is the encoder's width.
     ///
     /// # Errors
-    /// The user's, where windows do not divide the grid.
-    pub fn new(table: &mut Table, name: &str, grid: &Grid, inputs: i64, shape: &Shape, make: Make) -> Result<Self> {
-        let Shape { width, depth, heads, mlp_ratio } = *shape;
-        let sides = [grid.rows, grid.cols];
-        make.windows.check(name, grid)?;
-        let Config { size: window, shift } = make.windows.on(grid);
-        Ok(Decoder {
-            embed: Linear::new(table, &format!("{name}.embed"), inputs, width),
-            token: table.add(format!("{name}.mask_token"), &[1, 1, width], make.token),
-            blocks: (0..depth)
-                .map(|i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width))
-                .collect(),
-            norm: Norm::new(table, &format!("{name}.norm"), width),
-            pred: Linear::new(table, &format!("{name}.pred"), width, grid.values()),
-            positions: make.positions.into(),
-            grid: sides,
-            window,
-            shift,
-            placed: RefCell::default(),
+    /// A usage error if windows do not divide the grid.
+    pub fn new(
+        params: &mut ParamSpecs,
+        name: &str,
+        grid: &Grid,
+        inputs: i64,
+        shape: &Shape,
+        options: WindowDecoderOptions,
+    ) -> Result<Self> {
+        let Shape { width, depth, .. } = *shape;
+        options.windows.check(name, grid)?;
+        Ok(WindowDecoder {
+            embed: Linear::new(params, &format!("{name}.embed"), inputs, width),
+            mask_token: params.add(format!("{name}.mask_token"), &[1, 1, width], options.mask_token),
+            blocks: (0..depth).map(|i| WindowBlock::new(params, &format!("{name}.blocks.{i}"), shape)).collect(),
+            norm: LayerNorm::new(params, &format!("{name}.norm"), width),
+            pred: Linear::new(params, &format!("{name}.pred"), width, grid.patch_values()),
+            positions: options.positions.into(),
+            grid: [grid.rows, grid.cols],
+            windows: options.windows.limited_to(grid),
+            geometries: RefCell::default(),
             recompute: false,
-            ends: [inputs, grid.values()],
+            inputs,
+            outputs: grid.patch_values(),
             shape: *shape,
         })
     }
 
-    /// x [B, N, D] in row-major order through all blocks → [B, N, D], or where `only` int64 [B, M] names the tokens that
-    /// are wanted, theirs [B, M, D]: the last block's second half is computed for them alone. N may be less than the grid's:
-    /// of its first rows alone, as if there were no others.
-    pub fn transform(&self, w: &Weights, x: Tensor, only: Option<&Tensor>) -> Result<Tensor> {
+    /// Runs x [B, N, D], in row-major order, through all blocks → [B, N, D], or → [B, M, D] for the tokens `only` int64
+    /// [B, M]; the last block computes its MLP for them alone. N may be less than that of the grid: x then holds its first
+    /// rows, and there are no others.
+    pub fn forward_blocks(&self, w: &Weights, x: Tensor, only: Option<&Tensor>) -> Result<Tensor> {
         let [_, tokens, _] = sizes(&x);
-        let rows = tokens / self.grid[1];
-        let local = self.local(rows, x.device())?;
-        let leaves = (self.recompute && x.requires_grad()).then(|| Leaves::of(w));
-        let absent = beyond(rows, self.window[0]) * self.grid[1];
-        let mut x = if absent > 0 { x.pad([0, 0, 0, absent], "constant", 0.0) } else { x };
+        let [_, columns] = self.grid;
+        let rows = tokens / columns;
+        let geometry = self.geometry(rows, x.device())?;
+        let leaves = (self.recompute && x.requires_grad()).then(|| Leaves::new(w));
+        let padding = padding_rows(rows, self.windows.size[0]) * columns;
+        let mut x = if padding > 0 { x.pad([0, 0, 0, padding], "constant", 0.0) } else { x };
         for (i, block) in self.blocks.iter().enumerate() {
-            let only = only.filter(|_| i + 1 == self.blocks.len());
-            let windows = &local.windows[i % 2];
+            let constants = BlockConstants {
+                windows: &geometry.windows[i % 2],
+                offsets: &geometry.offsets,
+                only: only.filter(|_| i + 1 == self.blocks.len()),
+            };
             x = match &leaves {
-                Some(leaves) => block.forgetful(w, leaves, x, (windows, &local.apart), only)?,
-                None => block.forward(w, &x, (windows, &local.apart), only)?,
+                Some(leaves) => block.forward_checkpointed(w, leaves, x, constants)?,
+                None => block.forward(w, &x, constants)?,
             };
         }
         Ok(if only.is_some() { x } else { x.narrow(1, 0, tokens) })
     }
 
-    /// The places of so many rows on a device.
-    fn local(&self, rows: i64, device: Device) -> Result<Rc<Local>> {
-        let mut placed = self.placed.borrow_mut();
-        if let Some(there) = placed.iter().find(|local| (local.rows, local.device) == (rows, device)) {
-            return Ok(there.clone());
+    /// Returns the geometry of `rows` rows on a device, computed on first use.
+    fn geometry(&self, rows: i64, device: Device) -> Result<Rc<WindowGeometry>> {
+        let mut geometries = self.geometries.borrow_mut();
+        let existing = geometries.iter().find(|geometry| geometry.rows == rows && geometry.device == device);
+        if let Some(existing) = existing {
+            return Ok(existing.clone());
         }
-        placed.push(Rc::new(Local::new([rows, self.grid[1]], self.window, self.shift, device)?));
-        Ok(placed[placed.len() - 1].clone())
+        let geometry = Rc::new(WindowGeometry::new(rows, self.grid[1], &self.windows, device)?);
+        geometries.push(geometry.clone());
+        Ok(geometry)
     }
 }
 
-impl Decode for Decoder {
-    /// A class token's features are not read.
-    fn guess(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let kept = mask.keep.size()[1];
-        let seen = self.embed.forward(w, &features.narrow(1, features.size()[1] - kept, kept))?; // [B, K, D]
-        let positions = self.positions.on(seen.device());
-        let hidden = Some((&w[self.token].view(-1), &mask.drop));
-        let mixed = fill(&seen, None, Places { positions: &positions, keep: &mask.keep, hidden })?;
-        // Windows are of the grid: its order comes back, once for all blocks.
-        let x = self.transform(w, gather(&mixed, &mask.restore()), Some(&mask.drop))?;
+impl Decode for WindowDecoder {
+    /// Ignores the features of a class token.
+    fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let [_, kept] = sizes(&mask.keep);
+        let visible = self.embed.forward(w, &features.narrow(1, features.size()[1] - kept, kept))?; // [B, K, D]
+        let positions = self.positions.to_device(visible.device());
+        let hidden = Some((&w[self.mask_token].view(-1), &mask.drop));
+        let layout = TokenLayout { positions: &positions, keep: &mask.keep, hidden };
+        let tokens = assemble_tokens(&visible, None, layout)?;
+        // Windows need row-major order, restored once for all blocks.
+        let x = self.forward_blocks(w, gather(&tokens, &mask.restore()), Some(&mask.drop))?;
         self.pred.forward(w, &self.norm.forward(w, &x)?)
     }
 
-    fn recompute(&mut self) {
-        self.recompute = true;
+    fn set_recompute(&mut self, on: bool) {
+        self.recompute = on;
     }
 
-    /// What makes the biases works once for a batch, however large, and is left out.
-    fn work(&self, seen: i64, hidden: i64, _class: i64) -> Vec<Op> {
-        let ([inputs, values], Shape { width, depth, mlp_ratio, .. }) = (self.ends, self.shape);
-        let (all, tokens) = (seen + hidden, self.window[0] * self.window[1]);
-        let order = Moved { values: [2 * all * width; 2], ..Moved::default() };
+    /// Leaves out the network that computes position biases, which runs once per batch.
+    fn cost(&self, visible: i64, hidden: i64, _class_tokens: i64) -> Vec<OpCost> {
+        let Shape { width, depth, mlp_ratio, .. } = self.shape;
+        let tokens = visible + hidden;
+        let window_tokens = self.windows.size[0] * self.windows.size[1];
+        let reorder = Traffic { values: [2 * tokens * width; 2], ..Traffic::default() };
         let mut ops = vec![
-            work::linear(seen, inputs, width),
-            work::fill(seen, all, width),
-            Op::Pass { fused: order, plain: order },
+            cost::linear(visible, self.inputs, width),
+            cost::assemble_tokens(visible, tokens, width),
+            OpCost::MemoryBound { fused: reorder, unfused: reorder },
         ];
         for i in 0..depth {
-            let answered = if i + 1 == depth { hidden } else { all };
-            ops.extend(work::windowed_block([all, answered], tokens, width, mlp_ratio * width));
+            let outputs = if i + 1 == depth { hidden } else { tokens };
+            ops.extend(cost::windowed_block(tokens, outputs, window_tokens, width, mlp_ratio * width));
         }
-        ops.extend([work::norm(hidden, width), work::linear(hidden, width, values)]);
+        ops.extend([cost::layer_norm(hidden, width), cost::linear(hidden, width, self.outputs)]);
         ops
     }
 }
 
-/// The width of the network that makes biases from places.
-const INSIDE: i64 = 384;
+/// Hidden width of the network that computes position biases.
+const BIAS_HIDDEN_WIDTH: i64 = 384;
 
-/// What a head divides its cosines by begins at one and is never less than this.
-const LEAST: f64 = 0.01;
+/// Minimum of the temperature that each head divides its cosines by, which is initialized to 1.
+const MIN_TAU: f64 = 0.01;
 
-/// A block of windows: x + norm(attention(x)), then x + norm(perceptron(x)).
+/// The inputs of a block without gradient.
 #[derive(Clone, Copy)]
-struct Block {
+struct BlockConstants<'a> {
+    windows: &'a Windows,
+    /// [`WindowGeometry::offsets`].
+    offsets: &'a Tensor,
+    /// The tokens to compute after attention, int64 [B, M]; `None` computes all.
+    only: Option<&'a Tensor>,
+}
+
+/// A block of windowed attention: x + norm(attention(x)), then x + norm(mlp(x)).
+#[derive(Clone, Copy)]
+struct WindowBlock {
     qkv: Linear,
-    /// [H].
-    tau: Slot,
-    from_places: [Linear; 2],
+    /// Temperature per head, [H].
+    tau: ParamId,
+    /// The network that computes position biases.
+    bias_mlp: [Linear; 2],
     proj: Linear,
-    norm1: Norm,
+    norm1: LayerNorm,
     fc1: Linear,
     fc2: Linear,
-    norm2: Norm,
+    norm2: LayerNorm,
     heads: i64,
 }
 
-impl Block {
-    /// Tensors are called as in the official code: `<name>.attn.tau`, `<name>.attn.meta_mlp.fc1.weight` and so on.
-    fn new(table: &mut Table, name: &str, width: i64, heads: i64, hidden: i64) -> Self {
-        let linear = |table: &mut Table, of: &str, [inputs, outputs]: [i64; 2]| {
-            Linear::new(table, &format!("{name}.{of}"), inputs, outputs)
-        };
-        Block {
-            qkv: linear(table, "attn.qkv", [width, 3 * width]),
-            tau: table.add(format!("{name}.attn.tau"), &[heads], Init::One),
-            from_places: [
-                linear(table, "attn.meta_mlp.fc1", [2, INSIDE]),
-                linear(table, "attn.meta_mlp.fc2", [INSIDE, heads]),
+impl WindowBlock {
+    /// Declares tensors named as in the official code: `<name>.attn.tau`, `<name>.attn.meta_mlp.fc1.weight` and so on.
+    fn new(params: &mut ParamSpecs, name: &str, shape: &Shape) -> Self {
+        let Shape { width, heads, mlp_ratio, .. } = *shape;
+        let hidden_width = mlp_ratio * width;
+        WindowBlock {
+            qkv: Linear::new(params, &format!("{name}.attn.qkv"), width, 3 * width),
+            tau: params.add(format!("{name}.attn.tau"), &[heads], Init::One),
+            bias_mlp: [
+                Linear::new(params, &format!("{name}.attn.meta_mlp.fc1"), 2, BIAS_HIDDEN_WIDTH),
+                Linear::new(params, &format!("{name}.attn.meta_mlp.fc2"), BIAS_HIDDEN_WIDTH, heads),
             ],
-            proj: linear(table, "attn.proj", [width, width]),
-            norm1: Norm::new(table, &format!("{name}.norm1"), width),
-            fc1: linear(table, "mlp.fc1", [width, hidden]),
-            fc2: linear(table, "mlp.fc2", [hidden, width]),
-            norm2: Norm::new(table, &format!("{name}.norm2"), width),
+            proj: Linear::new(params, &format!("{name}.attn.proj"), width, width),
+            norm1: LayerNorm::new(params, &format!("{name}.norm1"), width),
+            fc1: Linear::new(params, &format!("{name}.mlp.fc1"), width, hidden_width),
+            fc2: Linear::new(params, &format!("{name}.mlp.fc2"), hidden_width, width),
+            norm2: LayerNorm::new(params, &format!("{name}.norm2"), width),
             heads,
         }
     }
 
-    /// x [B, N, D] → [B, N, D], or of the tokens `only` [B, M] names → [B, M, D].
-    fn forward(
-        &self,
-        w: &Weights,
-        x: &Tensor,
-        (windows, apart): (&Windows, &Tensor),
-        only: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let scale = w[self.tau].to_kind(Kind::Float).clamp_min(LEAST).reciprocal(); // [H]
-        let bias = self.bias(w, apart, windows.size())?;
-        let mixed = cosine(&self.qkv.forward(w, x)?, self.heads, windows, [&scale, &bias])?;
-        let of = |x: &Tensor| only.map_or_else(|| x.shallow_clone(), |only| gather(x, only));
-        let x = of(x) + self.norm1.forward(w, &self.proj.forward(w, &of(&mixed))?)?;
-        let hidden = self.fc1.through_gelu(w, &x, Form::Exact)?;
+    /// x [B, N, D] → [B, N, D], or → [B, M, D] for the tokens `constants.only`.
+    fn forward(&self, w: &Weights, x: &Tensor, constants: BlockConstants) -> Result<Tensor> {
+        let BlockConstants { windows, offsets, only } = constants;
+        let scale = w[self.tau].to_kind(Kind::Float).clamp_min(MIN_TAU).reciprocal(); // [H]
+        let bias = self.bias(w, offsets, windows.size())?;
+        let attended = cosine_attention(&self.qkv.forward(w, x)?, self.heads, windows, [&scale, &bias])?;
+        let select = |x: &Tensor| only.map_or_else(|| x.shallow_clone(), |only| gather(x, only));
+        let x = select(x) + self.norm1.forward(w, &self.proj.forward(w, &select(&attended))?)?;
+        let hidden = self.fc1.forward_gelu(w, &x, Gelu::Exact)?;
         Ok(&x + self.norm2.forward(w, &self.fc2.forward(w, &hidden)?)?)
     }
 
-    /// The same of a block that keeps its input alone for backward.
-    fn forgetful(
+    /// The same under activation checkpointing.
+    fn forward_checkpointed(
         &self,
         w: &Weights,
         leaves: &Leaves,
         x: Tensor,
-        (windows, apart): (&Windows, &Tensor),
-        only: Option<&Tensor>,
+        constants: BlockConstants,
     ) -> Result<Tensor> {
         let block = *self;
-        let beside = (windows.shallow_clone(), apart.shallow_clone(), only.map(Tensor::shallow_clone));
-        let run = move |w: &Weights, (windows, apart, only): &(Windows, Tensor, Option<Tensor>), x: &[Tensor]| {
-            Ok(vec![block.forward(w, &x[0], (windows, apart), only.as_ref())?])
+        let BlockConstants { windows, offsets, only } = constants;
+        let constants = (windows.shallow_clone(), offsets.shallow_clone(), only.map(Tensor::shallow_clone));
+        let run = move |w: &Weights, (windows, offsets, only): &(Windows, Tensor, Option<Tensor>), x: &[Tensor]| {
+            let constants = BlockConstants { windows, offsets, only: only.as_ref() };
+            Ok(vec![block.forward(w, &x[0], constants)?])
         };
-        Ok(again(w, leaves, beside, &[x], run)?.remove(0))
+        Ok(recompute_in_backward(w, leaves, constants, &[x], run)?.remove(0))
     }
 
-    /// fp32 [H, T, T]: what each head adds to the score of each query with each key of a window.
-    fn bias(&self, w: &Weights, apart: &Tensor, tokens: i64) -> Result<Tensor> {
-        let [first, second] = &self.from_places;
-        let inside = first.forward(w, &apart.to_kind(w.kind()))?.relu();
-        let biases = second.forward(w, &inside)?; // [T · T, H]
+    /// Returns the position bias of each head from query to key, fp32 [H, T, T].
+    fn bias(&self, w: &Weights, offsets: &Tensor, tokens: i64) -> Result<Tensor> {
+        let [fc1, fc2] = &self.bias_mlp;
+        let hidden = fc1.forward(w, &offsets.to_kind(w.kind()))?.relu();
+        let biases = fc2.forward(w, &hidden)?; // [T · T, H]
         Ok(biases.to_kind(Kind::Float).transpose(0, 1).reshape([self.heads, tokens, tokens]))
     }
 }

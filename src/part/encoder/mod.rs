@@ -1,30 +1,28 @@
-//! Tokens become features.
+//! Encoders: tokens to features.
 
 pub mod block;
 pub mod position;
 pub mod stack;
-pub mod text; // captions
+pub mod text;
 pub mod vit;
 
-use crate::fault::Result;
-use crate::part::lengths::{self, Group};
+use crate::part::ragged::{LengthGroup, unpermute};
 use tch::Tensor;
 
-/// What a frozen encoder says of a batch, after its last normalisation.
+/// The output of a frozen encoder for a batch, after the final normalization.
 pub struct Features {
-    /// The class token [B, D], where there is one.
+    /// The class token [B, D], if there is one.
     pub class: Option<Tensor>,
     /// The mean of all other tokens [B, D].
     pub mean: Tensor,
 }
 
 impl Features {
-    /// Those of each group's samples, in the order of the batch.
-    pub fn in_order(groups: &[Group], of: impl Fn(&Group) -> Result<Features>) -> Result<Features> {
-        let parts = groups.iter().map(of).collect::<Result<Vec<_>>>()?;
+    /// Concatenates the features of each group in batch order.
+    pub fn from_groups(groups: &[LengthGroup], parts: &[Features]) -> Features {
         let classes: Vec<Tensor> = parts.iter().filter_map(|part| Some(part.class.as_ref()?.shallow_clone())).collect();
         let means: Vec<Tensor> = parts.iter().map(|part| part.mean.shallow_clone()).collect();
-        let class = (!classes.is_empty()).then(|| lengths::in_order(groups, &classes));
-        Ok(Features { class, mean: lengths::in_order(groups, &means) })
+        let class = (!classes.is_empty()).then(|| unpermute(groups, &classes));
+        Features { class, mean: unpermute(groups, &means) }
     }
 }

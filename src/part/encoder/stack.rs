@@ -1,11 +1,11 @@
-//! A transformer: blocks, one behind the other, and the normalisation behind them.
+//! A stack of transformer blocks with a final normalization.
 
-use super::block::{Biases, Block, Stream};
-use crate::fault::{Fault, Result};
-use crate::op::bias_gelu::Form;
-use crate::part::again::{Leaves, again};
-use crate::part::weights::{Norm, Table, Weights};
-use crate::part::work::{self, Op};
+use super::block::{Block, QkvBias, Residual};
+use crate::error::{Error, Result};
+use crate::op::bias_gelu::Gelu;
+use crate::part::cost::{self, OpCost};
+use crate::part::params::{LayerNorm, ParamSpecs, Weights};
+use crate::part::recompute::{Leaves, recompute_in_backward};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -17,46 +17,52 @@ use tch::Tensor;
 pub struct Shape {
     /// D.
     pub width: i64,
-    /// Blocks.
+    /// Number of blocks.
     pub depth: i64,
-    /// H; D / H is the head width.
+    /// H; the head width is D / H.
     pub heads: i64,
-    /// Width of a block's hidden layer as a multiple of D.
-    #[serde(default = "Shape::four")]
+    /// Width of the MLP's hidden layer as a multiple of D.
+    #[serde(default = "Shape::default_mlp_ratio")]
     pub mlp_ratio: i64,
 }
 
 impl Shape {
-    fn four() -> i64 {
+    fn default_mlp_ratio() -> i64 {
         4
     }
 
-    /// The operations on `tokens` tokens of which the last block answers `answered`.
-    pub fn work(&self, tokens: i64, answered: i64) -> impl Iterator<Item = Op> {
+    /// Returns the operations on `tokens` tokens; the last block computes `outputs` of them.
+    pub fn cost(&self, tokens: i64, outputs: i64) -> impl Iterator<Item = OpCost> {
         let Shape { width, depth, mlp_ratio, .. } = *self;
-        let of = move |i: i64| if i + 1 == depth { answered } else { tokens };
-        let block = move |i: i64| work::block(tokens, of(i), width, mlp_ratio * width, i > 0);
-        (0..depth).flat_map(block).chain([work::add_norm(answered, width)])
+        let block = move |i: i64| {
+            let block_outputs = if i + 1 == depth { outputs } else { tokens };
+            cost::block(tokens, block_outputs, width, mlp_ratio * width, i > 0)
+        };
+        (0..depth).flat_map(block).chain([cost::add_layer_norm(outputs, width)])
     }
 
-    pub fn check(&self, at: &str) -> Result<()> {
+    /// Checks the shape, which is at `path` in the config.
+    ///
+    /// # Errors
+    /// A usage error if a value is out of range, or if heads or positions do not divide the width.
+    pub fn check(&self, path: &str) -> Result<()> {
         let Shape { width, depth, heads, mlp_ratio } = *self;
-        for (name, value, most) in
+        for (name, value, max) in
             [("width", width, 16384), ("depth", depth, 256), ("heads", heads, 256), ("mlp_ratio", mlp_ratio, 64)]
         {
-            if !(1..=most).contains(&value) {
-                return Err(Fault::usage(format!("{at}.{name} is {value}; it must lie in 1..={most}")));
+            if !(1..=max).contains(&value) {
+                return Err(Error::usage(format!("{path}.{name} is {value}; it must lie in 1..={max}")));
             }
         }
         if width % heads != 0 {
-            return Err(Fault::usage(format!(
-                "{at}.width is {width}, which {at}.heads = {heads} does not divide; the nearest that fits is {}",
+            return Err(Error::usage(format!(
+                "{path}.width is {width}, which {path}.heads = {heads} does not divide; the nearest that fits is {}",
                 (width / heads).max(1) * heads
             )));
         }
         if width % 4 != 0 {
-            return Err(Fault::usage(format!(
-                "{at}.width is {width}; sine-cosine positions want a multiple of 4, the nearest is {}",
+            return Err(Error::usage(format!(
+                "{path}.width is {width}; sine-cosine positions want a multiple of 4, the nearest is {}",
                 (width / 4).max(1) * 4
             )));
         }
@@ -64,54 +70,58 @@ impl Shape {
     }
 }
 
-/// The blocks of a shape, with their tensors' places.
+/// The blocks of a transformer.
 pub struct Stack {
     blocks: Vec<Block>,
-    norm: Norm,
-    /// Of a block nothing is kept for backward but what flows into it: there it runs once more.
+    norm: LayerNorm,
+    /// Activation checkpointing: keeps only the inputs of each block and recomputes the rest in backward.
     pub recompute: bool,
 }
 
 impl Stack {
-    /// Tensors `<name>.blocks.<i>` and `<name>.norm`.
-    pub fn new(table: &mut Table, name: &str, shape: &Shape, biases: Biases) -> Self {
+    /// Declares the tensors `<name>.blocks.<i>` and `<name>.norm`.
+    pub fn new(params: &mut ParamSpecs, name: &str, shape: &Shape, qkv_bias: QkvBias) -> Self {
         let Shape { width, depth, heads, mlp_ratio } = *shape;
-        let mut block = |i| Block::new(table, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, biases);
+        let mut block =
+            |i| Block::new(params, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, qkv_bias);
         let blocks = (0..depth).map(&mut block).collect();
-        Stack { blocks, norm: Norm::new(table, &format!("{name}.norm"), width), recompute: false }
+        Stack { blocks, norm: LayerNorm::new(params, &format!("{name}.norm"), width), recompute: false }
     }
 
-    /// With another unit than the exact one.
-    pub fn with_unit(self, form: Form) -> Self {
-        self.each(|block| block.with_unit(form))
+    /// Replaces the activation of every block, by default the exact GELU.
+    pub fn with_activation(self, activation: Gelu) -> Self {
+        self.map_blocks(|block| block.with_activation(activation))
     }
 
-    /// Where a token sees itself and those before it alone.
-    pub fn looking_back(self, causal: bool) -> Self {
-        self.each(|block| block.looking_back(causal))
+    /// Enables or disables causal attention in every block, by default disabled.
+    pub fn with_causal(self, causal: bool) -> Self {
+        self.map_blocks(|block| block.with_causal(causal))
     }
 
-    fn each(self, change: impl Fn(Block) -> Block) -> Self {
+    fn map_blocks(self, change: impl Fn(Block) -> Block) -> Self {
         Stack { blocks: self.blocks.into_iter().map(change).collect(), ..self }
     }
 
-    /// x [B, S, D] → [B, S − from, D]. The last block answers only the tokens from `from` on.
+    /// x [B, S, D] → [B, S − from, D]. The last block computes only the tokens from `from` on.
     pub fn forward(&self, w: &Weights, x: Tensor, from: i64) -> Result<Tensor> {
-        let leaves = (self.recompute && x.requires_grad()).then(|| Leaves::of(w));
-        let mut stream = Stream { x, due: None };
+        let leaves = (self.recompute && x.requires_grad()).then(|| Leaves::new(w));
+        let mut residual = Residual { x, pending: None };
         for (i, block) in self.blocks.iter().enumerate() {
             let from = if i + 1 == self.blocks.len() { from } else { 0 };
-            stream = match &leaves {
-                Some(leaves) => forgetful(*block, w, leaves, &stream, from)?,
-                None => block.forward(w, &stream, from)?,
+            residual = match &leaves {
+                Some(leaves) => checkpointed_block(*block, w, leaves, &residual, from)?,
+                None => block.forward(w, &residual, from)?,
             };
         }
-        Ok(stream.normalised(w, &self.norm)?.1)
+        let (_, normalized) = residual.add_and_normalize(w, &self.norm)?;
+        Ok(normalized)
     }
 }
 
-/// A block that keeps its input alone.
-fn forgetful(block: Block, w: &Weights, leaves: &Leaves, stream: &Stream, from: i64) -> Result<Stream> {
-    let run = move |w: &Weights, (): &(), given: &[Tensor]| Ok(block.forward(w, &Stream::of(given), from)?.tensors());
-    Ok(Stream::of(&again(w, leaves, (), &stream.tensors(), run)?))
+/// Runs a block under activation checkpointing.
+fn checkpointed_block(block: Block, w: &Weights, leaves: &Leaves, residual: &Residual, from: i64) -> Result<Residual> {
+    let run = move |w: &Weights, (): &(), inputs: &[Tensor]| {
+        Ok(block.forward(w, &Residual::from_tensors(inputs), from)?.to_tensors())
+    };
+    Ok(Residual::from_tensors(&recompute_in_backward(w, leaves, (), &residual.to_tensors(), run)?))
 }

@@ -1,95 +1,111 @@
-//! The transformer over a caption's tokens.
+//! The text encoder: a transformer over a caption's tokens.
 
-use super::block::Biases;
+use super::block::QkvBias;
 use super::stack::{Shape, Stack};
-use crate::fault::{Fault, Result};
-use crate::op::bias_gelu::Form;
+use crate::error::{Error, Result};
+use crate::op::bias_gelu::Gelu;
 use crate::op::patch::gather;
-use crate::part::mask::Words;
-use crate::part::weights::{Init, Slot, Table, Weights};
+use crate::part::mask::TextMask;
+use crate::part::params::{Init, ParamId, ParamSpecs, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-/// A text tower in a config.
+/// The config of a text encoder.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub shape: Shape,
-    /// How many tokens there are: at least as many as the tokenizer of `view.caption` knows.
-    pub vocabulary: i64,
-    /// Tokens of a caption, as `view.caption.length` says.
-    pub length: i64,
-    /// Hides some of them in training; all are seen when left out.
+    /// Number of tokens in the vocabulary: at least that of the tokenizer of `view.caption`.
+    pub vocab_size: i64,
+    /// Tokens per caption, as in `view.caption.length`.
+    pub context_length: i64,
+    /// Hides some tokens in training. By default all are visible.
     #[serde(default)]
-    pub mask: Option<Words>,
+    pub mask: Option<TextMask>,
 }
 
 impl Config {
-    pub fn check(&self, at: &str) -> Result<()> {
-        self.shape.check(&format!("{at}.shape"))?;
-        for (name, value, most) in [("vocabulary", self.vocabulary, 1 << 24), ("length", self.length, 4096)] {
-            if !(1..=most).contains(&value) {
-                return Err(Fault::usage(format!("{at}.{name} is {value}; it must lie in 1..={most}")));
+    /// Checks the config, which is at `path`.
+    ///
+    /// # Errors
+    /// A usage error if a value is out of range.
+    pub fn check(&self, path: &str) -> Result<()> {
+        self.shape.check(&format!("{path}.shape"))?;
+        for (name, value, max) in
+            [("vocab_size", self.vocab_size, 1 << 24), ("context_length", self.context_length, 4096)]
+        {
+            if !(1..=max).contains(&value) {
+                return Err(Error::usage(format!("{path}.{name} is {value}; it must lie in 1..={max}")));
             }
         }
-        self.mask.map_or(Ok(()), |mask| mask.check(&format!("{at}.mask"), self.length))
+        self.mask.map_or(Ok(()), |mask| mask.check(&format!("{path}.mask"), self.context_length))
     }
 
-    /// Tokens of a caption that training sees.
-    pub fn seen(&self) -> i64 {
-        self.mask.map_or(self.length, |mask| mask.kept(self.length))
+    /// Returns the number of tokens of a caption that are visible in training.
+    pub fn visible_tokens(&self) -> i64 {
+        self.mask.map_or(self.context_length, |mask| mask.visible_tokens(self.context_length))
     }
 }
 
-/// Whom a token sees, and which one speaks for the caption.
+/// Which tokens attend to which, and which token represents the caption.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reading {
-    /// Every token sees all, padding too; the first one speaks (FLIP's code).
-    Whole,
-    /// A token sees itself and those before it; the one of the greatest number speaks, which is the end mark's (CLIP).
-    Forward,
+pub enum TextPooling {
+    /// All tokens attend to all, padding included; the first token represents the caption (FLIP's code).
+    First,
+    /// Attention is causal; the end-of-text token, which has the largest id, represents the caption (CLIP).
+    CausalEot,
 }
 
-pub struct Text {
-    token: Slot,
-    positions: Slot,
+/// A text encoder.
+pub struct TextEncoder {
+    token: ParamId,
+    positions: ParamId,
     pub stack: Stack,
-    reading: Reading,
+    pooling: TextPooling,
 }
 
-impl Text {
-    /// `<name>.token` [V, D], `<name>.positions` [L, D], which weight decay spares, `<name>.blocks.<i>`, `<name>.norm`.
-    pub fn new(table: &mut Table, name: &str, config: &Config, reading: Reading, form: Form) -> Text {
+impl TextEncoder {
+    /// Declares `<name>.token` [V, D], `<name>.positions` [L, D] without weight decay, `<name>.blocks.<i>` and
+    /// `<name>.norm`.
+    pub fn new(
+        params: &mut ParamSpecs,
+        name: &str,
+        config: &Config,
+        pooling: TextPooling,
+        activation: Gelu,
+    ) -> TextEncoder {
         let width = config.shape.width;
-        let mut embedding = |which, rows| table.add(format!("{name}.{which}"), &[rows, width], Init::Normal(0.02));
-        let (token, positions) = (embedding("token", config.vocabulary), embedding("positions", config.length));
-        table.spare(positions);
-        let stack = Stack::new(table, name, &config.shape, Biases::All);
-        let stack = stack.with_unit(form).looking_back(reading == Reading::Forward);
-        Text { token, positions, stack, reading }
+        let init = Init::Normal(0.02);
+        let token = params.add(format!("{name}.token"), &[config.vocab_size, width], init);
+        let positions = params.add(format!("{name}.positions"), &[config.context_length, width], init);
+        params.no_weight_decay(positions);
+        let stack = Stack::new(params, name, &config.shape, QkvBias::All);
+        let stack = stack.with_activation(activation).with_causal(pooling == TextPooling::CausalEot);
+        TextEncoder { token, positions, stack, pooling }
     }
 
-    /// ids int64 [B, L] → what each caption says [B, D], as its tokens at the places `keep` int64 [B, K], ascending, have it,
-    /// or all of them.
+    /// Encodes captions: ids int64 [B, L] → [B, D]. `keep` int64 [B, K] are the positions of the visible tokens, ascending;
+    /// `None` if all are visible.
     pub fn forward(&self, w: &Weights, ids: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
         let mut x = Tensor::embedding(&w[self.token], ids, -1, false, false) + &w[self.positions]; // [B, L, D]
         let mut ids = ids.shallow_clone();
         if let Some(keep) = keep {
-            (x, ids) = (gather(&x, keep), ids.gather(1, keep, false));
+            x = gather(&x, keep);
+            ids = ids.gather(1, keep, false);
         }
-        let all = self.stack.forward(w, x, 0)?;
-        Ok(match self.reading {
-            Reading::Whole => all.select(1, 0),
-            Reading::Forward => gather(&all, &self.speaks(&ids)).squeeze_dim(1),
+        let tokens = self.stack.forward(w, x, 0)?;
+        Ok(match self.pooling {
+            TextPooling::First => tokens.select(1, 0),
+            TextPooling::CausalEot => gather(&tokens, &self.pooled_index(&ids)).squeeze_dim(1),
         })
     }
 
-    /// The place of the token that speaks for each caption of ids [B, L]; int64 [B, 1].
-    pub fn speaks(&self, ids: &Tensor) -> Tensor {
-        match self.reading {
-            Reading::Whole => ids.narrow(1, 0, 1).zeros_like(),
-            Reading::Forward => ids.argmax(1, true),
+    /// Returns the index of the token that represents each caption of ids [B, L], int64 [B, 1].
+    pub fn pooled_index(&self, ids: &Tensor) -> Tensor {
+        match self.pooling {
+            TextPooling::First => ids.narrow(1, 0, 1).zeros_like(),
+            TextPooling::CausalEot => ids.argmax(1, true),
         }
     }
 }

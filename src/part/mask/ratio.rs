@@ -1,6 +1,6 @@
 //! The config's `mask` of every policy that hides a fixed share.
 
-use crate::fault::{Fault, Result};
+use crate::error::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -16,12 +16,12 @@ impl Ratio {
     pub fn check(&self, at: &str, total: i64, kept: i64, papers: f64) -> Result<()> {
         let ratio = self.ratio;
         if !(ratio > 0.0 && ratio < 1.0) {
-            return Err(Fault::usage(format!(
+            return Err(Error::usage(format!(
                 "{at}.ratio is {ratio}; it is the share of patches hidden and must lie in (0, 1), {papers} in the paper"
             )));
         }
         if kept == 0 || kept == total {
-            return Err(Fault::usage(format!(
+            return Err(Error::usage(format!(
                 "{at}.ratio is {ratio}, which keeps {kept} of {total} patches; at least one must be kept and one hidden: \
                  choose a ratio between {:.3} and {:.3}, or smaller patches",
                 1.0 / total as f64,

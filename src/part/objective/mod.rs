@@ -1,0 +1,3 @@
+//! Prediction targets.
+
+pub mod pixel;

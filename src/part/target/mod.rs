@@ -1,3 +1,0 @@
-//! What is to be predicted.
-
-pub mod pixel;

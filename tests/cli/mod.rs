@@ -1,0 +1,3 @@
+//! Tests of the command line.
+
+crate::modules![commands, usage_errors,];

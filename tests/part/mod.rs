@@ -1,0 +1,3 @@
+//! Tests of what models are composed of.
+
+crate::modules![cost, recompute,];
