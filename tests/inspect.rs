@@ -81,7 +81,7 @@ fn image_sizes_are_counted_in_their_bins() -> Outcome {
     for (number, (width, height)) in [(31, 31), (32, 64), (64, 32), (40, 30), (300, 100)].into_iter().enumerate() {
         image::GrayImage::new(width, height).save(source.join(format!("{number}.png")))?;
     }
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     pack(&path_text(&source), &out, &PackOptions::default())?;
     let (_, output, _) = inspect(folder.path(), &[&out])?;
     let bin = |from: f64, to: f64, count: u64| json!({"from": from, "to": to, "count": count});
@@ -129,7 +129,7 @@ fn a_truncated_or_missing_shard_is_reported() -> Outcome {
     let (code, output, _) = inspect(folder.path(), &[&path_text(&out)])?;
     assert_eq!(code, Some(65));
     assert!(output["damaged"][0].as_str().is_some_and(|name| name.contains("19 samples in 4 shards")), "{output}");
-    let nothing = occlude_command(&["inspect", &path_text(&folder.path().join("nowhere"))]).output()?;
+    let nothing = occlude_command(&["inspect", &path_text(folder.path().join("nowhere"))]).output()?;
     assert_eq!(nothing.status.code(), Some(ExitCode::Usage as i32), "a missing set is not damage");
     Ok(())
 }
@@ -170,7 +170,7 @@ fn foreign_tars_are_indexed() -> Outcome {
 
 fn a_subset_of_samples_can_be_inspected() -> Outcome {
     let (folder, out) = small_set()?;
-    let sheet = path_text(&folder.path().join("a sheet.png"));
+    let sheet = path_text(folder.path().join("a sheet.png"));
     let (code, output, printed) = inspect(folder.path(), &[&path_text(&out), "--sample", "6", "--sheet", &sheet])?;
     assert_eq!((code, &output["inspected"], &output["samples"]), (Some(0), &json!(6), &json!(24)), "{printed}");
     assert_eq!(output["members"], json!({"cls": 6, "png": 6}));

@@ -74,7 +74,7 @@ pub fn packed_tones() -> Result<(tempfile::TempDir, PathBuf), Failed> {
     let folder = tempfile::tempdir()?;
     tones(&folder.path().join("in"), 3, 8)?;
     let out = folder.path().join("out");
-    pack(&path_text(&folder.path().join("in")), &path_text(&out), &options())?;
+    pack(&path_text(folder.path().join("in")), &path_text(&out), &options())?;
     Ok((folder, out))
 }
 
@@ -102,7 +102,7 @@ fn folders_of_audio_are_packed() -> Outcome {
     assert_eq!(DataSet::open(&path_text(&out))?.classes, ["tone-0", "tone-1", "tone-2"]);
     // Any number of threads makes the same tars.
     let second = folder.path().join("again");
-    pack(&path_text(&folder.path().join("in")), &path_text(&second), &PackOptions { threads: 3, ..options() })?;
+    pack(&path_text(folder.path().join("in")), &path_text(&second), &PackOptions { threads: 3, ..options() })?;
     for file in ["tones-000000.tar", "tones-000003.tar", "tones-000001.tar.idx"] {
         assert!(std::fs::read(out.join(file))? == std::fs::read(second.join(file))?, "{file}");
     }
@@ -131,7 +131,7 @@ fn a_list_of_audio_files_is_packed() -> Outcome {
 fn audio_is_resampled_to_the_requested_rate() -> Outcome {
     let (folder, plain) = packed_tones()?;
     let out = folder.path().join("fast");
-    let words = ["pack", &path_text(&folder.path().join("in")), &path_text(&out), "--audio", "--sample-rate", "16000"]
+    let words = ["pack", &path_text(folder.path().join("in")), &path_text(&out), "--audio", "--sample-rate", "16000"]
         .map(String::from);
     let output = occlude_command(&words.each_ref().map(String::as_str)).output()?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -155,14 +155,14 @@ fn undecodable_audio_is_skipped() -> Outcome {
     std::fs::write(source.join("tone-0/03.wav"), &cut[..cut.len() - 5])?;
     std::fs::write(source.join("tone-0/04.ogg"), b"OggS and nothing")?;
     let some = PackOptions { max_corrupt_fraction: 0.5, ..options() };
-    let packed = pack(&path_text(&source), &path_text(&folder.path().join("out")), &some)?;
+    let packed = pack(&path_text(&source), &path_text(folder.path().join("out")), &some)?;
     assert_eq!((packed.data_sets[0].1.samples, packed.skipped.len()), (7, 2), "{:?}", packed.skipped);
     assert!(
         packed.skipped.iter().any(|(name, why)| name.contains("03.wav") && why.contains("cut")),
         "{:?}",
         packed.skipped
     );
-    let error = pack(&path_text(&source), &path_text(&folder.path().join("none")), &options())
+    let error = pack(&path_text(&source), &path_text(folder.path().join("none")), &options())
         .expect_err("one corrupt clip in a hundred");
     assert!(error.code == ExitCode::Corrupt && error.message.contains("audio files are unreadable"), "{error}");
     Ok(())
@@ -172,7 +172,7 @@ fn images_and_audio_are_not_confused() -> Outcome {
     let folder = tempfile::tempdir()?;
     let source = folder.path().join("in");
     tones(&source, 1, 2)?;
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     let usage = |options: PackOptions, word: &str| {
         let error = pack(&path_text(&source), &out, &options).expect_err("it went through");
         assert!(error.code == ExitCode::Usage && error.message.contains(word), "{error}");
@@ -397,7 +397,7 @@ fn audio_files_are_reconstructed_as_spectrograms() -> Outcome {
     let words = [
         "reconstruct",
         "--checkpoint",
-        &path_text(&run.folder()),
+        &path_text(run.folder()),
         "--input",
         &path_text(&file),
         "--out",

@@ -102,13 +102,13 @@ fn every_list_format_makes_the_same_tars() -> Outcome {
     let mut first: Option<BTreeMap<String, Vec<u8>>> = None;
     for kind in ["csv", "tsv", "jsonl", "parquet"] {
         let list = write_list(&at("in"), kind, &rows)?;
-        let packed = pack(&list, &path_text(&at(kind)), &small())?;
+        let packed = pack(&list, &path_text(at(kind)), &small())?;
         assert_eq!((packed.data_sets[0].1.samples, packed.skipped.len()), (24, 0), "{kind}");
         let found = files(&at(kind))?;
         assert_eq!(found.len(), 11, "5 tars, 5 indices, 1 manifest");
         assert!(first.get_or_insert(found.clone()) == &found, "a list as {kind} gives different bytes");
     }
-    let set = DataSet::open(&path_text(&at("csv")))?;
+    let set = DataSet::open(&path_text(at("csv")))?;
     assert_eq!(set.classes, ["class.0", "class.1", "class.2"]);
     for index in 0..24 {
         let (shard, row) = set.find_sample(index)?;
@@ -123,7 +123,7 @@ fn every_list_format_makes_the_same_tars() -> Outcome {
     // Without captions a list gives the same tars as its folders.
     let bare: Vec<Value> = rows.iter().map(|row| json!({"path": row["path"], "label": row["label"]})).collect();
     let list = write_list(&at("in"), "csv", &bare)?;
-    pack(&list, &path_text(&at("bare")), &small())?;
+    pack(&list, &path_text(at("bare")), &small())?;
     pack_images(&at("in"), &at("folder"), 5)?;
     assert!(files(&at("bare"))? == files(&at("folder"))?, "a list differs from its folder");
     Ok(())
@@ -136,7 +136,7 @@ fn extra_fields_of_a_line_are_kept() -> Outcome {
         row["caption"] = Value::Null;
     }
     let list = write_list(&folder.path().join("in"), "jsonl", &rows)?;
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     pack(&list, &out, &small())?;
     let set = DataSet::open(&out)?;
     for index in 0..24 {
@@ -156,7 +156,7 @@ fn labels_can_be_numbers() -> Outcome {
     let numbered: Vec<Value> =
         rows.iter().enumerate().map(|(at, row)| json!({"path": row["path"], "label": at + 100})).collect();
     for kind in ["csv", "jsonl", "parquet"] {
-        let out = path_text(&folder.path().join(kind));
+        let out = path_text(folder.path().join(kind));
         pack(&write_list(&folder.path().join("in"), kind, &numbered)?, &out, &small())?;
         let set = DataSet::open(&out)?;
         assert!(set.classes.is_empty());
@@ -171,10 +171,10 @@ fn labels_can_be_numbers() -> Outcome {
 fn image_formats_are_detected_by_content() -> Outcome {
     let (folder, _) = folder_and_rows()?;
     let source = folder.path().join("in");
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     fs::rename(source.join("class.0/p.000.png"), source.join("class.0/0123"))?;
     fs::write(source.join("list.csv"), "path\n./class.0/0123\n")?;
-    pack(&path_text(&source.join("list.csv")), &out, &small())?;
+    pack(&path_text(source.join("list.csv")), &out, &small())?;
     let (shard, row) = DataSet::open(&out)?.find_sample(0)?;
     assert_eq!(shard.require_member(row, IMAGE_EXTENSIONS)?.name, "class-0_0123.png");
     Ok(())
@@ -182,7 +182,7 @@ fn image_formats_are_detected_by_content() -> Outcome {
 
 fn an_invalid_list_is_rejected() -> Outcome {
     let (folder, _) = folder_and_rows()?;
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     let name = "class.0/p.000.png";
     for (kind, list, word) in [
         ("csv", "file,label\na.png,1\n".to_owned(), "no column `path`"),
@@ -210,7 +210,7 @@ fn an_invalid_list_is_rejected() -> Outcome {
         [(0, None, Some(5)), (101, Some(ImageEncoding::Jpeg), None), (50, Some(ImageEncoding::Png), None)]
     {
         let options = PackOptions { quality: Some(quality), encode, resize, ..small() };
-        let error = pack(&path_text(&folder.path().join("in")), &out, &options).expect_err("a quality");
+        let error = pack(&path_text(folder.path().join("in")), &out, &options).expect_err("a quality");
         assert_eq!(error.code, ExitCode::Usage, "{error}");
     }
     Ok(())
@@ -220,7 +220,7 @@ fn webdataset_reads_captions() -> Outcome {
     let (folder, rows) = folder_and_rows()?;
     let out = folder.path().join("out");
     pack(&write_list(&folder.path().join("in"), "csv", &rows)?, &path_text(&out), &small())?;
-    let tars: Vec<String> = (0..5).map(|n| path_text(&out.join(format!("small-{n:06}.tar")))).collect();
+    let tars: Vec<String> = (0..5).map(|n| path_text(out.join(format!("small-{n:06}.tar")))).collect();
     let arguments: Vec<&str> = std::iter::once("read").chain(tars.iter().map(String::as_str)).collect();
     let reference: BTreeMap<String, BTreeMap<String, String>> =
         serde_json::from_str(&oracle("webdataset_shards.py", &arguments)?)?;
@@ -238,11 +238,11 @@ fn any_number_of_threads_writes_the_same_bytes() -> Outcome {
     for threads in [1, 2, 7, 40] {
         let out = folder.path().join(format!("out-{threads}"));
         let options = PackOptions { threads, resize: Some(7), encode: Some(ImageEncoding::Jpeg), ..small() };
-        pack(&path_text(&folder.path().join("in")), &path_text(&out), &options)?;
+        pack(&path_text(folder.path().join("in")), &path_text(&out), &options)?;
         let found = files(&out)?;
         assert!(first.get_or_insert(found.clone()) == &found, "{threads} threads give different bytes");
     }
-    let set = DataSet::open(&path_text(&folder.path().join("out-2")))?;
+    let set = DataSet::open(&path_text(folder.path().join("out-2")))?;
     let (shard, row) = set.find_sample(0)?;
     let image = image::load_from_memory(&shard.read(row, &["jpg"])?)?;
     assert_eq!((image.width(), image.height()), (8, 7), "12 x 10 with the shorter side at 7");
@@ -254,7 +254,7 @@ type Comparison = (Vec<u32>, Vec<u32>, Option<[f64; 2]>);
 
 fn resizing_matches_pillow() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let source = path_text(&folder.path().join("in"));
+    let source = path_text(folder.path().join("in"));
     oracle("pack.py", &["images", &source])?;
     // The resizers round differently, one value in six by one; JPEG at quality 90 adds more.
     for (encode, extension, near) in [
@@ -266,7 +266,7 @@ fn resizing_matches_pillow() -> Outcome {
         let options =
             PackOptions { name: Some("r".into()), resize: Some(40), encode: Some(encode), ..PackOptions::default() };
         pack(&source, &path_text(&out), &options)?;
-        let output = oracle("pack.py", &["compare", &source, "40", &path_text(&out.join("r-000000.tar"))])?;
+        let output = oracle("pack.py", &["compare", &source, "40", &path_text(out.join("r-000000.tar"))])?;
         let output: BTreeMap<String, Comparison> = serde_json::from_str(&output)?;
         assert_eq!(output.len(), 8);
         assert_eq!(output["rotated"].0, [40, 58], "the EXIF orientation is applied");
@@ -291,7 +291,7 @@ fn images_that_are_small_enough_are_unchanged() -> Outcome {
     let folder = tempfile::tempdir()?;
     let source = folder.path().join("in");
     oracle("pack.py", &["images", &path_text(&source)])?;
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     pack(&path_text(&source), &out, &PackOptions { resize: Some(85), ..PackOptions::default() })?;
     let set = DataSet::open(&out)?;
     let mut untouched = 0;
@@ -312,11 +312,11 @@ fn an_unreadable_image_does_not_shift_the_others() -> Outcome {
     let source = folder.path().join("in");
     write_images(&source, 3, 8)?;
     let options = PackOptions { max_corrupt_fraction: 0.1, ..small() };
-    pack(&path_text(&source), &path_text(&folder.path().join("whole")), &options)?;
+    pack(&path_text(&source), &path_text(folder.path().join("whole")), &options)?;
     let bad = source.join("class.1/p.003.png");
     let length = fs::metadata(&bad)?.len() as usize;
     fs::write(&bad, vec![0; length])?;
-    let packed = pack(&path_text(&source), &path_text(&folder.path().join("less")), &options)?;
+    let packed = pack(&path_text(&source), &path_text(folder.path().join("less")), &options)?;
     assert_eq!(packed.skipped.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), [path_text(&bad)]);
     let full = files(&folder.path().join("whole"))?;
     let less = files(&folder.path().join("less"))?;
@@ -326,7 +326,7 @@ fn an_unreadable_image_does_not_shift_the_others() -> Outcome {
     fs::remove_file(folder.path().join("less/dataset.json"))?;
     let mark = format!("{{\"source\":{:?}}}", packed.data_sets[0].1.source.as_deref().expect("a source"));
     fs::write(folder.path().join("less/pack.json"), mark)?;
-    let second = pack(&path_text(&source), &path_text(&folder.path().join("less")), &options)?;
+    let second = pack(&path_text(&source), &path_text(folder.path().join("less")), &options)?;
     assert_eq!((second.existing_shards, &second.skipped), (5, &packed.skipped));
     assert!(files(&folder.path().join("less"))? == less);
     Ok(())
@@ -357,7 +357,7 @@ fn kill_when(mut command: Command, start: impl Fn() -> bool) -> Result<bool, Fai
 
 fn a_killed_pack_resumes() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let at = |name: &str| path_text(&folder.path().join(name));
+    let at = |name: &str| path_text(folder.path().join(name));
     write_slow_images(&folder.path().join("in"))?;
     let source = at("in");
     let out = at("out");
@@ -440,7 +440,7 @@ fn stores_are_read_and_written() -> Outcome {
     let tars = |files: BTreeMap<String, Vec<u8>>| -> BTreeMap<String, Vec<u8>> {
         files.into_iter().filter(|(name, _)| name != "dataset.json").collect()
     };
-    pack(&list, &path_text(&folder.path().join("listed")), &small())?;
+    pack(&list, &path_text(folder.path().join("listed")), &small())?;
     pack_images(&folder.path().join("in"), &folder.path().join("plain"), 5)?;
     let web = format!("{}/list.csv", server.http("b/in"));
     for (source, out, same) in
@@ -467,7 +467,7 @@ fn stores_are_read_and_written() -> Outcome {
 
 fn a_killed_pack_into_a_store_resumes() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let source = path_text(&folder.path().join("in"));
+    let source = path_text(folder.path().join("in"));
     write_images(&folder.path().join("in"), 3, 8)?;
     let server = Server::start();
     let words = |out: &str| {
@@ -490,9 +490,9 @@ fn a_web_server_is_read_only() -> Outcome {
     write_images(&folder.path().join("in"), 1, 2)?;
     let server = Server::start();
     let error =
-        pack(&path_text(&folder.path().join("in")), &server.http("b/out"), &small()).expect_err("no way to write");
+        pack(&path_text(folder.path().join("in")), &server.http("b/out"), &small()).expect_err("no way to write");
     assert_eq!(error.code, ExitCode::Usage, "{error}");
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     let error = pack(&server.http("b/in"), &out, &small()).expect_err("no way to list");
     assert!(error.code == ExitCode::Usage && error.message.contains("give a list"), "{error}");
     Ok(())

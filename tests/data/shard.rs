@@ -74,7 +74,7 @@ fn small_set() -> Result<(tempfile::TempDir, PathBuf, Vec<PathBuf>), libtest_mim
 
 fn webdataset_reads_packed_shards() -> Outcome {
     let (folder, out, tars) = small_set()?;
-    let names: Vec<String> = tars.iter().map(|tar| path_text(tar)).collect();
+    let names: Vec<String> = tars.iter().map(path_text).collect();
     let arguments: Vec<&str> = std::iter::once("read").chain(names.iter().map(String::as_str)).collect();
     let reference: BTreeMap<String, BTreeMap<String, String>> =
         serde_json::from_str(&oracle("webdataset_shards.py", &arguments)?)?;
@@ -95,7 +95,7 @@ fn webdataset_reads_packed_shards() -> Outcome {
         assert_eq!(shard.read(row, IMAGE_EXTENSIONS)?, original, "{key}");
         assert_eq!(set.id(index)?, occlude::rng::hash_id(&["small", key]));
     }
-    let brace = DataSet::open(&path_text(&out.join("small-{000001..000002}.tar")))?;
+    let brace = DataSet::open(&path_text(out.join("small-{000001..000002}.tar")))?;
     assert_eq!((brace.len(), &brace.name[..]), (10, "small"));
     Ok(())
 }
@@ -311,12 +311,12 @@ fn packing_skips_unreadable_files() -> Outcome {
     assert_eq!(packed_set.skipped.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), [path_text(&bad)]);
     fs::write(source.join("class.0/p.001.png"), b"no picture")?;
     let options = PackOptions { name: Some("small".into()), ..PackOptions::default() };
-    let error = pack(&path_text(&source), &path_text(&folder.path().join("more")), &options)
+    let error = pack(&path_text(&source), &path_text(folder.path().join("more")), &options)
         .expect_err("2 of 120 is more than 1 %");
     assert_eq!(error.code, ExitCode::Corrupt);
     assert!(error.message.contains("p.001.png") && error.message.contains("p.007.png"), "{error}");
     assert!(
-        DataSet::open(&path_text(&folder.path().join("more"))).is_ok_and(|set| set.len() == 118)
+        DataSet::open(&path_text(folder.path().join("more"))).is_ok_and(|set| set.len() == 118)
             || !folder.path().join("more/dataset.json").exists()
     );
     Ok(())
@@ -326,13 +326,13 @@ fn a_non_empty_output_is_rejected() -> Outcome {
     let (folder, out, _) = small_set()?;
     fs::write(folder.path().join("in/class.0/p.900.png"), fs::read(folder.path().join("in/class.0/p.000.png"))?)?;
     let options = PackOptions { name: Some("small".into()), samples_per_shard: 5, ..PackOptions::default() };
-    let error = pack(&path_text(&folder.path().join("in")), &path_text(&out), &options)
+    let error = pack(&path_text(folder.path().join("in")), &path_text(&out), &options)
         .expect_err("the output has another data set");
     assert_eq!(error.code, ExitCode::Usage, "{error}");
     let homes = folder.path().join("home");
     fs::create_dir(&homes)?;
     fs::write(homes.join("thesis.txt"), b"years of work")?;
-    let error = pack(&path_text(&folder.path().join("in")), &path_text(&homes), &options)
+    let error = pack(&path_text(folder.path().join("in")), &path_text(&homes), &options)
         .expect_err("a folder with other files");
     assert!(error.message.contains("thesis.txt"), "{error}");
     assert!(homes.join("thesis.txt").exists());
@@ -346,9 +346,9 @@ fn a_missing_data_set_is_reported_with_a_remedy() -> Outcome {
     tar_of(&folder.path().join("none.tar"), &[("__meta__", b"x")])?;
     for url in [
         path_text(&empty),
-        path_text(&folder.path().join("nowhere")),
-        path_text(&folder.path().join("none.tar")),
-        path_text(&empty.join("a-{3..1}.tar")),
+        path_text(folder.path().join("nowhere")),
+        path_text(folder.path().join("none.tar")),
+        path_text(empty.join("a-{3..1}.tar")),
     ] {
         let error = DataSet::open(&url).expect_err(&url);
         assert_eq!(error.code, ExitCode::Usage, "{error}");
@@ -365,9 +365,9 @@ fn the_test_split_has_the_requested_fraction() -> Outcome {
     write_images(&folder.path().join("in"), 2, 100)?;
     let out = folder.path().join("out");
     let options = PackOptions { name: Some("digits".into()), test_fraction: 0.2, ..PackOptions::default() };
-    pack(&path_text(&folder.path().join("in")), &path_text(&out), &options)?;
-    let train = DataSet::open(&path_text(&out.join("train")))?;
-    let test = DataSet::open(&path_text(&out.join("test")))?;
+    pack(&path_text(folder.path().join("in")), &path_text(&out), &options)?;
+    let train = DataSet::open(&path_text(out.join("train")))?;
+    let test = DataSet::open(&path_text(out.join("test")))?;
     assert_eq!((&train.name[..], &test.name[..]), ("digits-train", "digits-test"));
     assert_eq!(train.len() + test.len(), 200);
     // 200 samples at 0.2 have a standard deviation of 5.7.

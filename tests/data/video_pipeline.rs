@@ -299,8 +299,8 @@ fn options(video: Recode) -> PackOptions {
 fn video_batches_are_the_same_on_any_number_of_ranks() -> Outcome {
     let folder = tempfile::tempdir()?;
     write_videos(&folder.path().join("in"))?;
-    let out = path_text(&folder.path().join("out"));
-    pack(&path_text(&folder.path().join("in")), &out, &options(Recode::default()))?;
+    let out = path_text(folder.path().join("out"));
+    pack(&path_text(folder.path().join("in")), &out, &options(Recode::default()))?;
     let set = Arc::new(Mixture::from_set(DataSet::open(&out)?));
     let grid = Grid { frames: 4, rows: 8, cols: 12, channels: 3, patch_frames: 1, patch: 8 };
     let view = View { clip: stride(2), ..View::default() };
@@ -364,9 +364,9 @@ fn videos_are_packed_unchanged() -> Outcome {
     write_videos(&folder.path().join("in"))?;
     // Not a video, whatever its name says.
     fs::write(folder.path().join("in/class0/none.mp4"), b"\0\0\0\x18ftypisom and nothing more")?;
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     let some = PackOptions { max_corrupt_fraction: 0.1, ..options(Recode::default()) };
-    let done = pack(&path_text(&folder.path().join("in")), &out, &some)?;
+    let done = pack(&path_text(folder.path().join("in")), &out, &some)?;
     assert_eq!((done.skipped.len(), done.data_sets[0].1.samples), (1, 12), "{:?}", done.skipped);
     assert!(done.skipped[0].1.contains("not a video that can be decoded"), "{:?}", done.skipped);
     let packed = packed_videos(&out)?;
@@ -390,8 +390,8 @@ fn videos_can_be_packed_smaller_and_at_a_lower_frame_rate() -> Outcome {
         ("slow", Recode { fps: Some(10.0), ..Recode::default() }, None, "h264", "mov"),
         ("small", Recode::default(), Some(48), "h264", "mov"),
     ] {
-        let out = path_text(&folder.path().join(name));
-        let done = pack(&path_text(&folder.path().join("in")), &out, &PackOptions { resize, ..options(video) })?;
+        let out = path_text(folder.path().join(name));
+        let done = pack(&path_text(folder.path().join("in")), &out, &PackOptions { resize, ..options(video) })?;
         assert_eq!((done.skipped.len(), done.data_sets[0].1.samples), (0, 12), "{name}: {:?}", done.skipped);
         for (key, (_, bytes)) in packed_videos(&out)? {
             let frames = 20 + key[key.len() - 2..].parse::<u64>()?;
@@ -412,7 +412,7 @@ fn videos_can_be_packed_smaller_and_at_a_lower_frame_rate() -> Outcome {
                 assert_eq!(read_index(&pixels, size[0]), expected, "{name}: {key}, frame {frame}");
             }
         }
-        let second = pack(&path_text(&folder.path().join("in")), &out, &PackOptions { resize, ..options(video) })?;
+        let second = pack(&path_text(folder.path().join("in")), &out, &PackOptions { resize, ..options(video) })?;
         assert!(second.up_to_date);
     }
     for (video, word) in [
@@ -420,7 +420,7 @@ fn videos_can_be_packed_smaller_and_at_a_lower_frame_rate() -> Outcome {
         (Recode { gop: Some(0), ..Recode::default() }, "it is 1 to 10000"),
         (Recode { gop: Some(5), encode: Some(VideoCodec::Mjpeg), ..Recode::default() }, "every frame is a keyframe"),
     ] {
-        let error = pack(&path_text(&folder.path().join("in")), "nowhere", &options(video)).expect_err(word);
+        let error = pack(&path_text(folder.path().join("in")), "nowhere", &options(video)).expect_err(word);
         assert!(error.code == ExitCode::Usage && error.message.contains(word), "{error}");
     }
     Ok(())
@@ -429,8 +429,8 @@ fn videos_can_be_packed_smaller_and_at_a_lower_frame_rate() -> Outcome {
 fn inspect_describes_a_video_data_set() -> Outcome {
     let folder = tempfile::tempdir()?;
     write_videos(&folder.path().join("in"))?;
-    let out = path_text(&folder.path().join("out"));
-    let pack = occlude_command(&["pack", &path_text(&folder.path().join("in")), &out, "--name", "footage"]).output()?;
+    let out = path_text(folder.path().join("out"));
+    let pack = occlude_command(&["pack", &path_text(folder.path().join("in")), &out, "--name", "footage"]).output()?;
     assert!(pack.status.success(), "{}", String::from_utf8_lossy(&pack.stderr));
     let output = occlude_command(&["inspect", &out]).current_dir(folder.path()).output()?;
     let printed = String::from_utf8(output.stdout)?;

@@ -127,9 +127,9 @@ fn count_allocations(url: &str) -> Result<String> {
 fn a_sample_needs_no_new_allocation() -> Outcome {
     let folder = tempfile::tempdir()?;
     write_noise(&folder.path().join("in"), 2048, 80)?;
-    let out = path_text(&folder.path().join("out"));
+    let out = path_text(folder.path().join("out"));
     pack(
-        &path_text(&folder.path().join("in")),
+        &path_text(folder.path().join("in")),
         &out,
         &PackOptions { samples_per_shard: 256, ..PackOptions::default() },
     )?;
@@ -176,7 +176,7 @@ fn large_samples_from_a_store_stay_within_the_memory_limit() -> Outcome {
     write_noise(&folder.path().join("in"), 48, 1400)?;
     let out = folder.path().join("out");
     pack(
-        &path_text(&folder.path().join("in")),
+        &path_text(folder.path().join("in")),
         &path_text(&out),
         &PackOptions { samples_per_shard: 12, ..PackOptions::default() },
     )?;

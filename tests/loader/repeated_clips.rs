@@ -102,7 +102,7 @@ fn source(folder: &Path, opened: &Arc<AtomicU32>) -> Result<LoaderOptions> {
     let view = view(json!({"sampling": {"stride": 2}, "repeats": 4}), false);
     let opened = opened.clone();
     Ok(LoaderOptions {
-        mixture: Arc::new(Mixture::from_set(DataSet::open(&path_text(&folder.join("out")))?)),
+        mixture: Arc::new(Mixture::from_set(DataSet::open(&path_text(folder.join("out")))?)),
         cache: None,
         tokenizer: None,
         modality: Modality::Image,
@@ -124,7 +124,7 @@ fn a_video_is_opened_once_for_all_its_clips() -> Outcome {
     let folder = tempfile::tempdir()?;
     write_videos(&folder.path().join("in"))?;
     let options = PackOptions { name: Some("footage".into()), samples_per_shard: 5, ..PackOptions::default() };
-    pack(&path_text(&folder.path().join("in")), &path_text(&folder.path().join("out")), &options)?;
+    pack(&path_text(folder.path().join("in")), &path_text(folder.path().join("out")), &options)?;
     let read = |rank, world| -> Result<(Vec<LoadedRows>, u32)> {
         let opened = Arc::new(AtomicU32::new(0));
         let source = source(folder.path(), &opened)?;

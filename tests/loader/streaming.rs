@@ -308,7 +308,7 @@ fn a_mixture_keeps_its_weights() -> Outcome {
     write_images(&folder.path().join("in"), 1, 20)?;
     let out = folder.path().join("other");
     let options = occlude::data::pack::PackOptions { name: Some("other".into()), ..Default::default() };
-    occlude::data::pack::pack(&path_text(&folder.path().join("in")), &path_text(&out), &options)?;
+    occlude::data::pack::pack(&path_text(folder.path().join("in")), &path_text(&out), &options)?;
     let source_of = |url: &str, weight| mixture::MixtureSource { url: url.to_owned(), weight };
     let sources = [source_of(&stores.url(), 3.0), source_of(out.to_str().expect("UTF-8"), 1.0)];
     let set = Arc::new(Mixture::open(&sources, RETRY_BUDGET)?);

@@ -198,7 +198,8 @@ fn a_tube_mask_hides_the_same_patches_in_every_frame() -> Outcome {
 }
 
 fn mask_of_an_image(grid: &Grid) -> Tensor {
-    mask::random_keep(grid, grid.visible(0.75), 3, &blank_batch(4, 1).keys).keep
+    let batch = blank_batch(4, 1);
+    mask::random_keep(grid, grid.visible(0.75), batch.seed, &batch.keys).keep
 }
 
 /// Hides `int(ratio * patches)`: at 0.9 of 14 × 14 that keeps 20 per slot; truncating the number of kept patches would

@@ -314,7 +314,8 @@ fn a_rejected_step_leaves_shards_unchanged() -> Outcome {
 
 fn unused_tensors_do_not_move_in_shards() -> Outcome {
     run_on_threads(3, |world| {
-        let mut both = [false, true].map(|sharded| stepper(Toy::new(), &world, 1, StepperOptions { sharded, ..PLAIN }));
+        let mut both =
+            [false, true].map(|sharded| stepper(Toy::default(), &world, 1, StepperOptions { sharded, ..PLAIN }));
         for seeds in [[1, 0], [0, 0], [1, 1]] {
             // Only rank 2 uses the second tensor, and no rank the third.
             let micro = seeds.map(|seed| toy_batch(if world.rank() == 2 { seed } else { 0 }));

@@ -106,15 +106,15 @@ fn features_and_reconstructions_ignore_padding() -> Outcome {
     let run = Run::new(&config(&path_text(&clips), 2)?);
     run.finish(0, &[]);
     assert_eq!(std::fs::read_dir(run.folder().join("pictures"))?.count(), 1);
-    let checkpoint = path_text(&run.folder());
+    let checkpoint = path_text(run.folder());
     let set = path_text(&clips);
     let words = ["evaluate", "--checkpoint", &checkpoint, "--train", &set, "--test", &set, "--protocol", "knn"];
     let (code, output, why) = command_output(&[&words[..], &["--feature", "mean"]].concat())?;
     assert_eq!(code, 0, "{why}");
     let reply: Value = serde_json::from_str(output.lines().last().ok_or("an answer")?)?;
     assert!(reply["n_test"] == 24 && reply["top1"].as_f64() > Some(0.4), "three pitches, seen in training: {reply}");
-    let file = path_text(&folder.path().join("in/tone-1/03.wav"));
-    let out = path_text(&folder.path().join("shown"));
+    let file = path_text(folder.path().join("in/tone-1/03.wav"));
+    let out = path_text(folder.path().join("shown"));
     let (code, _, why) =
         command_output(&["reconstruct", "--checkpoint", &checkpoint, "--input", &file, "--out", &out])?;
     assert_eq!(code, 0, "{why}");
@@ -160,8 +160,8 @@ fn exports_that_lose_information_are_rejected() -> Outcome {
     let (folder, clips) = packed_tones()?;
     let run = Run::new(&config(&path_text(&clips), 2)?);
     run.finish(0, &[]);
-    let checkpoint = path_text(&run.folder());
-    let out = path_text(&folder.path().join("exported"));
+    let checkpoint = path_text(run.folder());
+    let out = path_text(folder.path().join("exported"));
     for format in ["mae", "timm", "transformers", "videomae"] {
         let (code, _, why) =
             command_output(&["export", "--format", format, "--checkpoint", &checkpoint, "--out", &out])?;

@@ -132,7 +132,7 @@ fn make(folder: &Path) -> std::result::Result<(), Failed> {
     write_videos(&folder.join("videos"))?;
     for (from, to) in [("pictures", "stills"), ("videos", "clips")] {
         let options = PackOptions { name: Some(to.into()), samples_per_shard: 8, ..PackOptions::default() };
-        pack(&path_text(&folder.join(from)), &path_text(&folder.join(to)), &options)?;
+        pack(&path_text(folder.join(from)), &path_text(folder.join(to)), &options)?;
     }
     Ok(())
 }
@@ -140,7 +140,7 @@ fn make(folder: &Path) -> std::result::Result<(), Failed> {
 const GRID: Grid = Grid { frames: 2, rows: 2, cols: 3, channels: 3, patch_frames: 2, patch: 8 };
 
 fn source(folder: &Path) -> Result<LoaderOptions> {
-    let mixture_source = |name: &str, weight| MixtureSource { url: path_text(&folder.join(name)), weight };
+    let mixture_source = |name: &str, weight| MixtureSource { url: path_text(folder.join(name)), weight };
     let set = Mixture::open(&[mixture_source("stills", 1.0), mixture_source("clips", 1.0)], Duration::from_secs(1))?;
     let clip: ClipConfig = serde_json::from_value(json!({"sampling": {"stride": 2}})).expect("numbers");
     let view = View { clip: Some(clip), image: Some(Box::default()), ..View::default() };
@@ -312,12 +312,12 @@ fn a_mixed_model_reconstructs_and_evaluates_both_modalities() -> Outcome {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?)
     };
-    let inputs = ["pictures", "videos"].map(|name| path_text(&first_file(&shared_data().join(name))));
-    let out = path_text(&folder.join("shown"));
+    let inputs = ["pictures", "videos"].map(|name| path_text(first_file(&shared_data().join(name))));
+    let out = path_text(folder.join("shown"));
     printed(&["reconstruct", "--checkpoint", &checkpoint, "--input", &inputs[0], &inputs[1], "--out", &out])?;
     assert_eq!(std::fs::read_dir(&out)?.count(), 2);
     for kind in ["stills", "clips"] {
-        let set = path_text(&shared_data().join(kind));
+        let set = path_text(shared_data().join(kind));
         let text =
             printed(&["evaluate", "--checkpoint", &checkpoint, "--train", &set, "--test", &set, "--protocol", "knn"])?;
         let text: Value = serde_json::from_str(text.lines().last().expect("a line"))?;

@@ -348,8 +348,8 @@ pub struct Toy {
     ids: [ParamId; 3],
 }
 
-impl Toy {
-    pub fn new() -> Toy {
+impl Default for Toy {
+    fn default() -> Toy {
         let mut params = ParamSpecs::default();
         let ids = ["first", "second", "third"].map(|name| params.add(name, &[3, 5], Init::Normal(1.0)));
         Toy { patchify: Patchify::new(&input()).expect("an input"), params, ids }
@@ -401,7 +401,7 @@ pub fn toy_batch(seed: u64) -> Batch {
 
 fn a_nan_gradient_is_rejected_by_all_ranks() -> Outcome {
     run_on_threads(3, |world| {
-        let mut stepper = stepper(Toy::new(), world.clone(), Kind::Float, 1);
+        let mut stepper = stepper(Toy::default(), world.clone(), Kind::Float, 1);
         let before = state_bytes(&stepper);
         let seed = if world.rank() == 1 { 2 } else { 0 };
         let outcome = stepper.step(&[toy_batch(seed)], LR, |_, _| Ok(())).expect("a rejected step is not an error");
@@ -414,7 +414,7 @@ fn a_nan_gradient_is_rejected_by_all_ranks() -> Outcome {
 
 fn a_tensor_used_by_one_rank_moves_on_all_and_an_unused_one_on_none() -> Outcome {
     let all = run_on_threads(3, |world| {
-        let mut stepper = stepper(Toy::new(), world.clone(), Kind::Float, 1);
+        let mut stepper = stepper(Toy::default(), world.clone(), Kind::Float, 1);
         let start: Vec<Vec<u8>> =
             (0..3).map(|i| bytes(&stepper.flat.param_view(&stepper.flat.master, i)).to_vec()).collect();
         // Rank 2 uses the second tensor, in its first micro-batch only.

@@ -161,7 +161,7 @@ pub fn local_batch(step: u64, world: &dyn World, micro_batch: usize) -> LocalBat
         let pixels: Vec<u8> = rows.iter().flat_map(|&row| (0..256).map(move |at| pixel(row, view, at))).collect();
         Tensor::from_slice(&pixels).view([rows.len() as i64, 1, 1, 16, 16])
     };
-    let label = |row: u64| if row % 3 == 0 { NO_LABEL } else { (row / 3 % CLASSES as u64) as i64 };
+    let label = |row: u64| if row.is_multiple_of(3) { NO_LABEL } else { (row / 3 % CLASSES as u64) as i64 };
     let labels: Vec<i64> = rows.iter().map(|&row| label(row)).collect();
     LocalBatch {
         views: vec![view(0), view(1)],
