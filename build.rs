@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for source in ["bridge.h", "bridge.cpp", "node.cpp", "record.cpp", "profile.cpp", "cuda.cpp", "cuda.map"] {
+    for source in ["bridge.h", "bridge.cpp", "autograd.cpp", "record.cpp", "profile.cpp", "cuda.cpp", "cuda.map"] {
         println!("cargo:rerun-if-changed=src/bridge/{source}");
     }
     println!("cargo:rerun-if-env-changed=OCCLUDE_DEPS");
@@ -15,7 +15,7 @@ fn main() {
         panic!("{} does not exist: run launch/setup once", deps.display());
     };
     let torch = std::env::var("LIBTORCH").map(PathBuf::from).unwrap_or_else(|_| deps.join("site/torch"));
-    for unit in ["bridge", "node", "record", "profile"] {
+    for unit in ["bridge", "autograd", "record", "profile"] {
         compile(unit, &torch);
     }
     cuda(&torch);

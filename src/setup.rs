@@ -12,7 +12,7 @@ use crate::data::set::DataSet;
 use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
-use crate::loader::LoaderOptions;
+use crate::loader::{Labels, LoaderOptions};
 use crate::view::ViewKey;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +21,8 @@ use std::time::Duration;
 /// Opens what the config trains on.
 ///
 /// # Errors
-/// ExitCode::Usage if a set holds another modality than the config's view, or lacks captions that the method reads.
+/// ExitCode::Usage if a set holds another modality than the config's view, or lacks captions or labels that the method
+/// reads.
 pub fn open_training_set(config: &Config) -> Result<Arc<Mixture>> {
     let timeout = Duration::from_secs_f64(config.data.store_timeout_s);
     let mixture = Mixture::open(&config.data.train.to_list(), timeout)?;
@@ -30,12 +31,13 @@ pub fn open_training_set(config: &Config) -> Result<Arc<Mixture>> {
         set.set_max_open_shards(2 * config.data.shuffle_shards + 8);
         check_modality(set, config.view.modality())?;
         check_captions(set, config.view.caption.is_some())?;
+        check_labels(set, config.method.requirements().classes)?;
     }
     Ok(Arc::new(mixture))
 }
 
-/// Returns for each set of a mixture whether it holds images beside sets of videos; empty where the method reads samples
-/// of one kind.
+/// Returns for each set of a mixture whether it holds images beside sets of videos; empty where the method reads
+/// samples of one kind.
 pub fn image_sets(config: &Config, mixture: &Mixture) -> Result<Vec<bool>> {
     match config.view.image {
         None => Ok(Vec::new()),
@@ -89,6 +91,26 @@ pub fn check_captions(set: &DataSet, wanted: bool) -> Result<()> {
     )))
 }
 
+/// Checks by its class names and its first sample that a set has labels for a method with this many classes.
+fn check_labels(set: &DataSet, classes: Option<i64>) -> Result<()> {
+    let Some(classes) = classes else { return Ok(()) };
+    if !set.has_labels()? {
+        return Err(Error::usage(format!(
+            "data set {} has no labels (.cls members), and the method learns from some; pack a folder of folders, one a \
+             class, or choose a method without labels",
+            set.name
+        )));
+    }
+    let named = set.classes.len();
+    if named as i64 > classes {
+        return Err(Error::usage(format!(
+            "data set {} has {named} classes and the method {classes}; set its classes to {named}",
+            set.name
+        )));
+    }
+    Ok(())
+}
+
 /// Opens the config's tokenizer; none where the method reads no captions.
 ///
 /// # Errors
@@ -132,6 +154,7 @@ pub fn loader_options(
     let cache = cache.map(|cache| Cache::open(Path::new(&cache.folder), (cache.limit_gb * 1e9) as u64).map(Arc::new));
     Ok(LoaderOptions {
         single_frame_sets: image_sets(config, &mixture)?,
+        labels: config.method.requirements().classes.map_or(Labels::Ignored, |classes| Labels::Optional { classes }),
         mixture,
         cache: cache.transpose()?,
         modality: view.modality(),

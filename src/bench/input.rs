@@ -64,10 +64,11 @@ impl BenchInput {
         let random_ids = |text: &text::Config| {
             Tensor::f_randint(text.vocab_size, [rows, text.context_length], (Kind::Int64, Device::Cpu))
         };
+        let random_labels = |classes: i64| Tensor::f_randint(classes, [rows], (Kind::Int64, Device::Cpu));
         let requirements = config.method.requirements();
         let side = Side {
             captions: requirements.captions.map(random_ids).transpose()?,
-            labels: requirements.labels.then(|| Tensor::zeros([rows], (Kind::Int64, Device::Cpu))),
+            labels: requirements.classes.map(random_labels).transpose()?,
             valid: None,
         };
         if !device.is_cuda() {

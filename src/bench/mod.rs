@@ -1,7 +1,7 @@
 //! `occlude bench`: where the time of a training step goes, compared with a roofline of this device.
 //!
 //! Two kinds of steps alternate: the trainer's own steps, back to back, which give the time of a step and the time that
-//! it waits for data; and steps with a timestamp after each stage ([`stages`]), which give the share of each stage.
+//! it waits for data; and steps with a timestamp after each stage (`stages`), which give the share of each stage.
 
 pub mod data; // the data path alone
 pub mod ops; // every operation alone

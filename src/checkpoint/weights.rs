@@ -82,8 +82,8 @@ pub fn saved_config(loaded: &LoadedCheckpoint) -> Result<Config> {
     Config::parse(&value.to_string(), &[]).map_err(|error| error.with_context("the config in the checkpoint"))
 }
 
-/// Checks that a run goes on with the values that it began with. For imported weights, which have no run behind them, only
-/// what gives them their meaning must stay.
+/// Checks that a run goes on with the values that it began with. For imported weights, which have no run behind them,
+/// only what gives them their meaning must stay.
 ///
 /// # Errors
 /// ExitCode::Usage with every value that differs.

@@ -1,5 +1,5 @@
-//! Decodes a member's bytes to audio: WAV, FLAC, MP3, Ogg Vorbis and Ogg Opus, distinguished by their first bytes, mixed
-//! down to one channel (the mean of all channels) of samples in −1..1.
+//! Decodes a member's bytes to audio: WAV, FLAC, MP3, Ogg Vorbis and Ogg Opus, distinguished by their first bytes,
+//! mixed down to one channel (the mean of all channels) of samples in −1..1.
 //!
 //! The structure of a file is read before a decoder sees it (`structure.rs`), so that truncated, oversized and
 //! unsupported files are refused first. Symphonia decodes; damage that it finds, or on which it panics, is

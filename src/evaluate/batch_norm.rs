@@ -13,9 +13,9 @@ const MOMENTUM: f64 = 0.1;
 /// The statistics are those of the global batch, so that the result does not depend on the number of ranks. The
 /// official code normalizes the part of each GPU by itself, 512 samples in its recipe.
 pub struct BatchNorm {
-    /// Running mean, fp32 [D]; starts at 0.
+    /// Running mean, fp32 `[D]`; starts at 0.
     pub running_mean: Tensor,
-    /// Running variance, fp32 [D]; starts at 1.
+    /// Running variance, fp32 `[D]`; starts at 1.
     pub running_var: Tensor,
     eps: f64,
 }

@@ -135,7 +135,7 @@ fn band_statistics(spectrograms: &Tensor, valid: &[u32]) -> Tensor {
 pub struct FeatureSet {
     /// fp32 [R, D].
     pub features: Tensor,
-    /// int64 [R].
+    /// int64 `[R]`.
     pub labels: Tensor,
     /// Number of samples that could not be decoded.
     pub skipped: i64,

@@ -14,7 +14,7 @@ pub const LARS: LarsOptions = LarsOptions { momentum: 0.9, weight_decay: 0.0, tr
 /// A linear classifier behind a batch normalization, with its optimizer state.
 pub struct ProbeHead {
     pub batch_norm: BatchNorm,
-    /// Weight [classes, D] and bias [classes].
+    /// Weight [classes, D] and bias `[classes]`.
     pub weights: [Tensor; 2],
     lars: Lars,
 }
@@ -37,7 +37,7 @@ impl ProbeHead {
         ProbeHead { batch_norm: BatchNorm::new(width), lars: Lars::new(&weights, LARS), weights }
     }
 
-    /// Runs one update on this rank's rows of a batch, x [R, D] and labels [R], and returns the mean loss before the
+    /// Runs one update on this rank's rows of a batch, x [R, D] and labels `[R]`, and returns the mean loss before the
     /// update; collective.
     ///
     /// # Errors

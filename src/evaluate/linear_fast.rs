@@ -19,7 +19,7 @@ pub struct LinearProbe {
     mean: Tensor,
     /// Standard deviation of the training features, [1, D].
     std: Tensor,
-    /// Weight [classes, D] and bias [classes].
+    /// Weight [classes, D] and bias `[classes]`.
     weights: [Tensor; 2],
 }
 
@@ -76,7 +76,7 @@ impl LinearProbe {
         Ok(LinearProbe { mean, std, weights: weights.map(|weight| weight.detach()) })
     }
 
-    /// Predicts the classes of x [R, D] → int64 [R].
+    /// Predicts the classes of x [R, D] → int64 `[R]`.
     pub fn predict(&self, x: &Tensor) -> Tensor {
         let x = (x - &self.mean) / &self.std;
         no_grad(|| (dot_products(&x, &self.weights[0]) + &self.weights[1]).argmax(1, false))
@@ -87,7 +87,7 @@ fn zeros(shape: &[i64]) -> Tensor {
     Tensor::zeros(shape, (Kind::Float, Device::Cpu))
 }
 
-/// Returns a zero weight [classes, width] and a zero bias [classes].
+/// Returns a zero weight [classes, width] and a zero bias `[classes]`.
 fn zero_weights(classes: i64, width: i64) -> [Tensor; 2] {
     [zeros(&[classes, width]), zeros(&[classes])]
 }

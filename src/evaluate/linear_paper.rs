@@ -137,7 +137,7 @@ impl Paper {
     }
 }
 
-/// Returns features [R, D] and labels [R] of this rank's next block, which may be empty.
+/// Returns features [R, D] and labels `[R]` of this rank's next block, which may be empty.
 fn next_block(
     loader: &mut DataLoader,
     extractor: &FeatureExtractor,

@@ -1,9 +1,9 @@
 //! Frozen probes: the quality of an encoder's features without further training, on one or more ranks.
 //!
-//! Every rank takes its part of each data set. Nothing is padded, so that each sample counts once whatever the number of
-//! ranks; samples that cannot be decoded are skipped and counted. Parts are divided between blocks of 64 samples, and
-//! the encoder takes one block at a time: with the same number of threads each, any number of ranks computes features
-//! that are equal to the bit.
+//! Every rank takes its part of each data set. Nothing is padded, so that each sample counts once whatever the number
+//! of ranks; samples that cannot be decoded are skipped and counted. Parts are divided between blocks of 64 samples,
+//! and the encoder takes one block at a time: with the same number of threads each, any number of ranks computes
+//! features that are equal to the bit.
 
 pub mod captions; // zero-shot classification and retrieval
 pub mod linear_fast;

@@ -9,7 +9,7 @@ use crate::data::order::{SampleOrder, rank_block_rows, rank_rows};
 use crate::data::set::DataSet;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
-use crate::loader::{DataLoader, LoaderOptions, UpdateBlocks, ViewFn};
+use crate::loader::{DataLoader, Labels, LoaderOptions, UpdateBlocks, ViewFn};
 use crate::setup;
 use crate::view::crop::{Crop, Interpolation};
 use crate::view::{View, ViewKey};
@@ -129,6 +129,7 @@ fn loader_options(
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(LoaderOptions {
         mixture: set.clone(),
+        labels: if set.has_labels()? { Labels::Required } else { Labels::Ignored },
         single_frame_sets: setup::image_sets(config, set)?,
         cache: None,
         modality: config.view.modality(),

@@ -71,8 +71,6 @@ pub struct BatcherChannels {
 /// The parts of a [`Batcher`].
 pub struct BatcherOptions {
     pub options: LoaderOptions,
-    /// True if every sample has a label.
-    pub has_labels: bool,
     pub plan: StepPlan,
     pub steps: Range<u64>,
     pub channels: BatcherChannels,
@@ -84,7 +82,6 @@ pub struct BatcherOptions {
 /// The state of the batcher thread.
 pub struct Batcher {
     options: LoaderOptions,
-    has_labels: bool,
     plan: StepPlan,
     /// Steps that are not planned yet.
     steps: Range<u64>,
@@ -108,12 +105,11 @@ pub struct Batcher {
 impl Batcher {
     /// Makes a batcher; [`Batcher::run`] starts it.
     pub fn new(parts: BatcherOptions) -> Batcher {
-        let BatcherOptions { options, has_labels, plan, steps, channels, rank, cpu_time } = parts;
+        let BatcherOptions { options, plan, steps, channels, rank, cpu_time } = parts;
         let allowed = (options.mixture.len() as f64 * options.max_corrupt_fraction) as usize;
         let (pool_sender, pool) = unbounded();
         Batcher {
             options,
-            has_labels,
             plan,
             steps,
             channels,
@@ -286,7 +282,7 @@ impl Batcher {
             ids,
             epochs,
             repeats,
-            side: Side::stack(&sides, context_length, self.has_labels)?,
+            side: Side::stack(&sides, context_length, self.options.labels.are_read())?,
             pixels: pixels.f_view_dtype(kind)?,
             wait_time: Duration::ZERO,
         })

@@ -44,14 +44,14 @@ pub struct Fetcher {
 
 impl Fetcher {
     /// Starts the fetch tasks. Bytes that are fetched and not yet decoded are bounded by `options.prefetch_bytes`.
-    pub fn new(options: &LoaderOptions, has_labels: bool, output: Sender<RowJob>) -> Fetcher {
+    pub fn new(options: &LoaderOptions, output: Sender<RowJob>) -> Fetcher {
         let units = (options.prefetch_bytes as u64 / BUDGET_UNIT).clamp(1, u64::from(u32::MAX >> 4)) as u32;
         let (steps, receiver) = unbounded();
         let context = FetchContext {
             mixture: options.mixture.clone(),
             cache: options.cache.clone(),
             modality: options.modality,
-            has_labels,
+            has_labels: options.labels.are_read(),
             has_captions: options.tokenizer.is_some(),
             requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
             budget: Arc::new(Semaphore::new(units as usize)),

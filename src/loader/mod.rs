@@ -18,7 +18,7 @@ use crate::data::decode::ImageLimits;
 use crate::data::mixture::Mixture;
 use crate::data::modality::{Modality, Sample};
 use crate::data::order::{self, SampleOrder, SampleRef};
-use crate::error::{Error, Result};
+use crate::error::{Error, ExitCode, Result};
 use crate::op::shuffle::SampleKey;
 use crate::part::batch::{Side, to_device};
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
@@ -58,6 +58,7 @@ pub struct LoaderOptions {
     pub single_frame_sets: Vec<bool>,
     /// Limits of images.
     pub limits: ImageLimits,
+    pub labels: Labels,
     /// Seed of replacements for samples that cannot be decoded.
     pub seed: u64,
     /// Number of worker threads; at least one is started.
@@ -67,6 +68,43 @@ pub struct LoaderOptions {
     pub prefetch_bytes: usize,
     /// Fraction of the data set's samples that may be undecodable before the loader fails; three are always allowed.
     pub max_corrupt_fraction: f64,
+}
+
+/// Whether samples come with labels (`.cls` members).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Labels {
+    /// They are not read.
+    Ignored,
+    /// Every sample has one.
+    Required,
+    /// A sample may have none; the others' lie in 0..classes.
+    Optional { classes: i64 },
+}
+
+impl Labels {
+    /// Returns whether labels are read.
+    pub fn are_read(self) -> bool {
+        self != Labels::Ignored
+    }
+
+    /// Checks one sample's label.
+    ///
+    /// # Errors
+    /// ExitCode::Corrupt where one is missing, ExitCode::Usage where the model has fewer classes.
+    pub fn check(self, label: Option<i64>) -> Result<()> {
+        match (self, label) {
+            (Labels::Required, None) => {
+                Err(Error::new(ExitCode::Corrupt, "it has no .cls member, but other samples have one"))
+            }
+            (Labels::Optional { classes }, Some(label)) if !(0..classes).contains(&label) => {
+                let last = classes - 1;
+                Err(Error::usage(format!(
+                    "its label is {label}, and the method's classes are 0 to {last}; give it more, or correct the .cls"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl LoaderOptions {
@@ -212,16 +250,11 @@ impl DataLoader {
         let (output, finished) = unbounded();
         let (consumed_sender, consumed) = unbounded();
         let (quit_sender, quit) = bounded::<()>(0);
-        let has_labels = options.mixture.has_labels()?;
         let cpu_time = Arc::new(StageCpuTime::default());
         let threads = options.threads.max(1);
-        let builder = Arc::new(row::RowBuilder {
-            options: options.clone(),
-            has_labels,
-            replace_corrupt,
-            cpu_time: cpu_time.clone(),
-        });
-        let fetcher = Fetcher::new(&options, has_labels, job_sender);
+        let builder =
+            Arc::new(row::RowBuilder { options: options.clone(), replace_corrupt, cpu_time: cpu_time.clone() });
+        let fetcher = Fetcher::new(&options, job_sender);
         let mut loader = DataLoader {
             steps: finished,
             remaining: steps.end.saturating_sub(steps.start),
@@ -234,7 +267,6 @@ impl DataLoader {
         };
         let batcher = batch::Batcher::new(batch::BatcherOptions {
             options,
-            has_labels,
             plan,
             steps,
             channels: batch::BatcherChannels { fetcher, results, output, consumed },

@@ -138,8 +138,6 @@ impl WorkerScratch {
 /// Builds rows; shared by the workers.
 pub struct RowBuilder {
     pub options: LoaderOptions,
-    /// True if every sample has a label.
-    pub has_labels: bool,
     /// True if an undecodable sample is replaced (training), false if it is skipped (evaluation).
     pub replace_corrupt: bool,
     pub cpu_time: Arc<StageCpuTime>,
@@ -227,10 +225,7 @@ impl RowBuilder {
         let sample = self.cpu_time.measure(LoaderStage::Fetch, || self.read(index, source, files))?;
         let SampleBytes { shard, row, encoded, label, caption } = sample;
         let location = || format!("{}: {}", shard.name(), shard.key(row));
-        if self.has_labels && label.is_none() {
-            let message = format!("{}: it has no .cls member, but other samples have one", location());
-            return Err(Error::new(ExitCode::Corrupt, message));
-        }
+        self.options.labels.check(label).map_err(|error| error.with_context(location()))?;
         let id = mixture.set_of(index).0.id_of_key(shard.key(row));
         let channels = shape[0] as u32;
         let opened =
@@ -252,7 +247,7 @@ impl RowBuilder {
         }
         let (shard, row) = self.options.mixture.find_sample(index)?;
         let encoded = shard.read_into(row, self.options.modality.extensions(), &mut files.encoded)?;
-        let label = if self.has_labels && shard.has_member(row, "cls") {
+        let label = if self.options.labels.are_read() && shard.has_member(row, "cls") {
             Some(shard.parse_label(row, shard.read_into(row, &["cls"], &mut files.label)?)?)
         } else {
             None

@@ -1,20 +1,18 @@
-//! Audio-MAE: Huang, Xu, Li, Baevski, Auli, Galuba, Metze, Feichtenhofer, "Masked Autoencoders that Listen", NeurIPS 2022.
-//! MAE on log-mel spectrograms with four fifths of the patches hidden; in the decoder tokens attend within windows. Agrees
-//! with timm's blocks put together (`tests/method/audiomae.rs`). Beyond the paper, padding is ignored.
+//! Audio-MAE: Huang, Xu, Li, Baevski, Auli, Galuba, Metze, Feichtenhofer, "Masked Autoencoders that Listen", NeurIPS
+//! 2022. MAE on log-mel spectrograms with four fifths of the patches hidden; in the decoder tokens attend within
+//! windows. Agrees with timm's blocks put together (`tests/method/audiomae.rs`). Beyond the paper, padding is ignored.
 
 use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, LossOutput, MaskPolicy, Method, MethodConfig, Model, Patchify,
-    Per, PixelTarget, Shape, Step, VitOptions, masked_mse, pixel,
+    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Error, Grid, InputConfig, JsonSchema, LossOutput,
+    MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, Result, Serialize, Shape, Step, VitOptions,
+    masked_mse, pixel,
 };
-use crate::error::{Error, Result};
-use crate::grid::{Grid, InputConfig};
 use crate::part::decoder::{Attention, Decode};
 use crate::part::encoder::position::PositionAxes;
 use crate::part::mask::TimeFrequencyMask;
 use crate::part::ragged::Padding;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
+/// The config's `method.audiomae`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -23,7 +21,8 @@ pub struct Config {
     /// Decoder (paper: 512 wide, 16 heads; 16 deep with windows, 8 without).
     #[serde(default = "Config::decoder")]
     pub decoder: Shape,
-    /// Attention of the decoder: "global", or {"windows": {"size": [4, 4], "shift": [2, 0]}}, the paper's and the default.
+    /// Attention of the decoder: "global", or {"windows": {"size": [4, 4], "shift": [2, 0]}}, the paper's and the
+    /// default.
     #[serde(default)]
     pub attention: Attention,
     #[serde(default)]
@@ -68,12 +67,14 @@ impl MethodConfig for Config {
     }
 }
 
+/// Audio-MAE for one input shape.
 pub struct AudioMae {
     pub model: Autoencoder<Box<dyn Decode>>,
     mask: TimeFrequencyMask,
 }
 
 impl AudioMae {
+    /// Builds the model and its mask.
     pub fn new(config: &Config, input: &InputConfig) -> Result<AudioMae> {
         let patchify = Patchify::new(input)?.with_padding(config.padding);
         let grid = patchify.grid;

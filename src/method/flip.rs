@@ -1,23 +1,20 @@
-//! FLIP: Li, Fan, Hu, Feichtenhofer, He, "Scaling Language-Image Pre-training via Masking", CVPR 2023. CLIP with half or
-//! three quarters of each image hidden: the image encoder sees the rest, the text encoder the caption, and each image must
-//! find its caption among those of the global batch, as each caption its image. Nothing is reconstructed. With nothing
-//! hidden it is CLIP, and the paper's unmasked tuning. Agrees with `open_clip` in loss and gradients
+//! FLIP: Li, Fan, Hu, Feichtenhofer, He, "Scaling Language-Image Pre-training via Masking", CVPR 2023. CLIP with half
+//! or three quarters of each image hidden: the image encoder sees the rest, the text encoder the caption, and each
+//! image must find its caption among those of the global batch, as each caption its image. Nothing is reconstructed.
+//! With nothing hidden it is CLIP, and the paper's unmasked tuning. Agrees with `open_clip` in loss and gradients
 //! (`tests/method/flip.rs`).
 
 use super::{
-    Batch, Capabilities, LossOutput, MaskPolicy, Method, MethodConfig, Model, Patchify, Per, RandomMask, Ratio,
-    Requirements, Shape, Step, check_image,
+    Batch, Capabilities, Deserialize, Error, Grid, InputConfig, JsonSchema, LossOutput, MaskPolicy, Method,
+    MethodConfig, Model, Patchify, Per, RandomMask, Ratio, Requirements, Result, Serialize, Shape, Step, check_image,
 };
-use crate::error::{Error, Result};
-use crate::grid::{Grid, InputConfig};
 use crate::part::cost::ModelCost;
 use crate::part::dual_encoder::{DualEncoder, DualEncoderOptions, TowerStyle};
 use crate::part::encoder::text;
 use crate::part::loss::contrastive;
 use crate::part::mask::NoMask;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
+/// The config's `method.flip`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -65,12 +62,14 @@ impl MethodConfig for Config {
     }
 }
 
+/// FLIP for one input shape.
 pub struct Flip {
     pub model: DualEncoder,
     mask: Box<dyn MaskPolicy>,
 }
 
 impl Flip {
+    /// Builds the model and its mask.
     pub fn new(config: &Config, input: &InputConfig) -> Result<Flip> {
         let patchify = Patchify::new(input)?;
         config.check("method.flip", &patchify.grid)?;

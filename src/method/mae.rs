@@ -1,17 +1,14 @@
-//! MAE: He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Three quarters
-//! of the patches are hidden; the encoder sees the rest; a small decoder predicts the pixels of the hidden ones. Agrees
-//! with `transformers`' ViTMAEForPreTraining in loss and gradients (`tests/method/mae.rs`).
+//! MAE: He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Three
+//! quarters of the patches are hidden; the encoder sees the rest; a small decoder predicts the pixels of the hidden
+//! ones. Agrees with `transformers`' ViTMAEForPreTraining in loss and gradients (`tests/method/mae.rs`).
 
 use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, Init, LossOutput, MaskPolicy, Method, MethodConfig, Model,
-    Patchify, Per, PixelTarget, RandomMask, Ratio, Shape, Step, VitOptions, check_image, masked_mse, pixel, position,
+    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Grid, Init, InputConfig, JsonSchema, LossOutput,
+    MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, RandomMask, Ratio, Result, Serialize, Shape,
+    Step, VitOptions, check_image, masked_mse, pixel, position,
 };
-use crate::error::Result;
-use crate::grid::{Grid, InputConfig};
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
+/// The config's `method.mae`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -32,6 +29,7 @@ pub struct Config {
     pub trained_grid: Option<[i64; 2]>,
 }
 
+/// Where mask tokens enter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MaskTokens {
@@ -68,12 +66,14 @@ impl MethodConfig for Config {
     }
 }
 
+/// MAE for one input shape.
 pub struct Mae {
     pub model: Autoencoder,
     mask: RandomMask,
 }
 
 impl Mae {
+    /// Builds the model and its mask.
     pub fn new(config: &Config, input: &InputConfig) -> Result<Mae> {
         let patchify = Patchify::new(input)?;
         config.check("method.mae", &patchify.grid)?;

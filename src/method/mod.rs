@@ -8,6 +8,12 @@ pub mod mae;
 pub mod omnimae;
 pub mod videomae;
 
+/// What a method file begins with.
+pub use crate::error::{Error, Result};
+pub use crate::grid::{Grid, InputConfig};
+pub use schemars::JsonSchema;
+pub use serde::{Deserialize, Serialize};
+
 /// The parts that methods are written with.
 pub use crate::part::{
     autoencoder::Autoencoder,
@@ -25,8 +31,6 @@ pub use crate::part::{
     teacher::Teacher,
 };
 
-use crate::error::{Error, Result};
-use crate::grid::{Grid, InputConfig};
 use crate::part::batch::NO_LABEL;
 use crate::part::buffers::BufferSpecs;
 use crate::part::cost::ModelCost;
@@ -50,26 +54,18 @@ pub trait MethodConfig {
     fn build(&self, input: &InputConfig) -> Result<Box<dyn Method>>;
 }
 
-/// Needs of a method beside one view of each sample, known from its config.
-#[derive(Clone, Copy, Debug)]
+/// Needs of a method beside one view of each sample, known from its config. It grows without touching a method.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Requirements<'a> {
-    /// The loss compares the samples of the global batch: a rank's part is not cut into micro-batches, and all ranks have
-    /// equal parts.
+    /// The loss compares the samples of the global batch: a rank's part is not cut into micro-batches, and all ranks
+    /// have equal parts.
     pub whole_batch: bool,
     /// Samples have captions for this text encoder.
     pub captions: Option<&'a text::Config>,
-    /// Samples have labels; those without one have [`NO_LABEL`].
-    pub labels: bool,
-    /// Views of each sample.
-    pub views: usize,
+    /// Samples have labels of this many classes; those without one have [`NO_LABEL`].
+    pub classes: Option<i64>,
     /// Steps of images alternate with steps of videos.
     pub images_beside_video: bool,
-}
-
-impl Default for Requirements<'_> {
-    fn default() -> Self {
-        Requirements { whole_batch: false, captions: None, labels: false, views: 1, images_beside_video: false }
-    }
 }
 
 /// Abilities of some methods beside training, asked for and never assumed.
@@ -81,8 +77,8 @@ pub struct Capabilities<'a> {
     pub image_text: Option<&'a dyn ImageText>,
     /// The loss reads rows of other ranks through [`Step::ranks`].
     pub gathers: bool,
-    /// Why a step of this method cannot be captured in a CUDA graph. It can where the loss copies nothing to or from the
-    /// device, waits for nothing, and does the same whatever the values and the padding are.
+    /// Why a step of this method cannot be captured in a CUDA graph. It can where the loss copies nothing to or from
+    /// the device, waits for nothing, and does the same whatever the values and the padding are.
     pub not_capturable: Option<&'static str>,
 }
 
@@ -136,7 +132,8 @@ pub trait Method {
         BufferSpecs::default()
     }
 
-    /// Returns loss weights, temperatures, momenta, ratios of a step: pure functions of the samples seen, always as many.
+    /// Returns loss weights, temperatures, momenta, ratios of a step: pure functions of the samples seen, always as
+    /// many.
     fn scheduled(&self, _at: &Progress) -> Vec<f64> {
         Vec::new()
     }

@@ -1,17 +1,16 @@
 //! OmniMAE: Girdhar, El-Nouby, Singh, Alwala, Joulin, Misra, "OmniMAE: Single Model Masked Pretraining on Images and
-//! Videos", CVPR 2023. An image is a clip of one time slot; a step is of images or of clips. Random tokens are hidden, in
-//! clips anywhere in space and time; mask tokens join at the encoder's width. Agrees with `transformers`' VideoMAE layers.
+//! Videos", CVPR 2023. An image is a clip of one time slot; a step is of images or of clips. Random tokens are hidden,
+//! in clips anywhere in space and time; mask tokens join at the encoder's width. Agrees with `transformers`' VideoMAE
+//! layers.
 
 use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, Init, LossOutput, MaskPolicy, Method, MethodConfig, Model,
-    Patchify, Per, PixelTarget, RandomMask, Ratio, Requirements, Shape, Step, VitOptions, masked_mse, pixel, position,
+    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Error, Grid, Init, InputConfig, JsonSchema,
+    LossOutput, MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, RandomMask, Ratio, Requirements,
+    Result, Serialize, Shape, Step, VitOptions, masked_mse, pixel, position,
 };
-use crate::error::{Error, Result};
-use crate::grid::{Grid, InputConfig};
 use crate::part::mask::ByFrames;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
+/// The config's `method.omnimae`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -50,8 +49,9 @@ impl MethodConfig for Config {
         self.decoder.check(&format!("{at}.decoder"))?;
         if grid.frames < 2 {
             return Err(Error::usage(format!(
-                "input.frames makes one time slot, as an image has; {at} reads clips beside images: give it more frames, or \
-                 choose a method for images"
+                "input.frames makes one time slot of {} frames, as an image has; {at} reads clips beside images: give it \
+                 more frames, or choose a method for images",
+                grid.patch_frames
             )));
         }
         let image = Grid { frames: 1, ..*grid };
@@ -70,12 +70,14 @@ impl MethodConfig for Config {
     }
 }
 
+/// OmniMAE for one input shape.
 pub struct OmniMae {
     pub model: Autoencoder,
     mask: ByFrames<RandomMask, RandomMask>,
 }
 
 impl OmniMae {
+    /// Builds the model and its mask.
     pub fn new(config: &Config, input: &InputConfig) -> Result<OmniMae> {
         let patchify = Patchify::new(input)?;
         config.check("method.omnimae", &patchify.grid)?;
@@ -89,10 +91,8 @@ impl OmniMae {
         let encoder = VitOptions::new(positions());
         let model = Autoencoder::new(patchify, &config.encoder, encoder, &config.decoder, decoder, target);
         let mask = |ratio| RandomMask { ratio, truncate_hidden: true };
-        Ok(OmniMae {
-            model,
-            mask: ByFrames { image: mask(config.image_mask.ratio), clip: mask(config.clip_mask.ratio) },
-        })
+        let mask = ByFrames { image: mask(config.image_mask.ratio), clip: mask(config.clip_mask.ratio) };
+        Ok(OmniMae { model, mask })
     }
 }
 

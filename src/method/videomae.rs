@@ -1,18 +1,17 @@
-//! VideoMAE: Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
-//! Pre-Training", NeurIPS 2022. A clip is cut into cubes; nine tenths of the places are hidden, the same in every time
-//! slot; the encoder attends over the visible cubes of all slots jointly; a small decoder predicts the pixels of the hidden
-//! ones. Agrees with `transformers`' VideoMAEForPreTraining in loss and gradients (`tests/method/videomae.rs`).
+//! VideoMAE: Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised
+//! Video Pre-Training", NeurIPS 2022. A clip is cut into cubes; nine tenths of the places are hidden, the same in every
+//! time slot; the encoder attends over the visible cubes of all slots jointly; a small decoder predicts the pixels of
+//! the hidden ones. Agrees with `transformers`' VideoMAEForPreTraining in loss and gradients
+//! (`tests/method/videomae.rs`).
 
 use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, Init, LossOutput, MaskPolicy, Method, MethodConfig, Model,
-    Patchify, Per, PixelTarget, QkvBias, Ratio, Shape, Step, VitOptions, masked_mse, pixel, position,
+    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Grid, Init, InputConfig, JsonSchema, LossOutput,
+    MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, QkvBias, Ratio, Result, Serialize, Shape,
+    Step, VitOptions, masked_mse, pixel, position,
 };
-use crate::error::Result;
-use crate::grid::{Grid, InputConfig};
 use crate::part::mask::TubeMask;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
+/// The config's `method.videomae`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -53,12 +52,14 @@ impl MethodConfig for Config {
     }
 }
 
+/// VideoMAE for one input shape.
 pub struct VideoMae {
     pub model: Autoencoder,
     mask: TubeMask,
 }
 
 impl VideoMae {
+    /// Builds the model and its mask.
     pub fn new(config: &Config, input: &InputConfig) -> Result<VideoMae> {
         let patchify = Patchify::new(input)?;
         config.check("method.videomae", &patchify.grid)?;

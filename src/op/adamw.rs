@@ -8,7 +8,7 @@ use crate::error::Result;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-/// Updates weights and moments in place and increments `steps`, one tensor [1] per weight.
+/// Updates weights and moments in place and increments `steps`, one tensor `[1]` per weight.
 pub fn adamw(
     w: &[Tensor],
     g: &[Tensor],
@@ -33,7 +33,7 @@ pub fn formula(w: &mut Tensor, g: &Tensor, m: &mut Tensor, v: &mut Tensor, step:
     let _ = w.g_sub_(&(&*m / denominator * (lr / correction1)));
 }
 
-/// The flat buffers of an update, [L] each, contiguous and 16-byte aligned.
+/// The flat buffers of an update, `[L]` each, contiguous and 16-byte aligned.
 #[derive(Clone, Copy)]
 pub struct AdamWBuffers<'a> {
     /// Master weights, fp32.
@@ -52,11 +52,11 @@ pub struct AdamWBuffers<'a> {
 pub struct TensorState {
     /// Index of the tensor that each run of 128 elements belongs to, int32 [L / 128, rounded up].
     owner: Tensor,
-    /// 1 for tensors with weight decay, else 0; fp32 [n].
+    /// 1 for tensors with weight decay, else 0; fp32 `[n]`.
     decays: Tensor,
-    /// Number of updates of each tensor, fp32 [n]; incremented by [`kernel`].
+    /// Number of updates of each tensor, fp32 `[n]`; incremented by [`kernel`].
     pub steps: Tensor,
-    /// 1 for tensors that received a gradient, 0 for tensors to skip; fp32 [n].
+    /// 1 for tensors that received a gradient, 0 for tensors to skip; fp32 `[n]`.
     pub used: Tensor,
 }
 
@@ -84,7 +84,7 @@ impl TensorState {
     }
 }
 
-/// Returns the values that change from step to step as the kernel reads them, fp32 [4]. `clip_scale` multiplies the
+/// Returns the values that change from step to step as the kernel reads them, fp32 `[4]`. `clip_scale` multiplies the
 /// gradient; if `apply` is false, the kernel changes neither weights nor moments nor step counts.
 pub fn control(lr: f64, weight_decay: f64, clip_scale: f64, apply: bool, device: Device) -> Tensor {
     let apply = f32::from(u8::from(apply));

@@ -18,7 +18,7 @@ pub enum Gelu {
     Quick,
 }
 
-/// x [.., D] + bias [D], elementwise → [.., D]. On a GPU in one pass, which keeps only x and the bias for backward.
+/// x [.., D] + bias `[D]`, elementwise → [.., D]. On a GPU in one pass, which keeps only x and the bias for backward.
 pub fn bias_gelu(x: &Tensor, bias: Option<&Tensor>, gelu: Gelu) -> Result<Tensor> {
     if x.device().is_cuda() && KINDS.contains(&x.kind()) {
         return kernel(x, bias, gelu);

@@ -1,7 +1,7 @@
 //! The cosine distance between prediction and target, summed over rows.
 //!
-//! The sum is over 1 − cos. MILAN's loss, 2 − 2 cos, is twice that; EVA's, −cos, is that minus the number of rows; SdAE's
-//! takes the cosine along tokens, for which both inputs are transposed.
+//! The sum is over 1 − cos. MILAN's loss, 2 − 2 cos, is twice that; EVA's, −cos, is that minus the number of rows;
+//! SdAE's takes the cosine along tokens, for which both inputs are transposed.
 
 use super::launch::{KernelSource, Launch, Variant, block_count, type_name};
 use super::{scale, sum_partials};
@@ -12,8 +12,8 @@ use tch::{Kind, Tensor};
 /// Lower bound of a row's norm (PyTorch's `cosine_similarity`).
 pub const EPS: f64 = 1e-8;
 
-/// x and y [.., D] → the sum over rows of 1 − x · y / (|x| |y|), fp32 []. y has no gradient. On a GPU in one pass, which
-/// also computes the gradient of x and keeps only that.
+/// x and y [.., D] → the sum over rows of 1 − x · y / (|x| |y|), fp32 []. y has no gradient. On a GPU in one pass,
+/// which also computes the gradient of x and keeps only that.
 pub fn cosine_distance(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.device().is_cuda() && KINDS.contains(&x.kind()) && KINDS.contains(&y.kind()) {
         return kernel(x, y);

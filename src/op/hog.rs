@@ -1,10 +1,10 @@
 //! Histograms of oriented gradients (Dalal and Triggs, 2005), the prediction target of MaskFeat (Wei et al., 2022, §3;
-//! HOGLayerC in its code): Sobel gradients of each channel with mirrored borders, nine orientations over 180°, each pixel
-//! assigned to one bin by its magnitude, cells of 8 × 8 pixels, each normalized by its own L2 norm.
+//! HOGLayerC in its code): Sobel gradients of each channel with mirrored borders, nine orientations over 180°, each
+//! pixel assigned to one bin by its magnitude, cells of 8 × 8 pixels, each normalized by its own L2 norm.
 //!
 //! It differs from `skimage.feature.hog` with blocks of one cell in three ways: Sobel's operator smooths across its
-//! direction, where skimage takes a plain difference; the arguments of the arc tangent are swapped, which transposes the
-//! image; and the norm has a lower bound of 1e-12, where skimage adds 1e-5 under the root.
+//! direction, where skimage takes a plain difference; the arguments of the arc tangent are swapped, which transposes
+//! the image; and the norm has a lower bound of 1e-12, where skimage adds 1e-5 under the root.
 
 use super::launch::{KernelSource, Launch, type_name, variants_by_type};
 use super::sizes;

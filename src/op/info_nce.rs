@@ -1,14 +1,14 @@
 //! The InfoNCE loss (van den Oord et al., 2018, equation 4): each query identifies its own key among all keys.
 //!
 //! Queries are processed in strips, so that only one strip of logits exists at a time: 128 MB on a GPU, 8 MB on a CPU,
-//! plus their gradients in the features' dtype in backward, whatever the batch size; all logits of 65,536 queries and keys
-//! would take 17 GB. Matrix products are the library's; the kernels do the steps between them, each in one pass over the
-//! strip. A fused kernel would save the strip's 22 bytes per logit (written and read as fp32 in both passes, its gradients
-//! written once and read twice), which at 4.3 TB/s take as long as the four products of 2·D operations at 788 TFLOP/s for
-//! D = 512; but the gradient of a row of that width does not fit on chip beside the tiles, so that each logit would be
-//! computed five times instead of twice. The whole loss, strips included, is about a hundredth of FLIP-L's step (199 GFLOP
-//! per pair; 8·D·G per direction is 0.4 of them for D = 768 and G = 65,536). Everything is computed in fp32; features in
-//! half precision enter the products as they are, and sums are in fp32.
+//! plus their gradients in the features' dtype in backward, whatever the batch size; all logits of 65,536 queries and
+//! keys would take 17 GB. Matrix products are the library's; the kernels do the steps between them, each in one pass
+//! over the strip. A fused kernel would save the strip's 22 bytes per logit (written and read as fp32 in both passes,
+//! its gradients written once and read twice), which at 4.3 TB/s take as long as the four products of 2·D operations at
+//! 788 TFLOP/s for D = 512; but the gradient of a row of that width does not fit on chip beside the tiles, so that each
+//! logit would be computed five times instead of twice. The whole loss, strips included, is about a hundredth of
+//! FLIP-L's step (199 GFLOP per pair; 8·D·G per direction is 0.4 of them for D = 768 and G = 65,536). Everything is
+//! computed in fp32; features in half precision enter the products as they are, and sums are in fp32.
 
 use super::launch::{KernelSource, Launch, Variant, type_name};
 use super::sizes;
@@ -16,8 +16,9 @@ use crate::bridge::{ForwardOutput, apply_function};
 use crate::error::{Error, Result};
 use tch::{Kind, Tensor};
 
-/// queries [B, D], keys [G, D] of one dtype, both normalized; `scale` [] multiplies their dot products; the positive key
-/// of query i is key `offset` + i, where `offset` is the first row of this rank → the sum of cross entropies, fp32 [].
+/// queries [B, D], keys [G, D] of one dtype, both normalized; `scale` [] multiplies their dot products; the positive
+/// key of query i is key `offset` + i, where `offset` is the first row of this rank → the sum of cross entropies, fp32
+/// [].
 pub fn info_nce(queries: &Tensor, keys: &Tensor, scale: &Tensor, offset: i64) -> Result<Tensor> {
     if !KINDS.contains(&queries.kind()) {
         check(queries, keys, offset)?;

@@ -1,5 +1,5 @@
-//! Layer normalization over the last dimension, with statistics in fp32 whatever the dtype of x; optionally of the sum of
-//! x and a residual, in the same pass.
+//! Layer normalization over the last dimension, with statistics in fp32 whatever the dtype of x; optionally of the sum
+//! of x and a residual, in the same pass.
 
 use super::launch::{KernelSource, Launch, Variant, block_count, type_name};
 use super::sum_partials;
@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 /// Added to the variance (official MAE code; the default of `transformers` is 1e-12).
 pub const EPS: f64 = 1e-6;
 
-/// x [.., D], scale [D], shift [D] → [.., D].
+/// x [.., D], scale `[D]`, shift `[D]` → [.., D].
 pub fn layer_norm(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
     if is_supported(x, scale) {
         return kernel(x, scale, shift);
@@ -18,8 +18,8 @@ pub fn layer_norm(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> 
     Ok(x.layer_norm(scale.size(), Some(scale), Some(shift), EPS, false))
 }
 
-/// x and r [.., D], scale [D], shift [D] → x + r, and its normalization. On a GPU in one pass, whose backward takes the
-/// gradients of both outputs and returns the one that x and r share.
+/// x and r [.., D], scale `[D]`, shift `[D]` → x + r, and its normalization. On a GPU in one pass, whose backward takes
+/// the gradients of both outputs and returns the one that x and r share.
 pub fn add_layer_norm(x: &Tensor, r: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<(Tensor, Tensor)> {
     if is_supported(x, scale) {
         return add_kernel(x, r, scale, shift);
@@ -62,8 +62,8 @@ struct RowTiling {
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
 impl RowTiling {
-    /// Returns all tilings by increasing width. Up to 40 columns per thread in half precision (1,280 columns by one warp,
-    /// the widest of the usual transformers) and 32 in single precision stay in registers.
+    /// Returns all tilings by increasing width. Up to 40 columns per thread in half precision (1,280 columns by one
+    /// warp, the widest of the usual transformers) and 32 in single precision stay in registers.
     fn all(kind: Kind) -> Vec<RowTiling> {
         let (vector_width, warp_packs, block_packs): (_, &[i64], _) = match kind {
             Kind::Float => (4, &[4, 8], [2, 8]),

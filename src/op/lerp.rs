@@ -10,7 +10,7 @@ use tch::Tensor;
 pub enum LerpWeight<'a> {
     /// A constant.
     Scalar(f64),
-    /// fp32 [1] on the buffers' device, read when the kernel runs, so that a captured graph stays valid. With 0 the
+    /// fp32 `[1]` on the buffers' device, read when the kernel runs, so that a captured graph stays valid. With 0 the
     /// average does not change, whatever the other buffer holds.
     Device(&'a Tensor),
 }
@@ -29,7 +29,7 @@ pub fn formula(average: &Tensor, current: &Tensor, weight: f64) -> Tensor {
 pub const SOURCE: KernelSource =
     KernelSource { name: "lerp", embedded: include_str!("../../kernels/lerp.cu"), variants: single_variant };
 
-/// The same in place by the kernel, for 16-byte aligned fp32 [L].
+/// The same in place by the kernel, for 16-byte aligned fp32 `[L]`.
 pub fn kernel(average: &Tensor, current: &Tensor, weight: LerpWeight) -> Result<()> {
     let [n] = sizes(average);
     let (device_weight, constant_weight) = match weight {

@@ -6,8 +6,8 @@ use crate::bridge::{ForwardOutput, apply_function};
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
-/// pred [.., P] and target fp32 [.., P] → the sum over patches of the mean over a patch's values, fp32 []. The target has
-/// no gradient. On a GPU in one pass, which also computes the gradient and keeps only that.
+/// pred [.., P] and target fp32 [.., P] → the sum over patches of the mean over a patch's values, fp32 []. The target
+/// has no gradient. On a GPU in one pass, which also computes the gradient and keeps only that.
 pub fn masked_mse(pred: &Tensor, target: &Tensor) -> Result<Tensor> {
     if pred.device().is_cuda() && KINDS.contains(&pred.kind()) {
         return kernel(pred, target);

@@ -21,14 +21,15 @@ impl ChannelStats {
     }
 }
 
-/// Returns fp32 [C]. Fills the tensor on the device value by value, because a captured step must not copy from the host.
+/// Returns fp32 `[C]`. Fills the tensor on the device value by value, because a captured step copies nothing from the
+/// host.
 pub fn channel_tensor(values: &[f64], device: Device) -> Tensor {
     let fill = |value: &f64| Tensor::full([1], *value, (Kind::Float, device));
     Tensor::cat(&values.iter().map(fill).collect::<Vec<_>>(), 0)
 }
 
-/// x uint8 or fp32 [B, C, T, Y, X] → [B, N, P] of the same dtype. The values of a patch are ordered by frame, row, column
-/// and channel (channel last, as in the official code).
+/// x uint8 or fp32 [B, C, T, Y, X] → [B, N, P] of the same dtype. The values of a patch are ordered by frame, row,
+/// column and channel (channel last, as in the official code).
 pub fn patchify(x: &Tensor, grid: &Grid) -> Tensor {
     let [batch, channels, ..] = sizes::<5>(x);
     let Grid { frames, rows, cols, patch_frames: f, patch: p, .. } = *grid;
@@ -70,8 +71,8 @@ pub enum PatchNorm {
 }
 
 /// Gathers the patches of x uint8 or fp32 [B, C, T, Y, X] at `index` int64 [B, K] and normalizes them by the data set's
-/// mean and standard deviation → [B, K, P] of the given dtype. fp32 pixels are assumed to be normalized already. uint8 is
-/// gathered before it is converted, so that a full float image never exists; on a GPU all is done in one pass.
+/// mean and standard deviation → [B, K, P] of the given dtype. fp32 pixels are assumed to be normalized already. uint8
+/// is gathered before it is converted, so that a full float image never exists; on a GPU all is done in one pass.
 pub fn gather_patches(x: &Tensor, grid: &Grid, stats: &ChannelStats, index: &Tensor, kind: Kind) -> Result<Tensor> {
     gather_normalized(x, grid, stats, index, PatchNorm::Raw, kind)
 }

@@ -1,8 +1,9 @@
 //! Token orders sampled per sample: the one source of random masks.
 //!
-//! A sample's random stream gives one word of noise per unit, then what its rule needs. Units are sorted by (hidden by the
-//! rule, noise, unit), and the first units stay visible. A rule that hides too few units is thus completed at random, and
-//! one that hides too many keeps a random choice of the units it hides, so that every sample keeps the same number.
+//! A sample's random stream gives one word of noise per unit, then what its rule needs. Units are sorted by (hidden by
+//! the rule, noise, unit), and the first units stay visible. A rule that hides too few units is thus completed at
+//! random, and one that hides too many keeps a random choice of the units it hides, so that every sample keeps the same
+//! number.
 
 use super::launch::{KernelSource, Launch, single_variant};
 use super::sizes;
@@ -54,9 +55,9 @@ enum MaskRule {
 
 /// Block-wise masking as in BEiT (Bao et al., 2022, §2.3; its `masking_generator.py`): rectangles of units with an area
 /// uniform between `min_area` and the smaller of `max_area` and the number of units left to hide, an aspect ratio
-/// log-uniform between `min_aspect` and 1 / `min_aspect`, and both sides smaller than the grid's. A rectangle that hides
-/// nothing new, or more than is left, is sampled again, at most `max_tries` times in a row. On a grid of several frames a
-/// block also covers several consecutive frames (MaskFeat's cubes).
+/// log-uniform between `min_aspect` and 1 / `min_aspect`, and both sides smaller than the grid's. A rectangle that
+/// hides nothing new, or more than is left, is sampled again, at most `max_tries` times in a row. On a grid of several
+/// frames a block also covers several consecutive frames (MaskFeat's cubes).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BlockOptions {
     /// Units to hide by blocks.
@@ -86,8 +87,8 @@ pub const MAX_UNITS: i64 = 4096;
 const MAX_BLOCK_OPTION: i64 = 1 << 14;
 
 impl MaskPlan {
-    /// Keeps `kept` units of `unit_size` tokens (frames, rows, columns), uniformly at random. Units of one token are MAE's
-    /// random sampling, units of all frames and one token VideoMAE's tubes, units of two by two tokens CMAE's.
+    /// Keeps `kept` units of `unit_size` tokens (frames, rows, columns), uniformly at random. Units of one token are
+    /// MAE's random sampling, units of all frames and one token VideoMAE's tubes, units of two by two tokens CMAE's.
     ///
     /// # Errors
     /// A usage error if units do not divide the grid, or if `kept` exceeds their number.
@@ -111,8 +112,8 @@ impl MaskPlan {
         MaskPlan::new(grid, unit_size, kept, MaskRule::Blocks(blocks))
     }
 
-    /// Keeps the tokens at the intersections of `rows` random rows and `cols` random columns, in every frame (Audio-MAE §3,
-    /// "time + frequency").
+    /// Keeps the tokens at the intersections of `rows` random rows and `cols` random columns, in every frame (Audio-MAE
+    /// §3, "time + frequency").
     ///
     /// # Errors
     /// A usage error if `rows` or `cols` exceeds the grid.
@@ -160,8 +161,8 @@ impl MaskPlan {
         self.kept * self.tokens_per_unit()
     }
 
-    /// Returns the tokens of one sample, visible tokens first: the reference of every mask. Units are in the sampled order,
-    /// the tokens of a unit in row-major order.
+    /// Returns the tokens of one sample, visible tokens first: the reference of every mask. Units are in the sampled
+    /// order, the tokens of a unit in row-major order.
     pub fn sample_order(&self, rng: &mut Philox) -> Vec<u32> {
         let noise: Vec<u32> = (0..self.unit_count()).map(|_| rng.next_u32()).collect();
         let hidden = match self.rule {
@@ -231,8 +232,8 @@ impl BlockOptions {
         (-self.min_aspect.log2() * 65536.0).round() as i64
     }
 
-    /// Marks the units that blocks hide. All arithmetic is in integers, so that the result does not depend on the machine.
-    /// Consumes six words per try.
+    /// Marks the units that blocks hide. All arithmetic is in integers, so that the result does not depend on the
+    /// machine. Consumes six words per try.
     fn sample_hidden(&self, [frames, rows, cols]: [i64; 3], rng: &mut Philox) -> Vec<bool> {
         let mut hidden = vec![false; (frames * rows * cols) as usize];
         let mut count = 0;

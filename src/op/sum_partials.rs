@@ -1,4 +1,5 @@
-//! Sums of partial sums, one row per block of the kernel that computed them, in an order that depends only on their number.
+//! Sums of partial sums, one row per block of the kernel that computed them, in an order that depends only on their
+//! number.
 
 use super::launch::{KernelSource, Launch, block_count, type_name, variants_by_type};
 use super::sizes;
@@ -12,7 +13,7 @@ pub const SOURCE: KernelSource = KernelSource {
     variants: || variants_by_type(&[Kind::Float, Kind::BFloat16, Kind::Half]),
 };
 
-/// parts fp32 [N, D] → [D] of the given dtype.
+/// parts fp32 [N, D] → `[D]` of the given dtype.
 pub fn kernel(parts: &Tensor, kind: Kind) -> Result<Tensor> {
     let [n, width] = sizes(parts);
     let out = Tensor::empty([width], (kind, parts.device()));

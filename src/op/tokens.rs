@@ -13,7 +13,7 @@ pub struct TokenLayout<'a> {
     pub positions: &'a Tensor,
     /// Positions of the visible tokens, int64 [B, K].
     pub keep: &'a Tensor,
-    /// The mask token [D] and the positions where it is inserted, int64 [B, M]; `None` inserts no mask tokens.
+    /// The mask token `[D]` and the positions where it is inserted, int64 [B, M]; `None` inserts no mask tokens.
     pub hidden: Option<(&'a Tensor, &'a Tensor)>,
 }
 
@@ -23,9 +23,9 @@ impl TokenLayout<'_> {
     }
 }
 
-/// visible [B, K, D] and the class token [D], or visible [B, 1+K, D] with the class tokens first → [B, 1+K+M, D]: class,
-/// visible, hidden. visible [B, K, D] without class token → [B, K+M, D]. Tokens are not unshuffled: attention does not
-/// depend on their order, and each carries its position. On a GPU in one pass, with positions added in fp32.
+/// visible [B, K, D] and the class token `[D]`, or visible [B, 1+K, D] with the class tokens first → [B, 1+K+M, D]:
+/// class, visible, hidden. visible [B, K, D] without class token → [B, K+M, D]. Tokens are not unshuffled: attention
+/// does not depend on their order, and each carries its position. On a GPU in one pass, with positions added in fp32.
 pub fn assemble_tokens(visible: &Tensor, class: Option<&Tensor>, layout: TokenLayout) -> Result<Tensor> {
     if visible.device().is_cuda() && KINDS.contains(&visible.kind()) {
         return kernel(visible, class, layout);
@@ -143,7 +143,7 @@ pub fn kernel(visible: &Tensor, class: Option<&Tensor>, layout: TokenLayout) -> 
     Ok(outputs.into_iter().next().expect("one output"))
 }
 
-/// The gradients of the visible tokens [B, K, D] or [B, 1+K, D], and of the mask token and the class token [D].
+/// The gradients of the visible tokens [B, K, D] or [B, 1+K, D], and of the mask token and the class token `[D]`.
 struct TokenGradients {
     visible: Option<Tensor>,
     mask_token: Option<Tensor>,

@@ -218,7 +218,7 @@ impl Buckets {
         lock(&self.state).gather_wait
     }
 
-    /// Calls `visit` with the index and the full tensor for every tensor of a buffer [K] (the weights, a moment). Where
+    /// Calls `visit` with the index and the full tensor for every tensor of a buffer `[K]` (the weights, a moment). If
     /// the optimizer is sharded this is collective, gathers one bucket at a time, and visits the tensors bucket by
     /// bucket.
     pub fn for_each_full(

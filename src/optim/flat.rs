@@ -2,7 +2,7 @@
 //! Every tensor starts on a 256-byte boundary, in reverse order of use, so that backward fills the gradient buffer from
 //! its front.
 //!
-//! Compute weights and gradients are full on every rank, shape [L]. Master weights, moments and the reduced gradient
+//! Compute weights and gradients are full on every rank, shape `[L]`. Master weights, moments and the reduced gradient
 //! have shape [K]: all L elements, or this rank's shard where the optimizer is sharded.
 
 use super::layout::{ALIGN, Sharding, compute_layout};
@@ -39,24 +39,24 @@ pub struct FlatParams {
     pub specs: Vec<ParamSpec>,
     /// Range of each tensor in the full buffers, in the order of the specs.
     pub ranges: Vec<Range<usize>>,
-    /// Range of this rank's part of each tensor in the [K] buffers; may be empty where the optimizer is sharded.
+    /// Range of this rank's part of each tensor in the `[K]` buffers; may be empty where the optimizer is sharded.
     pub shard_ranges: Vec<Range<usize>>,
     /// The sharding, where the optimizer is sharded.
     pub sharding: Option<Sharding>,
-    /// Weights in the compute dtype [L].
+    /// Weights in the compute dtype `[L]`.
     pub compute: Tensor,
-    /// Gradient, fp32 [L]; the leaves' `.grad` are views of it, zeroed in place and never undefined.
+    /// Gradient, fp32 `[L]`; the leaves' `.grad` are views of it, zeroed in place and never undefined.
     pub grad: Tensor,
-    /// Master weights, fp32 [K].
+    /// Master weights, fp32 `[K]`.
     pub master: Tensor,
-    /// Master weights in the compute dtype [K]. In fp32 it shares the storage of `master`; unless sharded, that of
+    /// Master weights in the compute dtype `[K]`. In fp32 it shares the storage of `master`; unless sharded, that of
     /// `compute`.
     pub compute_shard: Tensor,
-    /// Gradient summed over ranks, fp32 [K]; unless sharded, it shares the storage of `grad`.
+    /// Gradient summed over ranks, fp32 `[K]`; unless sharded, it shares the storage of `grad`.
     pub reduced_grad: Tensor,
-    /// AdamW's first moment, fp32 [K].
+    /// AdamW's first moment, fp32 `[K]`.
     pub exp_avg: Tensor,
-    /// AdamW's second moment, fp32 [K].
+    /// AdamW's second moment, fp32 `[K]`.
     pub exp_avg_sq: Tensor,
     /// Number of updates of each tensor, fp32 [number of tensors].
     pub steps: Tensor,
@@ -129,7 +129,7 @@ impl FlatParams {
         Ok(flat)
     }
 
-    /// Returns the view of tensor `index` in a full buffer [L], in the tensor's shape.
+    /// Returns the view of tensor `index` in a full buffer `[L]`, in the tensor's shape.
     pub fn param_view(&self, buffer: &Tensor, index: usize) -> Tensor {
         view(buffer, &self.ranges[index], &self.specs[index].shape)
     }
@@ -140,7 +140,7 @@ impl FlatParams {
         buffer.narrow(0, start as i64, (end - start) as i64)
     }
 
-    /// Copies this rank's part of the full tensor `index` into a buffer [K].
+    /// Copies this rank's part of the full tensor `index` into a buffer `[K]`.
     pub fn copy_shard(&self, buffer: &Tensor, index: usize, full: &Tensor) {
         let mut shard = self.shard_of(buffer, index);
         let offset = match &self.sharding {
@@ -162,7 +162,7 @@ impl FlatParams {
         no_grad(|| self.param_view(&self.compute, index).copy_(full));
     }
 
-    /// Returns views of all tensors in a full buffer [L], without gradients.
+    /// Returns views of all tensors in a full buffer `[L]`, without gradients.
     pub fn weights(&self, buffer: &Tensor) -> Weights {
         Weights::new((0..self.specs.len()).map(|index| self.param_view(buffer, index)).collect())
     }

@@ -13,10 +13,10 @@ use tch::{Kind, Tensor, no_grad};
 /// The average of the parameters that a [`Teacher`] names, and their values in the compute dtype.
 pub struct TeacherAverage {
     pub options: Teacher,
-    /// fp32 [K], in the layout of the master weights; sharded with them. Moves only inside `runs`.
+    /// fp32 `[K]`, in the layout of the master weights; sharded with them. Moves only inside `runs`.
     pub average: Tensor,
-    /// The weights that the loss computes with: full tensors in the compute dtype, without gradients. Parameters that the teacher does
-    /// not have are undefined tensors, so that using one is an error.
+    /// The weights that the loss computes with: full tensors in the compute dtype, without gradients. Parameters that
+    /// the teacher does not have are undefined tensors, so that using one is an error.
     pub weights: Weights,
     /// Which parameters the teacher has, in the order of the declarations.
     pub members: Vec<bool>,
@@ -45,7 +45,7 @@ impl TeacherAverage {
         }
     }
 
-    /// The same where the device decides: `weight` fp32 [1] is `1 − momentum`, or 0 where the step was refused.
+    /// The same where the device decides: `weight` fp32 `[1]` is `1 − momentum`, or 0 where the step was refused.
     pub fn follow_on_device(&mut self, flat: &FlatParams, weight: &Tensor) -> Result<()> {
         self.runs.iter().try_for_each(|run| {
             lerp::kernel(&narrow(&self.average, run), &narrow(&flat.master, run), LerpWeight::Device(weight))

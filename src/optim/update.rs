@@ -110,7 +110,7 @@ pub struct Updater {
     config: Config,
     tensors: Vec<ParamViews>,
     state: TensorState,
-    /// Moving average of the master weights, fp32 [K].
+    /// Moving average of the master weights, fp32 `[K]`.
     pub ema: Option<Tensor>,
 }
 
@@ -176,8 +176,8 @@ impl Updater {
     }
 
     /// Enqueues the same update without host synchronization. All arguments are on the buffers' device: `used` f64
-    /// [number of tensors] is 0 for unused tensors, `hyperparams` f64 [3] are those of [`Updater::hyperparams`], `norm`
-    /// f64 [1] is the gradient's norm; where `apply` bool [1] is false, nothing changes.
+    /// [number of tensors] is 0 for unused tensors, `hyperparams` f64 `[3]` are those of [`Updater::hyperparams`] and
+    /// `norm` f64 `[1]` is the gradient's norm; where `apply` bool `[1]` is false, nothing changes.
     pub fn enqueue_update(
         &mut self,
         flat: &FlatParams,

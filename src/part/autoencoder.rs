@@ -1,5 +1,5 @@
-//! A masked autoencoder of pixels: visible patches → encoder → decoder → predictions of the hidden patches. Papers differ
-//! in options of the parts and in the mask.
+//! A masked autoencoder of pixels: visible patches → encoder → decoder → predictions of the hidden patches. Papers
+//! differ in options of the parts and in the mask.
 
 use super::decoder::Decode;
 use super::encoder::vit::{Shape, Vit, VitOptions};

@@ -9,13 +9,13 @@ use tch::{Device, Tensor};
 /// Label of a sample that has none, as PyTorch's `cross_entropy` ignores it by default.
 pub const NO_LABEL: i64 = -100;
 
-/// Fields of samples beside their pixels; each is there where the config reads it. [`Side::stack`] makes it of rows, and
-/// it stays one value from the loader to the loss, so that a further field is one line here.
+/// Fields of samples beside their pixels; each is there where the config reads it. [`Side::stack`] makes it of rows,
+/// and it stays one value from the loader to the loss, so that a further field is one line here.
 #[derive(Debug, Default, PartialEq)]
 pub struct Side {
     /// Token ids of the captions, int64 [B, L].
     pub captions: Option<Tensor>,
-    /// Class indices, int64 [B]; [`NO_LABEL`] where a sample has none.
+    /// Class indices, int64 `[B]`; [`NO_LABEL`] where a sample has none.
     pub labels: Option<Tensor>,
     /// Number of pixel rows (Y) of each sample that are not padding.
     pub valid: Option<Vec<u32>>,
@@ -94,6 +94,7 @@ impl Batch {
         Batch { keys: SampleKey::stack(keys, view.device()), views: vec![view], side: Side::default(), seed }
     }
 
+    /// Adds the fields beside the pixels.
     pub fn with_side(self, side: Side) -> Batch {
         Batch { side, ..self }
     }
@@ -169,7 +170,7 @@ impl Batch {
             .ok_or_else(|| Error::failed("a batch without captions reached a method that reads them"))
     }
 
-    /// Returns the labels, int64 [B].
+    /// Returns the labels, int64 `[B]`.
     ///
     /// # Errors
     /// ExitCode::Failed if the batch has none: a method that reads labels says so in its requirements.

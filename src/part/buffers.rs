@@ -1,5 +1,5 @@
-//! Buffers: named fp32 tensors of a method that no gradient reaches and every checkpoint holds: centers, queues, running
-//! statistics. They move once a step, after an update that all ranks accepted, and are equal on all ranks.
+//! Buffers: named fp32 tensors of a method that no gradient reaches and every checkpoint holds: centers, queues,
+//! running statistics. They move once a step, after an update that all ranks accepted, and are equal on all ranks.
 
 use crate::error::Result;
 use crate::part::params::{Init, ParamSpec};
@@ -21,6 +21,7 @@ impl BufferSpecs {
         BufferId(self.0.len() - 1)
     }
 
+    /// Lists the declarations, in the order of their [`BufferId`]s.
     pub fn specs(&self) -> &[ParamSpec] {
         &self.0
     }
@@ -41,6 +42,7 @@ impl Clone for Buffers {
 }
 
 impl Buffers {
+    /// Makes the initial values on a device.
     pub fn new(specs: &BufferSpecs, seed: u64, device: Device) -> Buffers {
         let value = |spec: &ParamSpec| {
             Tensor::from_slice(&spec.initial_values(seed)).view(spec.shape.as_slice()).to_device(device)
@@ -48,6 +50,7 @@ impl Buffers {
         Buffers { specs: specs.0.clone(), values: specs.0.iter().map(value).collect() }
     }
 
+    /// Returns whether the method has no buffers.
     pub fn is_empty(&self) -> bool {
         self.values.is_empty()
     }
@@ -62,7 +65,7 @@ impl Buffers {
         no_grad(|| self.values[index].shallow_clone().copy_(value));
     }
 
-    /// Moves a buffer towards a mean over the global batch where `accept` (bool [1]) is true.
+    /// Moves a buffer towards a mean over the global batch where `accept` (bool `[1]`) is true.
     pub fn move_to_mean(&self, buffer: BufferId, mean: &Tensor, momentum: f64, accept: &Tensor) {
         no_grad(|| {
             let old = &self[buffer];
@@ -70,7 +73,7 @@ impl Buffers {
         });
     }
 
-    /// Appends rows [n, ..] of the global batch to a queue where `accept` (bool [1]) is true; the oldest n rows leave.
+    /// Appends rows [n, ..] of the global batch to a queue where `accept` (bool `[1]`) is true; the oldest n leave.
     pub fn enqueue(&self, buffer: BufferId, rows: &Tensor, accept: &Tensor) -> Result<()> {
         let old = &self[buffer];
         let capacity = old.size()[0];

@@ -1,6 +1,7 @@
-//! The cost of a model's training step, from shapes alone: floating-point operations of matrix products and attention, two
-//! per multiplication and addition, of the tokens that are computed; and the bytes that operations move, with today's
-//! fusion. Backward computes every product twice, once per operand, except that of the first layer, whose input is data.
+//! The cost of a model's training step, from shapes alone: floating-point operations of matrix products and attention,
+//! two per multiplication and addition, of the tokens that are computed; and the bytes that operations move, with
+//! today's fusion. Backward computes every product twice, once per operand, except that of the first layer, whose input
+//! is data.
 
 /// The cost of one operation on one sample.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -187,8 +188,8 @@ pub fn block(tokens: i64, outputs: i64, width: i64, hidden: i64, has_pending: bo
 }
 
 /// The InfoNCE loss of a sample's two queries, an image and its caption, among `keys` keys each of width `width`. The
-/// kernels between the products read logits in fp32; in backward, which computes the logits again, they also write their
-/// gradients.
+/// kernels between the products read logits in fp32; in backward, which computes the logits again, they also write
+/// their gradients.
 pub fn info_nce(keys: i64, width: i64) -> Vec<OpCost> {
     let product =
         OpCost::Matmul { rows: 1, inputs: width, outputs: keys, needs_input_grad: true, separate_bias_grad: false };
@@ -199,8 +200,8 @@ pub fn info_nce(keys: i64, width: i64) -> Vec<OpCost> {
     [direction, direction].concat()
 }
 
-/// A block of windowed attention over `tokens` tokens in windows of `window` tokens, normalized after attention and after
-/// the MLP. What follows the attention is computed for `outputs` tokens.
+/// A block of windowed attention over `tokens` tokens in windows of `window` tokens, normalized after attention and
+/// after the MLP. What follows the attention is computed for `outputs` tokens.
 pub fn windowed_block(tokens: i64, outputs: i64, window: i64, width: i64, hidden: i64) -> Vec<OpCost> {
     // The sum after a normalization: two reads and one write. Its gradient is passed on unchanged.
     let sum = memory_bound(value_traffic([3 * outputs * width, 0]));
@@ -220,8 +221,8 @@ pub fn windowed_block(tokens: i64, outputs: i64, window: i64, width: i64, hidden
     ops
 }
 
-/// Mean squared error of `rows` predictions of `values` values against targets from uint8 samples. The kernel computes its
-/// gradient in the forward pass, and backward scales it.
+/// Mean squared error of `rows` predictions of `values` values against targets from uint8 samples. The kernel computes
+/// its gradient in the forward pass, and backward scales it.
 pub fn pixel_loss(rows: i64, values: i64) -> OpCost {
     let n = rows * values;
     let fused = Traffic { values: [2 * n, 2 * n], bytes: [9 * n, 0] };

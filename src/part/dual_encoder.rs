@@ -22,12 +22,12 @@ use tch::{Kind, Tensor};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TowerStyle {
-    /// FLIP's code: fixed positions, an image is the mean of all its tokens, text attends in both directions and is pooled
-    /// at its first token, tanh GELU.
+    /// FLIP's code: fixed positions, an image is the mean of all its tokens, text attends in both directions and is
+    /// pooled at its first token, tanh GELU.
     #[default]
     Flip,
-    /// CLIP as open_clip trains it: learned positions and a LayerNorm before the blocks, an image is its class token, text
-    /// attends causally and is pooled at its end token, exact GELU.
+    /// CLIP as open_clip trains it: learned positions and a LayerNorm before the blocks, an image is its class token,
+    /// text attends causally and is pooled at its end token, exact GELU.
     Clip,
 }
 
@@ -60,6 +60,7 @@ pub struct DualEncoder {
 }
 
 impl DualEncoder {
+    /// Declares the parameters of both encoders.
     pub fn new(patchify: Patchify, options: DualEncoderOptions) -> DualEncoder {
         let mut params = ParamSpecs::default();
         let DualEncoderOptions { style, image: shape, text: captions, embed_dim } = &options;
@@ -100,9 +101,9 @@ impl DualEncoder {
     }
 
     /// Returns the factor of similarities, fp32 []: exp of `logit_scale` clamped to [0, ln 100]. It is clamped in the
-    /// forward pass, so that the gradient is 0 outside, as in FLIP's code; open_clip clamps the weight after each update.
-    /// Inside the bounds both are the same; this way no update of its own kind is needed, and weight decay brings the
-    /// parameter back inside.
+    /// forward pass, so that the gradient is 0 outside, as in FLIP's code; open_clip clamps the weight after each
+    /// update. Inside the bounds both are the same; this way no update of its own kind is needed, and weight decay
+    /// brings the parameter back inside.
     pub fn logit_scale(&self, w: &Weights) -> Tensor {
         w[self.scale].to_kind(Kind::Float).view([]).clamp(0.0, 100f64.ln()).exp()
     }

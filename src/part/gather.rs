@@ -16,8 +16,8 @@ pub struct AllGather {
 }
 
 struct FeatureChannel {
-    /// One of its own: the gradients' buckets start on another one meanwhile. Every rank computes the same graph, and so
-    /// calls the same collectives in the same order.
+    /// One of its own: the gradients' buckets start on another one meanwhile. Every rank computes the same graph, and
+    /// so calls the same collectives in the same order.
     channel: Mutex<Box<dyn Channel>>,
     deadline: Duration,
 }
@@ -46,8 +46,8 @@ impl AllGather {
         self.rank * rows
     }
 
-    /// x [n, D], n the same on every rank → [W·n, D] in rank order. Backward sums over ranks what each has to say of this
-    /// rank's rows (`all_gather` forward, `reduce_scatter` backward).
+    /// x [n, D], n the same on every rank → [W·n, D] in rank order. Backward sums over ranks what each has to say of
+    /// this rank's rows (`all_gather` forward, `reduce_scatter` backward).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Some(line) = &self.line else { return Ok(x.shallow_clone()) };
         let [_, width] = sizes(x);

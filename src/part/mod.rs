@@ -1,5 +1,5 @@
-//! Parts of models, in the order in which a sample passes them. A part is named for what it is, never for who uses it; it knows the
-//! parts above it and no method.
+//! Parts of models, in the order in which a sample passes them. A part is named for what it is, never for who uses it;
+//! it knows the parts above it and no method.
 
 pub mod batch; // views of some samples, and what goes along with them
 pub mod cost; // operations and bytes of a step, from shapes

@@ -1,5 +1,6 @@
-//! Parameters: parts declare named tensors in [`ParamSpecs`] and receive their values as [`Weights`] with every call, so that
-//! one model runs with the trained weights, their moving average, a teacher's weights or newly initialized ones.
+//! Parameters: parts declare named tensors in [`ParamSpecs`] and receive their values as [`Weights`] with every call,
+//! so that one model runs with the trained weights, their moving average, a teacher's weights or newly initialized
+//! ones.
 
 use crate::error::Result;
 use crate::op::bias_gelu::{Gelu, bias_gelu};
@@ -142,7 +143,7 @@ impl Index<ParamId> for Weights {
     }
 }
 
-/// A linear layer: `<name>.weight` [out, in] and a bias [out].
+/// A linear layer: `<name>.weight` [out, in] and a bias `[out]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
     weight: ParamId,
@@ -185,7 +186,7 @@ impl Linear {
     }
 
     /// Declares the packed projection `<name>.qkv.weight` [3D, D] with biases of queries, `<name>.q_bias`, and values,
-    /// `<name>.v_bias` [D], but not of keys, to which softmax is invariant (official BEiT and VideoMAE code).
+    /// `<name>.v_bias` `[D]`, but not of keys, to which softmax is invariant (official BEiT and VideoMAE code).
     pub fn with_query_value_bias(params: &mut ParamSpecs, name: &str, width: i64) -> Self {
         let weight = params.add(format!("{name}.qkv.weight"), &[3 * width, width], Init::Xavier);
         let query_bias = params.add(format!("{name}.q_bias"), &[width], Init::Zero);
@@ -216,7 +217,7 @@ impl Linear {
     }
 }
 
-/// Layer normalization: `<name>.weight` and `<name>.bias` [D].
+/// Layer normalization: `<name>.weight` and `<name>.bias` `[D]`.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm {
     scale: ParamId,

@@ -31,9 +31,9 @@ impl Reconstruction {
     }
 }
 
-/// Cuts samples into patches and scales their values. Samples x are uint8 or normalized fp32 [B, C, T, Y, X]; patches are
-/// rows [B, .., P] with the channel last. A sample may have fewer frames than the grid; one with fewer than a token covers
-/// is an image, which is repeated to the frames of one token (OmniMAE §3).
+/// Cuts samples into patches and scales their values. Samples x are uint8 or normalized fp32 [B, C, T, Y, X]; patches
+/// are rows [B, .., P] with the channel last. A sample may have fewer frames than the grid; one with fewer than a token
+/// covers is an image, which is repeated to the frames of one token (OmniMAE §3).
 pub struct Patchify {
     /// The grid of the longest samples.
     pub grid: Grid,
@@ -43,11 +43,13 @@ pub struct Patchify {
 }
 
 impl Patchify {
+    /// Cuts samples as the config's `input` says.
     pub fn new(input: &InputConfig) -> Result<Patchify> {
         let (mean, std) = input.mean_std()?;
         Ok(Patchify { grid: input.grid()?, padding: Padding::Keep, stats: ChannelStats { mean, std } })
     }
 
+    /// Sets how padding behind short samples is treated, by default as data.
     pub fn with_padding(self, padding: Padding) -> Patchify {
         Patchify { padding, ..self }
     }
@@ -116,8 +118,8 @@ impl Patchify {
         (patches - self.patch_constants(&self.stats.mean, patches)) / self.patch_constants(&self.stats.std, patches)
     }
 
-    /// Draws a prediction, normalized patches [B, M, P] at the hidden tokens. Tokens that the mask does not cover, padding
-    /// behind short samples, are shown as they are.
+    /// Draws a prediction, normalized patches [B, M, P] at the hidden tokens. Tokens that the mask does not cover,
+    /// padding behind short samples, are shown as they are.
     pub fn reconstruct(&self, x: &Tensor, pred: &Tensor, mask: &Mask) -> Result<Reconstruction> {
         let visible = self.patches_at(x, &mask.keep, Kind::Float)?;
         let hidden = self.patches_at(x, &mask.drop, Kind::Float)?;
@@ -133,7 +135,7 @@ impl Patchify {
         Ok(Reconstruction { original: picture(&hidden), masked: picture(&gray), predicted: picture(pred) })
     }
 
-    /// One value for each channel as a row [P].
+    /// One value for each channel as a row `[P]`.
     fn patch_constants(&self, values: &[f64], like: &Tensor) -> Tensor {
         patch::channel_tensor(values, like.device()).repeat([self.grid.patch_values() / self.grid.channels])
     }

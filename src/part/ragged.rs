@@ -13,7 +13,8 @@ use tch::Tensor;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Padding {
-    /// Padding is neither visible nor hidden nor predicted. A patch that the sample fills in part belongs to the sample.
+    /// Padding is neither visible nor hidden nor predicted. A patch that the sample fills in part belongs to the
+    /// sample.
     #[default]
     Ignore,
     /// Padding is treated like the sample.

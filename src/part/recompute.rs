@@ -1,5 +1,5 @@
-//! Activation checkpointing (Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory cost", 2016): a part of
-//! a model keeps only its inputs and is recomputed in backward.
+//! Activation checkpointing (Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory cost", 2016): a
+//! part of a model keeps only its inputs and is recomputed in backward.
 
 use crate::bridge::{self, ForwardOutput, apply_function};
 use crate::error::Result;
@@ -19,8 +19,8 @@ impl Leaves {
 }
 
 /// Runs a part of a model and keeps only its inputs. Backward runs the part again with gradients and immediately
-/// propagates through it: into the leaves, whose hooks fire as usual, and into the inputs. `constants` are values that the
-/// part reads besides its inputs; they have no gradient.
+/// propagates through it: into the leaves, whose hooks fire as usual, and into the inputs. `constants` are values that
+/// the part reads besides its inputs; they have no gradient.
 pub fn recompute_in_backward<S: Send + 'static>(
     w: &Weights,
     leaves: &Leaves,

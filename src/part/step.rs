@@ -12,7 +12,7 @@ pub struct Step<'a> {
     pub teacher: Option<&'a Weights>,
     /// Centers, queues, running statistics as the steps before left them.
     pub buffers: Buffers,
-    /// The method's scheduled values of this step: f64 [n] on the device, so that a captured graph reads new ones.
+    /// The method's scheduled values of this step: f64 `[n]` on the device, so that a captured graph reads new ones.
     pub scheduled: Tensor,
     /// Gathers rows of all ranks, with gradients.
     pub ranks: AllGather,

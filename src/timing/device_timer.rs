@@ -75,8 +75,8 @@ impl DeviceTimer {
     /// Measures the FLOP/s of a matrix product of random values in this dtype, with the operation that models use.
     ///
     /// On a GPU it is the median over products of 8192³ for the whole time budget, so that the clock frequency is that
-    /// of sustained work. On a CPU, where other processes disturb the measurement, it is the best rate of several sizes,
-    /// each measured several times.
+    /// of sustained work. On a CPU, where other processes disturb the measurement, it is the best rate of several
+    /// sizes, each measured several times.
     pub fn matmul_flops_per_s(&mut self, kind: Kind) -> Result<f64> {
         if self.gpu.is_some() {
             return Ok(matmul_flops(GPU_SIDE) / median(self.matmul_seconds(GPU_SIDE, kind)?));

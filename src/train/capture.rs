@@ -1,12 +1,12 @@
 //! Parts of a step as CUDA graphs: run as they are a few times, then captured, from then on launched whole.
 //!
 //! A captured part reads and writes the same memory at every launch, so that all of it must outlive the graph. During a
-//! capture the world's watchdog is paused, because nothing that is captured ever finishes; afterwards it looks at the end
-//! of each launch that holds collectives.
+//! capture the world's watchdog is paused, because nothing that is captured ever finishes; afterwards it looks at the
+//! end of each launch that holds collectives.
 //!
-//! NCCL wants a collective captured on every rank or on none, and launched alike. So what decides is how often a part has
-//! run, which is the same on every rank as long as the parts of every step that hold collectives are the same parts, or
-//! some of several whose turns come alike on every rank.
+//! NCCL wants a collective captured on every rank or on none, and launched alike. So what decides is how often a part
+//! has run, which is the same on every rank as long as the parts of every step that hold collectives are the same
+//! parts, or some of several whose turns come alike on every rank.
 
 use crate::bridge::cuda::{Graph, GraphPool, Stream, empty_cache};
 use crate::dist::World;
@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tch::Tensor;
 
-/// Runs of a part before it is captured: kernels are compiled, libraries set up and communicators made by then. The first
-/// run does most of it; the second begins where the first left the allocator.
+/// Runs of a part before it is captured: kernels are compiled, libraries set up and communicators made by then. The
+/// first run does most of it; the second begins where the first left the allocator.
 const WARMUP_RUNS: u32 = 3;
 
 /// Identifies a part of a step.

@@ -1,5 +1,5 @@
-//! The numbers that change from step to step beside the samples, as one f64 vector on the device: a captured graph reads
-//! new ones at every launch.
+//! The numbers that change from step to step beside the samples, as one f64 vector on the device: a captured graph
+//! reads new ones at every launch.
 
 use crate::error::Result;
 use crate::method::{LossDenominators, LossTerm, Per, Progress};
@@ -63,26 +63,27 @@ impl Controls {
         crate::bridge::copy_non_blocking(&self.0, values)
     }
 
+    /// Returns the hyperparameters of the step, as the update reads them.
     pub fn hyperparams(&self) -> Tensor {
         self.0.narrow(0, 0, HYPERPARAMS)
     }
 
-    /// How far the teacher moves towards the student, [1].
+    /// How far the teacher moves towards the student, `[1]`.
     pub fn teacher_weight(&self) -> Tensor {
         -(self.0.narrow(0, MOMENTUM, 1) - 1.0)
     }
 
-    /// The method's scheduled values, [n].
+    /// The method's scheduled values, `[n]`.
     pub fn scheduled(&self) -> Tensor {
         self.0.narrow(0, SCHEDULED, self.0.size()[0] - SCHEDULED)
     }
 
-    /// A count over this rank's samples, [1].
+    /// A count over this rank's samples, `[1]`.
     pub fn local_count(&self, per: Per) -> Tensor {
         self.0.narrow(0, LOCAL + per as i64, 1)
     }
 
-    /// A count over the global batch, [1]; at least 1, so that a step without a labeled sample has a term of 0.
+    /// A count over the global batch, `[1]`; at least 1, so that a step without a labeled sample has a term of 0.
     pub fn global_count(&self, per: Per) -> Tensor {
         self.0.narrow(0, GLOBAL + per as i64, 1).clamp_min(1.0)
     }

@@ -1,11 +1,11 @@
 //! A whole step on disk, so that any other implementation can be asked the same question.
 //!
-//! `dump/step-NNNNNNNN-rank-R.safetensors` under the run: weights (fp32 masters before the step) and gradients (the mean
-//! over the global batch, before clipping) under the official repository's names; the input as the model receives it;
-//! the mask; captions (`text`), labels, further views (`input.1`, ..), the teacher, buffers and scheduled values where
-//! there are any; the losses and the optimizer's numbers. Micro-batches are concatenated along B. Every rank writes its
-//! own file, all in the same step: where the optimizer is sharded, weights and gradients are gathered. Where samples
-//! differ in length, rows of `keep`, `drop` and `restore` are padded with −1.
+//! `dump/step-NNNNNNNN-rank-R.safetensors` under the run: weights (fp32 masters before the step) and gradients (the
+//! mean over the global batch, before clipping) under the official repository's names; the input as the model receives
+//! it; the mask; captions (`text`), labels, further views (`input.1`, ..), the teacher, buffers and scheduled values
+//! where there are any; the losses and the optimizer's numbers. Micro-batches are concatenated along B. Every rank
+//! writes its own file, all in the same step: where the optimizer is sharded, weights and gradients are gathered. Where
+//! samples differ in length, rows of `keep`, `drop` and `restore` are padded with −1.
 
 use super::{outcome::Outcome, step::Stepper};
 use crate::error::{Error, Result};

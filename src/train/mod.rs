@@ -1,7 +1,7 @@
 //! The training loop: open the run, then rows → step → log, and now and then a checkpoint and pictures.
 //!
-//! A step's outcome may come while the next one is in flight. It is checked and logged then, after the same step on every
-//! rank; before anything is saved or drawn, the last one is waited for.
+//! A step's outcome may come while the next one is in flight. It is checked and logged then, after the same step on
+//! every rank; before anything is saved or drawn, the last one is waited for.
 
 pub mod controls; // the numbers of a step, on the device
 pub mod outcome; // the result of a step
@@ -21,7 +21,6 @@ use crate::dist::{Channel, Phase, ReduceOp, SignalRequest, SignalRequests, World
 use crate::error::{Error, ExitCode, Result};
 use crate::loader::{DataLoader, LoadedRows};
 use crate::log::MetricsLine;
-use crate::part::batch::Side;
 use crate::reconstruct;
 use controls::StepRates;
 use dump::StepDump;
@@ -173,10 +172,9 @@ fn agree_on_requests(channel: &mut dyn Channel, requests: &SignalRequests, timeo
 /// Turns this rank's rows into what a step takes.
 fn local_batch(config: &Config, rows: LoadedRows, world: &dyn World) -> LocalBatch {
     let samples = order::rank_rows(config.train.global_batch, world.rank(), world.size()).count();
-    let labels = rows.side.labels.as_ref().filter(|_| config.method.requirements().labels);
     LocalBatch {
         keys: rows.keys(),
-        side: Side { labels: labels.map(Tensor::shallow_clone), ..rows.side },
+        side: rows.side,
         views: vec![rows.pixels],
         seed: config.train.seed,
         micro_batch: config.train.micro_batch.map_or(samples, |size| size as usize),

@@ -17,8 +17,8 @@ pub struct Outcome {
     pub local_loss: f64,
     pub grad_norm: f64,
     pub clip_scale: f64,
-    /// Ranks whose loss was not finite, or all of them if only the reduced gradient is not. If there are any, nothing has
-    /// moved.
+    /// Ranks whose loss was not finite, or all of them if only the reduced gradient is not. If there are any, nothing
+    /// has moved.
     pub bad_ranks: Vec<usize>,
     /// How long the host waited for other ranks' gradients and weights; 0 where the device decides.
     pub comm_wait: Duration,
@@ -31,7 +31,7 @@ pub const fn report_len(ranks: usize) -> i64 {
 
 impl Outcome {
     /// Reads a report, f64: sums and counts of the terms over this rank's samples [2 · MAX_TERMS], those over all ranks
-    /// [2 · MAX_TERMS], 1 for each rank whose loss is not finite [W], and the squared norm of the gradient [1].
+    /// [2 · MAX_TERMS], 1 for each rank whose loss is not finite `[W]`, and the squared norm of the gradient `[1]`.
     pub fn decode(report: &[f64], names: &[&'static str], clip_scale: impl Fn(f64) -> f64) -> Outcome {
         let (local, rest) = report.split_at(2 * MAX_TERMS);
         let (global, rest) = rest.split_at(2 * MAX_TERMS);
@@ -61,7 +61,7 @@ fn means(sums_and_counts: &[f64]) -> impl Iterator<Item = f64> {
     sums.iter().zip(counts).map(|(sum, count)| sum / count.max(1.0))
 }
 
-/// Returns the values of an f64 tensor [n]; waits for them.
+/// Returns the values of an f64 tensor `[n]`; waits for them.
 pub fn to_f64_vec(tensor: &Tensor) -> Result<Vec<f64>> {
     Vec::<f64>::try_from(&tensor.to_device(Device::Cpu)).map_err(Error::from)
 }

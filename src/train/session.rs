@@ -39,7 +39,8 @@ pub enum Resume {
     /// From this checkpoint or run, which stays untouched. A run that has checkpoints of its own goes on from them,
     /// because a scheduler repeats the same command; only one of its own takes it back.
     Url(String),
-    /// Like `Url`, but loads the weights alone: no moments, from step 0, under any recipe whose model has the same tensors.
+    /// Like `Url`, but loads the weights alone: no moments, from step 0, under any recipe whose model has the same
+    /// tensors.
     Weights(String),
 }
 
@@ -199,7 +200,8 @@ fn check_batch_split(config: &Config, ranks: usize) -> Result<()> {
     Ok(())
 }
 
-/// Checks that ranks have the same config, build and data: otherwise they would add gradients that do not belong together.
+/// Checks that ranks have the same config, build and data: otherwise they would add gradients that do not belong
+/// together.
 fn check_agreement(config: &Config, mixture: &Mixture, tokenizer: Option<&Tokenizer>, world: &dyn World) -> Result<()> {
     let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_string();
     let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();

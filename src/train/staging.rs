@@ -27,8 +27,8 @@ impl InputStaging {
         Ok(InputStaging { compute_stream, copy_stream, buffers, uploaded: Event::new()?, consumed: Event::new()? })
     }
 
-    /// Copies tensors from the CPU, of one of a few sets of shapes; what is queued on the compute stream from now on finds
-    /// them in the returned ones. Tensors that are on the GPU stay where they are.
+    /// Copies tensors from the CPU, of one of a few sets of shapes; what is queued on the compute stream from now on
+    /// finds them in the returned ones. Tensors that are on the GPU stay where they are.
     pub fn upload(&mut self, tensors: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let device = Device::Cuda(self.compute_stream.device());
         let index = self.buffers_for(&tensors, device)?;

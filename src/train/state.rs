@@ -36,8 +36,8 @@ pub fn checkpoint_bytes(stepper: &Stepper) -> u64 {
     required_bytes(sizes)
 }
 
-/// Copies everything that a resumed run needs while nothing moves: on rank 0, from all ranks. The same whatever the number
-/// of ranks and sharding; collective where the optimizer is sharded.
+/// Copies everything that a resumed run needs while nothing moves: on rank 0, from all ranks. The same whatever the
+/// number of ranks and sharding; collective where the optimizer is sharded.
 pub fn take_snapshot(stepper: &Stepper, step: u64, config: &Config, world: &dyn World) -> Result<Option<Snapshot>> {
     Ok(snapshot_tensors(stepper, world)?.map(|tensors| Snapshot {
         step,
@@ -68,9 +68,9 @@ pub fn snapshot_tensors(stepper: &Stepper, world: &dyn World) -> Result<Option<V
     Ok(writes.then_some(tensors))
 }
 
-/// Brings rank 0's checkpoint, if there is one, into a fresh training on all ranks, tensor by tensor; each rank keeps its
-/// shard. Imported weights, and those of `--init`, begin a training: no moment, no step, a teacher that is a copy, fresh
-/// buffers. Collective; returns the first step.
+/// Brings rank 0's checkpoint, if there is one, into a fresh training on all ranks, tensor by tensor; each rank keeps
+/// its shard. Imported weights, and those of `--init`, begin a training: no moment, no step, a teacher that is a copy,
+/// fresh buffers. Collective; returns the first step.
 pub fn restore(stepper: &mut Stepper, loaded: Option<&LoadedCheckpoint>, channel: &mut dyn Channel) -> Result<u64> {
     let message = [
         loaded.map_or(0, |loaded| loaded.manifest.step as i64),

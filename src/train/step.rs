@@ -1,9 +1,9 @@
-//! The gradient step on one page: forward and backward of each micro-batch, reduction over ranks while the last backward
-//! runs, one decision by all ranks, the update of weights, teacher and buffers.
+//! The gradient step on one page: forward and backward of each micro-batch, reduction over ranks while the last
+//! backward runs, one decision by all ranks, the update of weights, teacher and buffers.
 //!
 //! [`Stepper::step`] is all of it, where the host reads the numbers and decides. [`Stepper::begin`],
-//! [`Stepper::accumulate`] and [`Stepper::finish`] are the same in parts that wait for nothing: there the device decides,
-//! what they queue can be captured as a graph, and the numbers are read when they have arrived.
+//! [`Stepper::accumulate`] and [`Stepper::finish`] are the same in parts that wait for nothing: there the device
+//! decides, what they queue can be captured as a graph, and the numbers are read when they have arrived.
 
 use super::controls::{Controls, StepRates};
 use super::outcome::{MAX_TERMS, Outcome, report_len, to_f64_vec};
@@ -47,7 +47,7 @@ pub struct Stepper {
     sums: Tensor,
     /// Updates of the buffers by this rank's samples.
     buffer_updates: Vec<BufferUpdate>,
-    /// 1 at this rank, else 0: f64 [W] on the device.
+    /// 1 at this rank, else 0: f64 `[W]` on the device.
     rank_one_hot: Tensor,
 }
 
@@ -55,7 +55,7 @@ pub struct Stepper {
 struct ReducedStep {
     /// The vector that [`Outcome::decode`] reads.
     report: Tensor,
-    /// Number of ranks on which each parameter received a gradient, f64 [n].
+    /// Number of ranks on which each parameter received a gradient, f64 `[n]`.
     used: Tensor,
 }
 
@@ -97,8 +97,8 @@ impl Stepper {
         })
     }
 
-    /// Takes one step over this rank's part of a global batch, cut into micro-batches; a rank without samples passes none.
-    /// `before_update` sees the reduced gradients before clipping.
+    /// Takes one step over this rank's part of a global batch, cut into micro-batches; a rank without samples passes
+    /// none. `before_update` sees the reduced gradients before clipping.
     pub fn step(
         &mut self,
         micro_batches: &[Batch],
@@ -217,8 +217,8 @@ impl Stepper {
     }
 
     /// After the last micro-batch: reduces, lets the device decide, and moves the weights that this rank updates; where
-    /// the optimizer is sharded, [`Buckets::start_weight_gather`] brings them to the others under the next step's forward.
-    /// Returns what [`Stepper::decode_report`] reads, on the device.
+    /// the optimizer is sharded, [`Buckets::start_weight_gather`] brings them to the others under the next step's
+    /// forward. Returns what [`Stepper::decode_report`] reads, on the device.
     pub fn finish(&mut self) -> Result<Tensor> {
         let ReducedStep { report, used } = self.reduce()?;
         let _scope = scope("update");
@@ -236,8 +236,8 @@ impl Stepper {
         Ok(report)
     }
 
-    /// Exchanges everything in one message: losses, ranks that are not finite, and which parameters were used; gradients
-    /// have their own channel.
+    /// Exchanges everything in one message: losses, ranks that are not finite, and which parameters were used;
+    /// gradients have their own channel.
     fn reduce(&mut self) -> Result<ReducedStep> {
         let _scope = scope("reduce");
         // Weights that no forward pass has used.
@@ -256,7 +256,7 @@ impl Stepper {
         })
     }
 
-    /// 1 for each parameter that received a gradient on this rank, else 0: f64 [n], made on the device.
+    /// 1 for each parameter that received a gradient on this rank, else 0: f64 `[n]`, made on the device.
     fn used_params(&self) -> Tensor {
         let used = self.buckets.used_params();
         let all = Tensor::ones([used.len() as i64], (Kind::Double, self.sums.device()));

@@ -1,9 +1,10 @@
-//! How a training takes its steps: synchronously, the host reading each outcome; or pipelined, where the device decides by
-//! itself and outcomes are read one step late.
+//! How a training takes its steps: synchronously, the host reading each outcome; or pipelined, where the device decides
+//! by itself and outcomes are read one step late.
 //!
 //! Pipelined, a step's samples are in the same memory at every step. They are copied from pinned memory into a staging
-//! buffer, on a stream of its own, while the device still computes the step before, and from there into place when their
-//! turn comes. So the host has the time of a whole step to prepare the next one, and the device never waits for it.
+//! buffer, on a stream of its own, while the device still computes the step before, and from there into place when
+//! their turn comes. So the host has the time of a whole step to prepare the next one, and the device never waits for
+//! it.
 
 use super::capture::{GraphCache, StepPart};
 use super::controls::StepRates;
@@ -111,7 +112,8 @@ impl StepMode {
         Ok(StepMode::Pipelined(Box::new(StepPipeline::new(global_batch, stepper, world)?)))
     }
 
-    /// Takes a step. Returns the outcome that is known by now: the step's own, or that of the step before if there is one.
+    /// Takes a step. Returns the outcome that is known by now: the step's own, or that of the step before if there is
+    /// one.
     pub fn step(
         &mut self,
         stepper: &mut Stepper,
@@ -130,8 +132,8 @@ impl StepMode {
         }
     }
 
-    /// Waits for the outcome that has not been returned yet, if any. Afterwards nothing is in flight, and every rank can
-    /// compute with the weights of the last step. Collective.
+    /// Waits for the outcome that has not been returned yet, if any. Afterwards nothing is in flight, and every rank
+    /// can compute with the weights of the last step. Collective.
     pub fn flush(&mut self, stepper: &Stepper) -> Result<Option<Outcome>> {
         match self {
             StepMode::Synchronous => Ok(None),
@@ -157,8 +159,8 @@ pub struct StepPipeline {
 }
 
 impl StepPipeline {
-    /// For steps of this many samples over all ranks, as [`order::rank_rows`] divides them. On a GPU a stream of its own is
-    /// this thread's current one from here on.
+    /// For steps of this many samples over all ranks, as [`order::rank_rows`] divides them. On a GPU a stream of its
+    /// own is this thread's current one from here on.
     pub fn new(global_batch: u64, stepper: &Stepper, world: &Arc<dyn World>) -> Result<StepPipeline> {
         let device = world.device();
         let samples = order::rank_rows(global_batch, world.rank(), world.size()).count();

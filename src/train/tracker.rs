@@ -1,7 +1,7 @@
 //! Steps in flight, and how many steps in a row were refused.
 //!
-//! Every rank learns the outcome of a step after the same step, that one or the next, and so every rank ends the training
-//! at the same place.
+//! Every rank learns the outcome of a step after the same step, that one or the next, and so every rank ends the
+//! training at the same place.
 
 use super::outcome::Outcome;
 use crate::error::{Error, Result};
@@ -43,12 +43,13 @@ impl StepTracker {
         }
     }
 
+    /// Adds a step whose results have not been read yet.
     pub fn push(&mut self, step: InFlight) {
         self.in_flight.push_back(step);
     }
 
-    /// Takes the outcome of the oldest step in flight and returns that step and how long it took. Where steps overlap, a
-    /// step takes the time since the outcome before.
+    /// Takes the outcome of the oldest step in flight and returns that step and how long it took. Where steps overlap,
+    /// a step takes the time since the outcome before.
     ///
     /// # Errors
     /// ExitCode::Failed if too many steps in a row were refused.

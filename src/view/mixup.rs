@@ -126,7 +126,7 @@ impl MixupDraw {
         }
     }
 
-    /// Mixes labels int64 [B] to class probabilities, fp32 [B, classes].
+    /// Mixes labels int64 `[B]` to class probabilities, fp32 [B, classes].
     pub fn mix_targets(&self, labels: &Tensor, classes: i64, label_smoothing: f64) -> Tensor {
         let off_value = label_smoothing / classes as f64;
         let on_value = 1.0 - label_smoothing + off_value;

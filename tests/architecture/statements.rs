@@ -24,7 +24,7 @@ fn tuple_pattern(source: &Source, at: usize) -> Option<usize> {
     (source.token(at) == "let" && source.token(open) == "(").then_some(open)
 }
 
-/// Whether `let (a, b) = (x, y);` starts at this token. A `let` with an `else` matches two values at once and may stand.
+/// Says whether `let (a, b) = (x, y);` starts at this token. A `let` with an `else` matches two values at once and may stand.
 fn binds_tuple_of_values(source: &Source, at: usize) -> bool {
     let Some(open) = tuple_pattern(source, at) else { return false };
     let mut equals = source.closing(open) + 1;
@@ -64,7 +64,7 @@ fn no_match_has_a_boolean_arm() -> Outcome {
     Ok(())
 }
 
-/// Whether the type of a parameter is a tuple of two or more, or a reference to one.
+/// Says whether the type of a parameter is a tuple of two or more, or a reference to one.
 fn is_tuple_parameter(parameter: &str) -> bool {
     let Some((_, kind)) = parameter.split_once(" : ") else { return false };
     let mut words = kind.split(' ').skip_while(|word| *word == "&" || *word == "mut" || word.starts_with('\''));

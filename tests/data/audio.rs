@@ -322,7 +322,7 @@ fn spectrograms_match_torchaudio() -> Outcome {
             "{name}: {ours:.1e} and in whole batches {full:.1e} from torchaudio in fp64, {:.1e} in fp32",
             max_difference(&features, &values(expected))
         );
-        // Where a filter is 100 dB below the loudest, its value is the rounding error of the transform: the fp32 result
+        // If a filter is 100 dB below the loudest, its value is the rounding error of the transform: the fp32 result
         // of torchaudio is as far off.
         let bound = if name.ends_with("deep") { 2.0 * reference } else { 1e-3 };
         assert!(ours <= bound, "{name}: distance to torchaudio in fp64 {ours}; torchaudio in fp32 has {reference}");

@@ -13,7 +13,7 @@ use occlude::data::pack::{PackOptions, VideoOptions, pack};
 use occlude::data::set::DataSet;
 use occlude::data::shard::AUDIO_EXTENSIONS;
 use occlude::error::ExitCode;
-use occlude::loader::{DataLoader, LoadedRows, LoaderOptions};
+use occlude::loader::{DataLoader, Labels, LoadedRows, LoaderOptions};
 use occlude::view::ViewKey;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -158,7 +158,7 @@ fn undecodable_audio_is_skipped() -> Outcome {
     let packed = pack(&path_text(&source), &path_text(folder.path().join("out")), &some)?;
     assert_eq!((packed.data_sets[0].1.samples, packed.skipped.len()), (7, 2), "{:?}", packed.skipped);
     assert!(
-        packed.skipped.iter().any(|(name, why)| name.contains("03.wav") && why.contains("cut")),
+        packed.skipped.iter().any(|(name, why)| name.contains("03.wav") && why.contains("truncated")),
         "{:?}",
         packed.skipped
     );
@@ -180,7 +180,7 @@ fn images_and_audio_are_not_confused() -> Outcome {
     let images = "(.jpg, .jpeg, .png, .webp, .mp4, .webm, .mkv, .avi, .mov, .m4v)";
     usage(PackOptions::default(), &format!("holds no image {images}; audio is packed with --audio"));
     usage(PackOptions { sample_rate: Some(16_000), ..PackOptions::default() }, "a sample rate is for audio");
-    usage(PackOptions { sample_rate: Some(10), ..options() }, "the rate is 10");
+    usage(PackOptions { sample_rate: Some(10), ..options() }, "the sample rate is 10");
     usage(PackOptions { resize: Some(10), ..options() }, "audio has no size");
     usage(
         PackOptions { video: VideoOptions { fps: Some(5.0), ..VideoOptions::default() }, ..options() },
@@ -272,8 +272,8 @@ fn an_audio_config_is_checked() -> Outcome {
         ("view.audio.seconds=0.01", "view.audio.seconds is 0.01; it must fill a row of patches"),
         ("view.audio.seconds=5", "to 0.344"),
         ("view.audio.second=5", "at view.audio.second: unknown key `second`; did you mean `seconds`?"),
-        ("view.audio={\"rate\": 8000, \"mean\": 0}", "missing field `std`"),
-        ("view.sond.rate=1", "unknown key `sond`; did you mean `sound`?"),
+        ("view.audio={\"sample_rate\": 8000, \"mean\": 0}", "missing field `std`"),
+        ("view.audo.sample_rate=1", "unknown key `audo`; did you mean `audio`?"),
         ("input.channels=3", "input.channels is 3"),
         ("input.width=4", "input.width is 4"),
     ] {
@@ -316,6 +316,7 @@ fn any_number_of_ranks_reads_the_same_batch() -> Outcome {
     let source = |threads| {
         let view = view.clone();
         LoaderOptions {
+            labels: Labels::Required,
             mixture: set.clone(),
             cache: None,
             tokenizer: None,

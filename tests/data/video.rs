@@ -247,7 +247,7 @@ fn a_rotated_video_is_decoded_upright() -> Outcome {
             for column in 0..w {
                 let right = x + column;
                 let down = y + row;
-                // Where an upright pixel is stored.
+                // The place at which an upright pixel is stored.
                 let (a, b) = match degrees {
                     90 => (down, 63 - right),
                     180 => (95 - right, 63 - down),

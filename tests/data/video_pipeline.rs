@@ -14,7 +14,7 @@ use occlude::data::set::DataSet;
 use occlude::data::video::{Codec, Container, Sampling};
 use occlude::error::{Error, ExitCode};
 use occlude::grid::Grid;
-use occlude::loader::{DataLoader, LoadedRows, LoaderOptions};
+use occlude::loader::{DataLoader, Labels, LoadedRows, LoaderOptions};
 use occlude::rng::{Philox, Purpose};
 use occlude::view::clip::ClipConfig;
 use occlude::view::{View, ViewKey};
@@ -305,6 +305,7 @@ fn video_batches_are_the_same_on_any_number_of_ranks() -> Outcome {
     let grid = Grid { frames: 4, rows: 8, cols: 12, channels: 3, patch_frames: 1, patch: 8 };
     let view = View { clip: stride(2), ..View::default() };
     let source = || LoaderOptions {
+        labels: Labels::Required,
         mixture: set.clone(),
         cache: None,
         view: Arc::new({

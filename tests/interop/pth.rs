@@ -179,9 +179,9 @@ fn a_pickle_with_huge_claimed_sizes_allocates_little() -> Outcome {
         (&[b"\x80\x02]".as_slice(), &b"\x85".repeat(100_000), b"."].concat(), "no state dict"),
         (&doubling, "no state dict"),
         (&endless, "more than"),
-        (&[b"\x80\x02]".as_slice(), &remembering, b"."].concat(), "remembers more"),
-        (b"\x80\x02h\x05.", "has not made"),
-        (b"\x80\x02(0.", "takes more from its stack"),
+        (&[b"\x80\x02]".as_slice(), &remembering, b"."].concat(), "more than 1048576 memo entries"),
+        (b"\x80\x02h\x05.", "memo entry that does not exist"),
+        (b"\x80\x02(0.", "takes more values from the stack"),
     ];
     for (pickle, expected) in cases {
         let start = Instant::now();
@@ -209,7 +209,7 @@ fn tensors_stay_inside_their_storages() -> Outcome {
         (tensor(4, 0, &[2], &[1, 1]), "impossible shape"),
         (tensor(4, 0, &[1; 9], &[1; 9]), "impossible shape"),
         // More than the member holds.
-        (tensor(5, 0, &[5], &[1]), "shorter than it says"),
+        (tensor(5, 0, &[5], &[1]), "fewer elements than the pickle claims"),
     ] {
         archive(&file, &pickle)?;
         assert_rejected(&file, expected);

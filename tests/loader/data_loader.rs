@@ -10,7 +10,7 @@ use occlude::data::set::DataSet;
 use occlude::data::shard::ShardInfo;
 use occlude::error::ExitCode;
 use occlude::grid::Grid;
-use occlude::loader::{DataLoader, LoadedRows, LoaderOptions, UpdateBlocks};
+use occlude::loader::{DataLoader, Labels, LoadedRows, LoaderOptions, UpdateBlocks};
 use occlude::view::{View, ViewKey};
 use std::fs;
 use std::path::Path;
@@ -44,6 +44,7 @@ fn source(set: &Arc<Mixture>) -> LoaderOptions {
     let grid = Grid { frames: 1, rows: 2, cols: 2, channels: 3, patch_frames: 1, patch: 4 };
     let view = View::default();
     LoaderOptions {
+        labels: Labels::Required,
         mixture: set.clone(),
         cache: None,
         tokenizer: None,

@@ -14,7 +14,7 @@ use occlude::data::pack::{PackOptions, pack};
 use occlude::data::set::DataSet;
 use occlude::error::{Error, Result};
 use occlude::grid::Grid;
-use occlude::loader::{DataLoader, LoaderOptions, ViewFn};
+use occlude::loader::{DataLoader, Labels, LoaderOptions, ViewFn};
 use occlude::view::{View, ViewKey};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -88,6 +88,7 @@ fn source(url: &str, view: ViewFn, prefetch_bytes: usize) -> Result<LoaderOption
     let limits = ImageLimits::default();
     let medium = Modality::Image;
     Ok(LoaderOptions {
+        labels: Labels::Required,
         mixture: set,
         cache: None,
         tokenizer: None,

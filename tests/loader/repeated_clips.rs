@@ -14,7 +14,7 @@ use occlude::data::set::DataSet;
 use occlude::data::video::{Codec, Container};
 use occlude::error::{ExitCode, Result};
 use occlude::grid::Grid;
-use occlude::loader::{DataLoader, LoadedRows, LoaderOptions};
+use occlude::loader::{DataLoader, Labels, LoadedRows, LoaderOptions};
 use occlude::method::Batch;
 use occlude::part::batch::Side;
 use occlude::view::clip::ClipConfig;
@@ -102,6 +102,7 @@ fn source(folder: &Path, opened: &Arc<AtomicU32>) -> Result<LoaderOptions> {
     let view = view(json!({"sampling": {"stride": 2}, "repeats": 4}), false);
     let opened = opened.clone();
     Ok(LoaderOptions {
+        labels: Labels::Required,
         mixture: Arc::new(Mixture::from_set(DataSet::open(&path_text(folder.join("out")))?)),
         cache: None,
         tokenizer: None,

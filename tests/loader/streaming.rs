@@ -13,7 +13,7 @@ use occlude::data::order::SampleOrder;
 use occlude::data::store::Store;
 use occlude::error::{Error, ExitCode};
 use occlude::grid::Grid;
-use occlude::loader::{DataLoader, LoadedRows, LoaderOptions};
+use occlude::loader::{DataLoader, Labels, LoadedRows, LoaderOptions};
 use occlude::view::{View, ViewKey};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -74,6 +74,7 @@ fn source(set: Arc<Mixture>) -> LoaderOptions {
     let grid = Grid { frames: 1, rows: 2, cols: 2, channels: 3, patch_frames: 1, patch: 4 };
     let view = View::default();
     LoaderOptions {
+        labels: Labels::Required,
         mixture: set,
         cache: None,
         tokenizer: None,

@@ -15,7 +15,7 @@ use occlude::error::ExitCode;
 use occlude::evaluate::captions::{CaptionEvalOptions, CaptionEvalReport, CaptionMetrics, Task, evaluate};
 use occlude::evaluate::model_source::ModelSource;
 use occlude::grid::Grid;
-use occlude::loader::{DataLoader, LoadedRows, LoaderOptions};
+use occlude::loader::{DataLoader, Labels, LoadedRows, LoaderOptions};
 use occlude::rng::{Philox, Purpose};
 use occlude::train::session::{Resume, Session};
 use occlude::view::{View, ViewKey};
@@ -99,6 +99,7 @@ fn source(url: &str) -> Result<LoaderOptions, Failed> {
     let grid = Grid { frames: 1, rows: 2, cols: 2, channels: 3, patch_frames: 1, patch: 8 };
     let view = View::default();
     Ok(LoaderOptions {
+        labels: Labels::Ignored,
         mixture: Arc::new(Mixture::from_set(DataSet::open(url)?)),
         cache: None,
         tokenizer: Some(Arc::new(Tokenizer::open(&path_text(shared_folder().join("tokenizer.json")), 6)?)),

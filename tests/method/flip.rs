@@ -81,10 +81,10 @@ fn ratio_0_matches_open_clip() -> Outcome {
 }
 
 fn masked_captions_match_open_clip() -> Outcome {
-    for (towers, prioritised) in [("flip", true), ("flip", false), ("clip", true), ("clip", false)] {
+    for (towers, padding_first) in [("flip", true), ("flip", false), ("clip", true), ("clip", false)] {
         let image = [24, 1, 2];
         let text = [20, 2, 2];
-        let words = json!({"ratio": 0.5, "padding_first": prioritised, "padding": 3});
+        let words = json!({"ratio": 0.5, "padding_first": padding_first, "padding": 3});
         Case { size: (20, 20), patch: 4, image, text, embed: 8, ratio: 0.5, towers, batch: 6, words }.check()?;
     }
     Ok(())
@@ -96,8 +96,8 @@ fn the_pooled_token_is_visible_and_padding_is_hidden_first() -> Outcome {
         (1..=9).map(|length| std::array::from_fn(|at| if at < length { 10 + at as i64 } else { 3 })).collect();
     let ids = Tensor::from_slice(&rows.concat()).view([9, 9]);
     let speaker = |towers, row: usize| if towers == "flip" { 0 } else { row as i64 };
-    for (towers, prioritised) in [("flip", true), ("flip", false), ("clip", true), ("clip", false)] {
-        let words = json!({"ratio": 0.5, "padding_first": prioritised, "padding": 3});
+    for (towers, padding_first) in [("flip", true), ("flip", false), ("clip", true), ("clip", false)] {
+        let words = json!({"ratio": 0.5, "padding_first": padding_first, "padding": 3});
         let pair = Case { words, ..tiny(towers) }.method().model;
         let mut visible = [[0; 9]; 9];
         for epoch in 0..60 {
@@ -110,11 +110,11 @@ fn the_pooled_token_is_visible_and_padding_is_hidden_first() -> Outcome {
                 assert!(keep.windows(2).all(|pair| pair[0] < pair[1]), "{towers}: {keep:?} in order");
                 assert!(keep.contains(&speaker(towers, row)), "{towers}: {keep:?} without the pooled token");
                 let words = keep.iter().filter(|&&at| at <= row as i64).count();
-                assert!(!prioritised || words == 4.min(row + 1), "{towers}: {keep:?} of {} words", row + 1);
+                assert!(!padding_first || words == 4.min(row + 1), "{towers}: {keep:?} of {} words", row + 1);
                 keep.iter().for_each(|&at| visible[at as usize] += 1);
             }
         }
-        // Of nine tokens each but the pooled one is kept in three eighths of the epochs.
+        // Each of nine tokens but the pooled one is kept in three eighths of the epochs.
         let others = (0..9).filter(|&at| at as i64 != speaker(towers, 8)).map(|at| visible[8][at]);
         assert!(others.clone().all(|times| (9..38).contains(&times)), "{towers}: {:?}", visible[8]);
     }

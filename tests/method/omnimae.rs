@@ -243,13 +243,13 @@ fn an_invalid_config_is_rejected() -> Outcome {
         ("method.omnimae.image_mask.ratio=0.01", "method.omnimae.image_mask.ratio is 0.01, which keeps 16 of 16"),
         ("method.omnimae.clip_mask.ratio=1", "method.omnimae.clip_mask.ratio is 1"),
         ("view.image=null", "give view.image"),
-        ("view.image.flip=2", "view.image: view.hflip is 2"),
+        ("view.image.hflip=2", "view.image: view.hflip is 2"),
         ("view.clip=null", "view.image is the view of images beside videos"),
     ] {
         let error = tiny(&[line]).expect_err(line);
         assert!(error.code == ExitCode::Usage && error.message.contains(words), "{line}: {error}");
     }
-    let line = "view.image={\"flip\": 0.5}".to_string();
+    let line = "view.image={\"hflip\": 0.5}".to_string();
     let error = Config::read(&root().join("configs/tiny/videomae.json"), &[line]).expect_err("clips alone");
     assert!(error.code == ExitCode::Usage && error.message.contains("samples of one kind"), "{error}");
     Ok(())

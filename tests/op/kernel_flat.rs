@@ -183,7 +183,7 @@ fn block_masks_fill_the_rest_at_random() -> Outcome {
     let plan = MaskPlan::blocks(&grid(1, 5, 13), [1; 3], 5, few)?;
     let drop = rows(&sample_mask(&plan, 3, &SampleKey::stack(&origins(20), Device::Cpu))?.drop);
     assert!(drop.iter().all(|row| row.len() == 60));
-    // Where fewer tokens are dropped than the blocks hide, the dropped ones are part of the blocks.
+    // If fewer tokens are dropped than the blocks hide, the dropped ones are part of the blocks.
     let full = MaskPlan::blocks(&grid(1, 14, 14), [1; 3], 121, BlockOptions { max_tries: 1000, ..beit() })?;
     let part = MaskPlan::blocks(&grid(1, 14, 14), [1; 3], 150, BlockOptions { max_tries: 1000, ..beit() })?;
     let [full, part] = [full, part].map(|plan| sample_mask(&plan, 3, &SampleKey::stack(&origins(20), Device::Cpu)));

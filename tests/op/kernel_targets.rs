@@ -36,7 +36,7 @@ fn hog_matches() -> Outcome {
 }
 
 fn hog_matches_scikit_image_where_definitions_agree() -> Outcome {
-    // Where an image is a function of the row plus a function of the column, the Sobel operator is four times the
+    // If an image is a function of the row plus a function of the column, the Sobel operator is four times the
     // difference; scikit-image swaps the arguments of the arc tangent, hence the transposed image.
     let x = (normal(2, &[40, 1]) + normal(3, &[1, 24])) * 50.0;
     let folder = tempfile::tempdir()?;

@@ -225,7 +225,7 @@ fn seventy_percent_of_slow_gathers_are_hidden_by_the_next_forward() -> Outcome {
     })
 }
 
-/// As in a captured graph: the step begins with the gathers and ends with none in flight.
+/// The step is as in a captured graph: it begins with the gathers and ends with none in flight.
 fn seventy_percent_of_slow_gathers_are_hidden_in_pipelined_steps() -> Outcome {
     assert_gathers_hidden(|stepper, rows, world| {
         let mut pipeline = StepPipeline::new(rows as u64 * world.size() as u64, stepper, world).expect("a pipeline");

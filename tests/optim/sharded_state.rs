@@ -285,7 +285,7 @@ fn clipped_sharded_training_stays_close_to_full() -> Outcome {
             }
             for ((name, ours), (_, reference)) in full_state(&both[1]).iter().zip(&full_state(&both[0])) {
                 let difference = (ours - reference).abs().max().double_value(&[]);
-                // Where a gradient is pure rounding, as for the biases of keys, AdamW follows its sign.
+                // AdamW follows the sign of a gradient that is pure rounding, as for the biases of keys.
                 assert!(
                     name.contains("qkv.bias") || difference <= 0.1 * LR * 10.0,
                     "{name} on {ranks} ranks: off by {difference:e}"

@@ -1,7 +1,7 @@
 """Crop boxes and resized pixels of torchvision.
 
 crop.py boxes CASES.json    [{width, height, scale, ratio, uniform: [...]}] -> [[top, left, height, width]]
-crop.py resize FILE.png JOBS.json OUT    jobs [{box: [left, top, width, height] or null, size: [w, h], how, share,
+crop.py resize FILE.png JOBS.json OUT    jobs [{box: [left, top, width, height] or null, size: [w, h], how, fraction,
                                          tensor: true for torch, false for Pillow}];
                                          writes the pixels of all jobs, [h, w, c] uint8, one after another
 """
@@ -56,7 +56,7 @@ def resize(path, jobs, out):
                 size, how = [height, width], INTERPOLATION[job["how"]]
                 view = functional.resized_crop(given, top, left, h, w, size, how, antialias=True)
             else:
-                view = functional.resize(image, int(width / job["share"]), INTERPOLATION[job["how"]])
+                view = functional.resize(image, int(width / job["fraction"]), INTERPOLATION[job["how"]])
                 view = functional.center_crop(view, [height, width])
             file.write(view.permute(1, 2, 0).numpy().tobytes() if job.get("tensor") else view.tobytes())
 

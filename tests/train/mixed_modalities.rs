@@ -16,7 +16,7 @@ use occlude::dist::World;
 use occlude::dist::solo::{SoloWorld, run_on_threads};
 use occlude::error::Result;
 use occlude::grid::{Grid, InputConfig};
-use occlude::loader::{DataLoader, LoadedRows, LoaderOptions};
+use occlude::loader::{DataLoader, Labels, LoadedRows, LoaderOptions};
 use occlude::method::{Batch, Features, LossOutput, Method, Model, Per, Step};
 use occlude::op::shuffle::SampleKey;
 use occlude::part::batch::Side;
@@ -81,7 +81,7 @@ fn each_step_has_one_modality_in_the_configured_proportion() -> Outcome {
     assert!((2730..=2731).contains(&ones), "two thirds of 4096: {ones}");
     let runs = modalities.windows(2).filter(|two| two[0] != two[1]).count();
     assert!((1600..2050).contains(&runs), "random modalities change 1820 times, not {runs}");
-    // Of the 21,846 positions of modality 1 the sources have a quarter and three quarters; of the 10,922 of modality 0
+    // The sources have a quarter and three quarters of the 21,846 positions of modality 1; of the 10,922 of modality 0
     // three quarters and a quarter.
     for (source, expected) in [5461, 8192, 16384, 2731].into_iter().enumerate() {
         assert!((shares[source] as i64 - expected as i64).abs() < 120, "source {source}: {shares:?}");
@@ -145,6 +145,7 @@ fn source(folder: &Path) -> Result<LoaderOptions> {
     let clip: ClipConfig = serde_json::from_value(json!({"sampling": {"stride": 2}})).expect("numbers");
     let view = View { clip: Some(clip), image: Some(Box::default()), ..View::default() };
     Ok(LoaderOptions {
+        labels: Labels::Ignored,
         single_frame_sets: set
             .sets()
             .iter()

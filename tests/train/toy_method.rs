@@ -32,7 +32,7 @@ crate::trials![
     no_gradient_reaches_teacher_or_buffers,
 ];
 
-/// What a training leaves.
+/// The state that a training leaves.
 #[derive(Debug)]
 struct State {
     losses: Vec<f64>,

@@ -36,8 +36,8 @@ impl Graph {
     /// first use of an operation must be initialized before: run `body` a few times first.
     ///
     /// # Errors
-    /// The errors of `body`, and operations in it that cannot be captured (a copy to the host, a wait). After the latter
-    /// libtorch's allocator may be left inside the pool, so the process must end.
+    /// The errors of `body`, and operations in it that cannot be captured (a copy to the host, a wait). After the
+    /// latter libtorch's allocator may be left inside the pool, so the process must end.
     pub fn capture<T>(stream: &Stream, pool: GraphPool, body: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
         synchronize(stream.device())?;
         let _guard = stream.set_current()?;

@@ -12,7 +12,8 @@ use symphonia::core::io::{MediaSource, MediaSourceStream};
 use symphonia::default::formats::{FlacReader, MpaReader, OggReader, WavReader};
 use symphonia::default::get_codecs;
 
-/// A source that cannot seek: with a seekable one, a reader scans ahead to estimate the duration, which is known already.
+/// A source that cannot seek: with a seekable one, a reader scans ahead to estimate the duration, which is known
+/// already.
 struct UnseekableSource<'a>(Cursor<&'a [u8]>);
 
 impl Read for UnseekableSource<'_> {

@@ -1,5 +1,5 @@
-//! Attention within windows by the cosine of query and key, times a scale per head, plus a bias per pair of positions in
-//! the window (Swin Transformer V2, Liu et al., 2022, section 3.2, equation 2).
+//! Attention within windows by the cosine of query and key, times a scale per head, plus a bias per pair of positions
+//! in the window (Swin Transformer V2, Liu et al., 2022, section 3.2, equation 2).
 
 use super::short::{self, AttentionInputs, AttentionShape, BackwardTensors, is_cosine_supported};
 use super::{Windows, merge_heads, split_heads};
@@ -11,10 +11,10 @@ use tch::{Kind, Tensor};
 /// Lower bound of the norm of a query or key, so that a zero row stays zero.
 const MIN_NORM: f64 = 1e-6;
 
-/// qkv [B, S, 3·D] as in [`super::windowed_attention`]; scale fp32 [H]; bias fp32 [H, T, T], from query to key, for
+/// qkv [B, S, 3·D] as in [`super::windowed_attention`]; scale fp32 `[H]`; bias fp32 [H, T, T], from query to key, for
 /// windows of T tokens → [B, S, D]: softmax(scale · cos(q, k) + bias) · v over the tokens of the query's window and
-/// region. (Swin's code subtracts 100 from the scores of other regions instead of masking them, which is the same in fp32
-/// as long as the scores of a window are within 80 of each other.)
+/// region. (Swin's code subtracts 100 from the scores of other regions instead of masking them, which is the same in
+/// fp32 as long as the scores of a window are within 80 of each other.)
 pub fn cosine_attention(qkv: &Tensor, heads: i64, windows: &Windows, [scale, bias]: [&Tensor; 2]) -> Result<Tensor> {
     let [_, _, width] = sizes(qkv);
     if qkv.device().is_cuda() && is_cosine_supported(qkv.kind(), width / 3 / heads, windows.size()) {
@@ -54,9 +54,9 @@ pub fn formula(qkv: &Tensor, heads: i64, windows: &Windows, [scale, bias]: [&Ten
     merge_heads(&scores.softmax(-1, softmax_kind).to_kind(qkv.kind()).matmul(&v))
 }
 
-/// The same by the kernels, for bf16 and f16, the head widths of [`super::is_supported`] and windows whose bias gradient
-/// fits in shared memory. Makes all inputs contiguous. Gradients of scale and bias are summed over runs of windows and
-/// samples, then over the runs in order.
+/// The same by the kernels, for bf16 and f16, the head widths of [`super::is_supported`] and windows whose bias
+/// gradient fits in shared memory. Makes all inputs contiguous. Gradients of scale and bias are summed over runs of
+/// windows and samples, then over the runs in order.
 pub fn kernel(qkv: &Tensor, heads: i64, windows: &Windows, [scale, bias]: [&Tensor; 2]) -> Result<Tensor> {
     let [_, _, width] = sizes(qkv);
     let tokens = windows.size();

@@ -1,4 +1,5 @@
-//! Attention kernels in which a block processes the whole sequence of a few heads: what they support, and their launches.
+//! Attention kernels in which a block processes the whole sequence of a few heads: what they support, and their
+//! launches.
 
 use crate::error::Result;
 use crate::op::launch::{Argument, KernelSource, Launch, Variant, block_count, type_name};
@@ -12,16 +13,16 @@ const KINDS: [Kind; 2] = [Kind::BFloat16, Kind::Half];
 const HEAD_WIDTHS: [i64; 4] = [24, 32, 64, 80];
 
 /// Maximum sequence length. Below about 366 tokens, attention on an H200 is bound by reading queries, keys and values
-/// once, which the whole sequence in one block achieves; above, by matrix products, where the library is better. This is
-/// arithmetic from the card's rates; the crossover has not been measured yet.
+/// once, which the whole sequence in one block achieves; above, by matrix products, where the library is better. This
+/// is arithmetic from the card's rates; the crossover has not been measured yet.
 const MAX_TOKENS: i64 = 320;
 
 /// Bytes of shared memory per block on Ampere, the smallest of our architectures. (Hopper and Blackwell have 227 KiB,
 /// which would fit the backward pass of 320 tokens with heads of 80.)
 const MAX_SHARED_BYTES: i64 = 163 << 10;
 
-/// Target for the shared memory of a block in bytes, so that a multiprocessor holds three or more blocks and the loads of
-/// one hide behind the products of another. Not measured yet.
+/// Target for the shared memory of a block in bytes, so that a multiprocessor holds three or more blocks and the loads
+/// of one hide behind the products of another. Not measured yet.
 const TARGET_SHARED_BYTES: i64 = 72 << 10;
 
 /// Bytes of shared memory per multiprocessor on Hopper.
@@ -39,8 +40,8 @@ pub(super) enum Scores {
 }
 
 /// Returns true if the kernels support these inputs: bf16 or f16, a compiled head width, and sequences (the longer of
-/// queries and keys) of at most 320 tokens whose backward pass fits in shared memory: 320 tokens with heads of 24 and 32,
-/// 272 with 64, 224 with 80. Everything else is left to the library.
+/// queries and keys) of at most 320 tokens whose backward pass fits in shared memory: 320 tokens with heads of 24 and
+/// 32, 272 with 64, 224 with 80. Everything else is left to the library.
 pub fn is_supported(kind: Kind, head_width: i64, queries: i64, keys: i64) -> bool {
     fits(kind, head_width, queries, keys, Scores::Windowed)
 }
@@ -101,9 +102,9 @@ pub(super) struct AttentionShape {
     pub causal: bool,
 }
 
-/// The inputs of attention: queries in the first columns of q, keys and values in the last 2·D columns of kv, which may be
-/// the same tensor. `extras` is empty for whole sequences; for windows it has index and regions; for cosine attention
-/// also the scales fp32 [H] and the bias fp32 [H, T, T].
+/// The inputs of attention: queries in the first columns of q, keys and values in the last 2·D columns of kv, which may
+/// be the same tensor. `extras` is empty for whole sequences; for windows it has index and regions; for cosine
+/// attention also the scales fp32 `[H]` and the bias fp32 [H, T, T].
 pub(super) struct AttentionInputs<'a> {
     pub q: &'a Tensor,
     pub kv: &'a Tensor,
@@ -166,8 +167,8 @@ pub(super) fn forward(inputs: &AttentionInputs, shape: &AttentionShape) -> Resul
     Ok(AttentionOutput { out, lse })
 }
 
-/// Launches the backward kernel, which writes the gradients of q and kv. Returns, for cosine attention, the gradients of
-/// bias and scales in one tensor [H · T · T + H].
+/// Launches the backward kernel, which writes the gradients of q and kv. Returns, for cosine attention, the gradients
+/// of bias and scales in one tensor [H · T · T + H].
 pub(super) fn backward(
     inputs: &AttentionInputs,
     shape: &AttentionShape,
@@ -248,15 +249,15 @@ fn round_up(n: i64, multiple: i64) -> i64 {
     (n + multiple - 1) / multiple * multiple
 }
 
-/// Returns the heads per block: enough that four warps have work and that a row's bytes fill lines of 128 bytes, as long
-/// as the block stays below [`TARGET_SHARED_BYTES`].
+/// Returns the heads per block: enough that four warps have work and that a row's bytes fill lines of 128 bytes, as
+/// long as the block stays below [`TARGET_SHARED_BYTES`].
 fn heads_per_block(shape: &AttentionShape, jobs: i64, shared_bytes: impl Fn(i64) -> i64) -> i64 {
     let target = (4 / jobs).max((64 + shape.head_width - 1) / shape.head_width).min(shape.heads);
     (1..=target).rev().find(|heads| shared_bytes(*heads) <= TARGET_SHARED_BYTES).unwrap_or(1)
 }
 
-/// Returns the warps of a block, from four to `max_warps`, that keep most of a multiprocessor's warps busy. The registers
-/// of a multiprocessor hold 16 warps.
+/// Returns the warps of a block, from four to `max_warps`, that keep most of a multiprocessor's warps busy. The
+/// registers of a multiprocessor hold 16 warps.
 fn warps_per_block(jobs: i64, shared_bytes: i64, max_warps: i64) -> i64 {
     let utilization = |warps: i64| {
         let blocks = (16 / warps).min(HOPPER_SHARED_BYTES / (shared_bytes + (1 << 10))).max(1);

@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-/// The windows of a grid of tokens. Every token belongs to exactly one window; tokens attend to each other if they share
-/// window and region.
+/// The windows of a grid of tokens. Every token belongs to exactly one window; tokens attend to each other if they
+/// share window and region.
 pub struct Windows {
     /// The tokens of each window, i32 [W, T].
     pub(super) index: Tensor,
@@ -19,9 +19,9 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// Windows of size[0] × size[1] on a grid of grid[0] rows and grid[1] columns, row-major, shifted by `shift` rows and
-    /// columns. Windows that cross the edge of the grid wrap around, and the wrapped tokens form a region of their own
-    /// (Swin Transformer, Liu et al., 2021, section 3.2 and figure 4).
+    /// Windows of `size[0]` × `size[1]` on a grid of `grid[0]` rows and `grid[1]` columns, row-major, shifted by
+    /// `shift` rows and columns. Windows that cross the edge of the grid wrap around, and the wrapped tokens form a
+    /// region of their own (Swin Transformer, Liu et al., 2021, section 3.2 and figure 4).
     ///
     /// # Errors
     /// A usage error if the windows do not divide the grid or the shift is not smaller than a window.
@@ -108,7 +108,7 @@ impl Windows {
         self.mask.as_ref().map(|mask| mask.repeat([batch, 1, 1]).unsqueeze(1))
     }
 
-    /// Returns the position of each token in its window, i64 [S].
+    /// Returns the position of each token in its window, i64 `[S]`.
     pub(super) fn position_in_window(&self) -> Tensor {
         self.inverse_order.remainder(self.size())
     }
@@ -120,7 +120,7 @@ impl Windows {
     }
 }
 
-/// x [S] → bool [S, S].
+/// x `[S]` → bool [S, S].
 fn pairwise_equal(x: &Tensor) -> Tensor {
     x.unsqueeze(1).eq_tensor(&x.unsqueeze(0))
 }

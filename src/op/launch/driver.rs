@@ -49,14 +49,14 @@ pub(super) fn launch(launch: &Launch, arguments: &[Argument], device: usize) -> 
     check(result, "launch")
 }
 
-/// Makes the primary context of the device, which libtorch uses too, current on this thread if it is not. A thread that has
-/// not called CUDA yet has no context, and libtorch sets one only on demand.
+/// Makes the primary context of the device, which libtorch uses too, current on this thread if it is not. A thread that
+/// has not called CUDA yet has no context, and libtorch sets one only on demand.
 fn ensure_context(device: usize) -> Result<()> {
     let mut current = 0;
     let mut handle = 0;
     let mut context = std::ptr::null_mut();
-    // SAFETY: plain queries of the driver, which libtorch has initialized; the additional reference to the primary context
-    // is never released.
+    // SAFETY: plain queries of the driver, which libtorch has initialized; the additional reference to the primary
+    // context is never released.
     unsafe {
         if sys::cuCtxGetDevice(&mut current) == sys::CUresult::CUDA_SUCCESS && current == device as i32 {
             return Ok(());
@@ -67,8 +67,8 @@ fn ensure_context(device: usize) -> Result<()> {
     }
 }
 
-/// Guard that allows this thread to load modules while it captures a graph. Loading is not part of the captured stream, but
-/// the driver refuses it during a capture whose mode is not relaxed.
+/// Guard that allows this thread to load modules while it captures a graph. Loading is not part of the captured stream,
+/// but the driver refuses it during a capture whose mode is not relaxed.
 struct RelaxedCapture(sys::CUstreamCaptureMode);
 
 impl RelaxedCapture {

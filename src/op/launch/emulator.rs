@@ -1,4 +1,5 @@
-//! Runs kernels on a CPU: compiled with the C++ compiler against `kernels/host/emulator.hpp`, which checks every access.
+//! Runs kernels on a CPU: compiled with the C++ compiler against `kernels/host/emulator.hpp`, which checks every
+//! access.
 
 use super::{Argument, HEADERS, HOST, KernelSource, Launch, Variant, cache_folder, digest, source_text};
 use crate::error::{Error, Result};
@@ -6,9 +7,12 @@ use libloading::Library;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+/// A lock for each variant by digest, so that it is compiled once.
+static COMPILING: LazyLock<Mutex<HashMap<String, Arc<Mutex<()>>>>> = LazyLock::new(Mutex::default);
 
 /// One argument in the emulator's form: a tensor's address and bytes, or a number in place of the address.
 #[repr(C)]
@@ -25,8 +29,9 @@ static LOADED: LazyLock<Mutex<HashMap<String, Library>>> = LazyLock::new(Mutex::
 /// Runs a launch to completion. Returns the emulator's message and its location as an error.
 pub(super) fn launch(launch: &Launch, arguments: &[Argument]) -> Result<()> {
     let arguments: Vec<EmulatorArgument> = arguments.iter().map(to_emulator_argument).collect();
+    let program = Program::compiled(launch.source, &launch.variant)?;
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    let library = library(&mut loaded, launch.source, &launch.variant)?;
+    let library = program.load(&mut loaded)?;
     let name = format!("{}_entry\0", launch.entry);
     // SAFETY: ENTRY defines this symbol with this signature; C++ checks the argument types against the kernel's.
     let entry = unsafe { library.get::<EntryPoint>(name.as_bytes()) };
@@ -57,27 +62,40 @@ fn to_emulator_argument(argument: &Argument) -> EmulatorArgument {
     }
 }
 
-/// Returns the program of a variant, compiled and loaded if necessary.
-fn library<'a>(
-    loaded: &'a mut HashMap<String, Library>,
-    source: &KernelSource,
-    variant: &Variant,
-) -> Result<&'a Library> {
-    let macros: Vec<String> = variant.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-    let files = files(source)?;
-    let parts: Vec<&str> = files.iter().map(|(_, text)| &**text).chain(macros.iter().map(String::as_str)).collect();
-    let key = digest(&parts);
-    if !loaded.contains_key(&key) {
-        let path = cache_folder()?.join(format!("{}-{key}.so", source.name));
+/// The compiled program of a variant.
+struct Program {
+    digest: String,
+    path: PathBuf,
+}
+
+impl Program {
+    /// Compiles a variant unless the cache has it. Threads compile different variants at the same time.
+    fn compiled(source: &KernelSource, variant: &Variant) -> Result<Program> {
+        let macros: Vec<String> = variant.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
+        let files = files(source)?;
+        let parts: Vec<&str> = files.iter().map(|(_, text)| &**text).chain(macros.iter().map(String::as_str)).collect();
+        let digest = digest(&parts);
+        let path = cache_folder()?.join(format!("{}-{digest}.so", source.name));
+        let turn = {
+            let mut turns = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
+            turns.entry(digest.clone()).or_default().clone()
+        };
+        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         if !path.exists() {
             compile(&files, &macros, &path)?;
         }
-        // SAFETY: the compiler built this library from our own source; it has no initializers with side effects.
-        let library = unsafe { Library::new(&path) };
-        let library = library.map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
-        loaded.insert(key.clone(), library);
+        Ok(Program { digest, path })
     }
-    Ok(&loaded[&key])
+
+    fn load(self, loaded: &mut HashMap<String, Library>) -> Result<&Library> {
+        if !loaded.contains_key(&self.digest) {
+            // SAFETY: the compiler built this library from our own source; it has no initializers with side effects.
+            let library = unsafe { Library::new(&self.path) };
+            let library = library.map_err(|error| Error::failed(format!("{}: {error}", self.path.display())))?;
+            loaded.insert(self.digest.clone(), library);
+        }
+        Ok(&loaded[&self.digest])
+    }
 }
 
 /// Returns names and texts of the source and everything it includes.

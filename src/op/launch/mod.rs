@@ -1,10 +1,10 @@
-//! Kernel sources and their launches: compiled by NVRTC for a GPU, or by the C++ compiler for the emulator, which runs the
-//! same source on a CPU in tests.
+//! Kernel sources and their launches: compiled by NVRTC for a GPU, or by the C++ compiler for the emulator, which runs
+//! the same source on a CPU in tests.
 //!
 //! A source is compiled once per variant; a variant is a list of macros such as the element type. Compiled programs are
-//! cached in the user's cache folder under a digest of everything they are compiled from; a distribution may ship them in
-//! the folder `kernels/` next to the program, which is searched first. Kernel developers set `OCCLUDE_KERNELS` to the
-//! folder of sources, which are then read from there without recompiling the program.
+//! cached in the user's cache folder under a digest of everything they are compiled from; a distribution may ship them
+//! in the folder `kernels/` next to the program, which is searched first. Kernel developers set `OCCLUDE_KERNELS` to
+//! the folder of sources, which are then read from there without recompiling the program.
 
 mod driver;
 mod emulator;
@@ -74,7 +74,8 @@ pub fn variant_by_width(kind: Kind, width: i64) -> Variant {
     vec![("ELEMENT", type_name(kind).to_owned()), ("WIDE", vector_width(kind, width).to_string())]
 }
 
-/// Returns the elements per load and store: 16 bytes if a row of `width` elements is a multiple of them, else one element.
+/// Returns the elements per load and store: 16 bytes if a row of `width` elements is a multiple of them, else one
+/// element.
 pub fn vector_width(kind: Kind, width: i64) -> i64 {
     let max_width = 16 / kind.elt_size_in_bytes() as i64;
     if width % max_width == 0 { max_width } else { 1 }
@@ -149,12 +150,12 @@ pub struct Launch<'a> {
 }
 
 impl Launch<'_> {
-    /// Launches on the device of the first tensor: on a GPU asynchronously on libtorch's current stream; on a CPU in the
-    /// emulator, to completion.
+    /// Launches on the device of the first tensor: on a GPU asynchronously on libtorch's current stream; on a CPU in
+    /// the emulator, to completion.
     ///
     /// # Errors
-    /// If the program does not compile or load, if tensors are on different devices or not contiguous, or if the emulator
-    /// finds an invalid access.
+    /// If the program does not compile or load, if tensors are on different devices or not contiguous, or if the
+    /// emulator finds an invalid access.
     pub fn run(&self, arguments: &[Argument]) -> Result<()> {
         let device = self.check(arguments)?;
         if self.grid.contains(&0) || planned::record(self) {

@@ -1,5 +1,5 @@
-//! Blocks of a kernel per multiprocessor, computed as NVIDIA's occupancy calculator does (`cuda_occupancy.h`): limited by
-//! warps, registers, shared memory and blocks, whichever runs out first.
+//! Blocks of a kernel per multiprocessor, computed as NVIDIA's occupancy calculator does (`cuda_occupancy.h`): limited
+//! by warps, registers, shared memory and blocks, whichever runs out first.
 
 /// Maximum number of warps per multiprocessor, on every architecture that kernels are compiled for.
 pub const MAX_WARPS: u32 = 64;
@@ -15,8 +15,8 @@ const SHARED_UNIT: u32 = 128;
 /// Bytes of shared memory per block that the driver reserves.
 const RESERVED_SHARED_BYTES: u32 = 1024;
 
-/// Returns the number of blocks of `threads` threads, with the given registers per thread and bytes of shared memory per
-/// block, that one multiprocessor of an architecture such as `sm_90a` holds; 0 if a block does not fit.
+/// Returns the number of blocks of `threads` threads, with the given registers per thread and bytes of shared memory
+/// per block, that one multiprocessor of an architecture such as `sm_90a` holds; 0 if a block does not fit.
 pub fn blocks_per_multiprocessor(architecture: &str, registers: u32, threads: u32, shared_bytes: u32) -> u32 {
     // Shared memory of a multiprocessor: 164 KiB on A100, 228 KiB on Hopper and Blackwell; a block gets 1 KiB less.
     let available_bytes = if architecture.starts_with("sm_80") { 164 << 10 } else { 228 << 10 };

@@ -43,8 +43,8 @@ impl Attention {
         }
     }
 
-    /// Builds a decoder of this shape and declares its tensors. `inputs` is the encoder's width. Windows take only the mask
-    /// token and the positions from the options.
+    /// Builds a decoder of this shape and declares its tensors. `inputs` is the encoder's width. Windows take only the
+    /// mask token and the positions from the options.
     ///
     /// # Errors
     /// A usage error if windows do not divide the grid or there is no mask token for them.
@@ -70,14 +70,14 @@ impl Attention {
 
 /// A decoder of any kind of attention.
 pub trait Decode {
-    /// Predicts the hidden patches → [B, M, P]. The features are those of the visible tokens [B, K, D of the encoder], or, if
-    /// the encoder sees mask tokens, of all tokens [B, N, D] in the order visible, hidden; after a class token if the
-    /// encoder has one.
+    /// Predicts the hidden patches → [B, M, P]. The features are those of the visible tokens [B, K, D of the encoder],
+    /// or, if the encoder sees mask tokens, of all tokens [B, N, D] in the order visible, hidden; after a class token
+    /// if the encoder has one.
     fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor>;
     /// Turns activation checkpointing on or off: blocks keep only their inputs and are recomputed in backward.
     fn set_recompute(&mut self, on: bool);
-    /// Returns the operations on one sample with `visible` visible and `hidden` hidden tokens; `class_tokens`, one or none,
-    /// is the number of class tokens in the features.
+    /// Returns the operations on one sample with `visible` visible and `hidden` hidden tokens; `class_tokens`, one or
+    /// none, is the number of class tokens in the features.
     fn cost(&self, visible: i64, hidden: i64, class_tokens: i64) -> Vec<OpCost>;
 }
 

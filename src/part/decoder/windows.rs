@@ -1,5 +1,5 @@
-//! A decoder with local attention: windows that are shifted in every second block, cosine attention, and normalization after
-//! attention and MLP (Audio-MAE, Huang et al., 2022, section 3, "Decoder with local attention", as in its code:
+//! A decoder with local attention: windows that are shifted in every second block, cosine attention, and normalization
+//! after attention and MLP (Audio-MAE, Huang et al., 2022, section 3, "Decoder with local attention", as in its code:
 //! facebookresearch/AudioMAE models_mae.py and timm_patch/swin_transformer.py, an early form of timm's
 //! `swin_transformer_v2_cr`). In training, that code applies dropout of 0.1 inside the network that computes position
 //! biases; this decoder does not, because such noise would depend on the rank, not on the sample.
@@ -49,8 +49,8 @@ impl Config {
         [2, 0]
     }
 
-    /// Limits the windows to a grid: along an axis where the grid is not larger than the window, the window has the grid's
-    /// length and is not shifted.
+    /// Limits the windows to a grid: along an axis where the grid is not larger than the window, the window has the
+    /// grid's length and is not shifted.
     fn limited_to(&self, grid: &Grid) -> Config {
         let sides = [grid.rows, grid.cols];
         let size = [0, 1].map(|axis| self.size[axis].min(sides[axis]));
@@ -90,7 +90,8 @@ pub struct WindowDecoder {
     grid: [i64; 2],
     /// Size and shift of the windows.
     windows: Config,
-    /// Geometries by device and number of rows. They are never freed, because captured graphs read them at their address.
+    /// Geometries by device and number of rows. They are never freed, because captured graphs read them at their
+    /// address.
     geometries: RefCell<Vec<Rc<WindowGeometry>>>,
     recompute: bool,
     /// The encoder's width.
@@ -128,8 +129,8 @@ fn padding_rows(rows: i64, window: i64) -> i64 {
     (window - rows % window) % window
 }
 
-/// Returns sign(Δ) · ln(1 + |Δ|) of the offset Δ from each key to each query, fp32 [T · T, 2] (Swin Transformer V2, Liu et
-/// al., 2022, equation 4).
+/// Returns sign(Δ) · ln(1 + |Δ|) of the offset Δ from each key to each query, fp32 [T · T, 2] (Swin Transformer V2, Liu
+/// et al., 2022, equation 4).
 fn log_offsets([rows, columns]: [i64; 2]) -> Tensor {
     let tokens = rows * columns;
     let mut offsets = Vec::with_capacity((tokens * tokens * 2) as usize);
@@ -179,8 +180,8 @@ impl WindowDecoder {
     }
 
     /// Runs x [B, N, D], in row-major order, through all blocks → [B, N, D], or → [B, M, D] for the tokens `only` int64
-    /// [B, M]; the last block computes its MLP for them alone. N may be less than that of the grid: x then holds its first
-    /// rows, and there are no others.
+    /// [B, M]; the last block computes its MLP for them alone. N may be less than that of the grid: x then holds its
+    /// first rows, and there are no others.
     pub fn forward_blocks(&self, w: &Weights, x: Tensor, only: Option<&Tensor>) -> Result<Tensor> {
         let [_, tokens, _] = sizes(&x);
         let [_, columns] = self.grid;
@@ -274,7 +275,7 @@ struct BlockConstants<'a> {
 #[derive(Clone, Copy)]
 struct WindowBlock {
     qkv: Linear,
-    /// Temperature per head, [H].
+    /// Temperature per head, `[H]`.
     tau: ParamId,
     /// The network that computes position biases.
     bias_mlp: [Linear; 2],

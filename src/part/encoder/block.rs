@@ -82,7 +82,8 @@ impl Block {
     }
 }
 
-/// The residual stream between blocks: x [B, S, D] and a pending summand, which the next normalization adds in its own pass.
+/// The residual stream between blocks: x [B, S, D] and a pending summand, which the next normalization adds in its own
+/// pass.
 pub struct Residual {
     pub x: Tensor,
     pub pending: Option<Tensor>,

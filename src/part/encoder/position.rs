@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use tch::{Device, Tensor};
 
-/// A table of positions fp32 [N, D] with one copy per device. Copies are never freed, because captured graphs read them at
-/// their address.
+/// A table of positions fp32 [N, D] with one copy per device. Copies are never freed, because captured graphs read them
+/// at their address.
 pub struct Positions(RefCell<Vec<Tensor>>);
 
 impl From<Tensor> for Positions {
@@ -51,8 +51,8 @@ pub enum PositionAxes {
     /// A token has the position of its row and column.
     #[default]
     Grid,
-    /// Tokens, in row-major order, have the positions of the transposed grid in row-major order. The official Audio-MAE code
-    /// confuses the two axes, and weights trained by it need this table.
+    /// Tokens, in row-major order, have the positions of the transposed grid in row-major order. The official Audio-MAE
+    /// code confuses the two axes, and weights trained by it need this table.
     Swapped,
 }
 
@@ -66,9 +66,9 @@ impl PositionAxes {
     }
 }
 
-/// Returns 2-D sine-cosine positions, fp32 [N, D], computed in fp64 (official `get_2d_sincos_pos_embed`). The first half of
-/// the channels encodes the column, the second half the row; each half has all sines, then all cosines, with frequencies
-/// 10000^(−i / (D/4)). D must be a multiple of 4. For a grid of one frame.
+/// Returns 2-D sine-cosine positions, fp32 [N, D], computed in fp64 (official `get_2d_sincos_pos_embed`). The first
+/// half of the channels encodes the column, the second half the row; each half has all sines, then all cosines, with
+/// frequencies 10000^(−i / (D/4)). D must be a multiple of 4. For a grid of one frame.
 pub fn sincos_2d(grid: &Grid, width: i64) -> Tensor {
     let quarter = (width / 4) as usize;
     let mut table = Vec::with_capacity((grid.tokens() * width) as usize);
@@ -85,8 +85,8 @@ pub fn sincos_2d(grid: &Grid, width: i64) -> Tensor {
 }
 
 /// Returns 1-D sine-cosine positions of tokens in row-major order through all frames, fp32 [N, D], computed in fp64
-/// (official VideoMAE `get_sinusoid_encoding_table`, after Vaswani et al., 2017, §3.5): sines in even channels, cosines in
-/// odd ones, with frequencies 10000^(−2i / D).
+/// (official VideoMAE `get_sinusoid_encoding_table`, after Vaswani et al., 2017, §3.5): sines in even channels, cosines
+/// in odd ones, with frequencies 10000^(−2i / D).
 pub fn sincos_1d(grid: &Grid, width: i64) -> Tensor {
     let mut table = Vec::with_capacity((grid.tokens() * width) as usize);
     for token in 0..grid.tokens() {

@@ -85,8 +85,8 @@ impl TextEncoder {
         TextEncoder { token, positions, stack, pooling }
     }
 
-    /// Encodes captions: ids int64 [B, L] → [B, D]. `keep` int64 [B, K] are the positions of the visible tokens, ascending;
-    /// `None` if all are visible.
+    /// Encodes captions: ids int64 [B, L] → [B, D]. `keep` int64 [B, K] are the positions of the visible tokens,
+    /// ascending; `None` if all are visible.
     pub fn forward(&self, w: &Weights, ids: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
         let mut x = Tensor::embedding(&w[self.token], ids, -1, false, false) + &w[self.positions]; // [B, L, D]
         let mut ids = ids.shallow_clone();

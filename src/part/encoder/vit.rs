@@ -42,14 +42,15 @@ impl VitOptions {
     }
 }
 
-/// The stem of CLIP's encoder: learned positions [1+N, D], the class token's first, and a normalization before the blocks.
+/// The stem of CLIP's encoder: learned positions [1+N, D], the class token's first, and a normalization before the
+/// blocks.
 struct ClipStem {
     positions: ParamId,
     norm: LayerNorm,
 }
 
 impl ClipStem {
-    /// visible [B, K, D] at positions `keep` [B, K], and the class token [D] → [B, 1+K, D].
+    /// visible [B, K, D] at positions `keep` [B, K], and the class token `[D]` → [B, 1+K, D].
     fn forward(&self, w: &Weights, visible: &Tensor, class: &Tensor, keep: &Tensor) -> Result<Tensor> {
         let [batch, _, width] = sizes(visible);
         let positions = &w[self.positions];
@@ -97,8 +98,8 @@ impl Vit {
         Vit { stack: self.stack.with_activation(activation), ..self }
     }
 
-    /// Uses learned positions, `<name>.positions`, instead of fixed ones, followed by a normalization, `<name>.norm_pre`
-    /// (Radford et al., 2021, section 2.4). Requires a class token and no mask tokens.
+    /// Uses learned positions, `<name>.positions`, instead of fixed ones, followed by a normalization,
+    /// `<name>.norm_pre` (Radford et al., 2021, section 2.4). Requires a class token and no mask tokens.
     pub fn with_clip_stem(self, params: &mut ParamSpecs, name: &str) -> Self {
         let [tokens, width] = sizes(&self.positions.to_device(Device::Cpu));
         let init = Init::Normal((width as f64).powf(-0.5));
@@ -108,8 +109,8 @@ impl Vit {
         Vit { clip_stem: Some(ClipStem { positions, norm }), ..self }
     }
 
-    /// patches [B, K, P] of the visible tokens → features, the class token first if there is one: [B, 1+K, D], or with mask
-    /// tokens at hidden positions [B, 1+N, D], in the order class, visible, hidden.
+    /// patches [B, K, P] of the visible tokens → features, the class token first if there is one: [B, 1+K, D], or with
+    /// mask tokens at hidden positions [B, 1+N, D], in the order class, visible, hidden.
     pub fn forward(&self, w: &Weights, patches: &Tensor, mask: &Mask) -> Result<Tensor> {
         let visible = self.embed.forward(w, patches)?; // [B, K, D]
         let class = self.class_token.map(|token| w[token].view(-1));

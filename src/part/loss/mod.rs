@@ -1,5 +1,5 @@
-//! Losses are sums; the training step divides each once by its count over the global batch, so that neither the number of
-//! ranks nor micro-batches change the result.
+//! Losses are sums; the training step divides each once by its count over the global batch, so that neither the number
+//! of ranks nor micro-batches change the result.
 
 mod contrastive; // symmetric InfoNCE between images and captions of all ranks
 
@@ -33,6 +33,7 @@ impl LossDenominators {
     /// Kinds of counts, one for each [`Per`], in its order.
     pub const COUNT: i64 = 4;
 
+    /// Returns one count.
     pub fn get(&self, per: Per) -> f64 {
         match per {
             Per::HiddenToken => self.hidden_tokens,
@@ -42,10 +43,12 @@ impl LossDenominators {
         }
     }
 
+    /// Returns the counts in the order of [`Per`].
     pub fn to_array(self) -> [f64; 4] {
         [self.hidden_tokens, self.tokens, self.samples, self.labeled]
     }
 
+    /// Makes counts of an array in the order of [`Per`].
     pub fn from_array([hidden_tokens, tokens, samples, labeled]: [f64; 4]) -> LossDenominators {
         LossDenominators { hidden_tokens, tokens, samples, labeled }
     }
@@ -88,6 +91,7 @@ pub enum BufferUpdate {
 }
 
 impl BufferUpdate {
+    /// Returns which buffer it moves.
     pub fn buffer(&self) -> BufferId {
         match self {
             BufferUpdate::Mean { buffer, .. } | BufferUpdate::Queue { buffer, .. } => *buffer,

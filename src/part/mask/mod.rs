@@ -63,8 +63,8 @@ impl Mask {
         Mask::from_order(&order, tokens)
     }
 
-    /// Samples a policy's mask for groups of samples that may differ in length, as one mask in the order of the batch. It
-    /// is as wide as the mask of a sample that fills `grid`; −1 stands where a sample has no token.
+    /// Samples a policy's mask for groups of samples that may differ in length, as one mask in the order of the batch.
+    /// It is as wide as the mask of a sample that fills `grid`; −1 stands where a sample has no token.
     pub fn sample_padded(policy: &dyn MaskPolicy, step: &Step, grid: &Grid, groups: &[LengthGroup]) -> Result<Mask> {
         let masks = groups.iter().map(|group| policy.sample(step, &group.grid, &group.batch));
         let masks = masks.collect::<Result<Vec<_>>>()?;

@@ -43,8 +43,8 @@ impl MaskPolicy for RandomMask {
     }
 }
 
-/// Hides the same places in every time slot, so that no motionless patch can be looked up in another frame (VideoMAE §3.3,
-/// "tube masking"; official `TubeMaskingGenerator`).
+/// Hides the same places in every time slot, so that no motionless patch can be looked up in another frame (VideoMAE
+/// §3.3, "tube masking"; official `TubeMaskingGenerator`).
 #[derive(Clone, Copy, Debug)]
 pub struct TubeMask {
     /// Share of the places of a time slot that is hidden.

@@ -18,7 +18,7 @@ pub struct TextMask {
     pub ratio: f64,
     /// Padding is hidden before words are (paper: 67.8 against 66.0 % at random, and 68.2 % with nothing hidden).
     #[serde(default = "yes")]
-    pub prioritised: bool,
+    pub padding_first: bool,
     /// The token that pads captions, as the vocabulary has it.
     #[serde(default)]
     pub padding: i64,
@@ -29,6 +29,7 @@ fn yes() -> bool {
 }
 
 impl TextMask {
+    /// Checks the values, which stand at `at` in the config, for captions of `length` tokens.
     pub fn check(&self, at: &str, length: i64) -> Result<()> {
         let ratio = self.ratio;
         let kept = self.visible_tokens(length);
@@ -46,14 +47,14 @@ impl TextMask {
         (length as f64 * (1.0 - self.ratio)) as i64
     }
 
-    /// Samples the visible positions of ids [B, L], ascending: int64 [B, K]. `pooled_index` [B, 1] holds the positions of
-    /// the pooled tokens.
+    /// Samples the visible positions of ids [B, L], ascending: int64 [B, K]. `pooled_index` [B, 1] holds the positions
+    /// of the pooled tokens.
     pub fn sample(&self, ids: &Tensor, pooled_index: &Tensor, seed: u64, origins: &Tensor) -> Tensor {
         let length = ids.size()[1];
         let line = Grid { frames: 1, rows: 1, cols: length, channels: 1, patch_frames: 1, patch: 1 };
         // When each token's turn to stay comes.
         let mut turn = random_keep(&line, length, seed ^ STREAM, origins).restore();
-        if self.prioritised {
+        if self.padding_first {
             turn += ids.eq(self.padding).to_kind(ids.kind()) * length;
         }
         let turn = turn.scatter_value(1, pooled_index, -1);

@@ -1,5 +1,5 @@
-//! Masks of spectrograms: random patches, or whole rows (time) and columns (frequency) of patches (Audio-MAE, Huang et al.,
-//! 2022, §3, "Masking strategies"; official `random_masking` and `random_masking_2d`).
+//! Masks of spectrograms: random patches, or whole rows (time) and columns (frequency) of patches (Audio-MAE, Huang et
+//! al., 2022, §3, "Masking strategies"; official `random_masking` and `random_masking_2d`).
 
 use super::{Mask, MaskPolicy, Ratio};
 use crate::error::{Error, Result};

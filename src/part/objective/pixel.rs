@@ -43,8 +43,8 @@ impl PixelTarget {
         patchify.target_patches(x, drop, norm, raw01)
     }
 
-    /// Converts a prediction [B, M, P] to standardized pixels for display. Mean and standard deviation of the target would
-    /// leak the answer into the image, so that those of the visible patches [B, K, P] take their place.
+    /// Converts a prediction [B, M, P] to standardized pixels for display. Mean and standard deviation of the target
+    /// would leak the answer into the image, so that those of the visible patches [B, K, P] take their place.
     pub fn denormalize(self, patchify: &Patchify, pred: &Tensor, visible: &Tensor) -> Tensor {
         let pred = pred.to_kind(Kind::Float);
         let groups = match self {
