@@ -1,35 +1,10 @@
 // Samples the visible tokens of each sample from the sample's own random stream (src/rng.rs). The rule marks units of
 // the grid as hidden or not, the keys (mark, noise, unit) are sorted, and the first units stay visible. All arithmetic
 // is in integers, so that the result equals `MaskPlan::sample_order` in src/op/shuffle.rs. One block per sample.
-#include "device.cuh"
+#include "philox.cuh"
 
 // Rules, numbered as in src/op/shuffle.rs.
 constexpr int block_rule = 1, axes_rule = 2;
-
-// ---- the random stream of a sample ------------------------------------------------------------------------------
-
-struct Stream {
-  u32 key[2], counter[4];
-};
-
-// Philox4x32-10: returns the four words from 4 i on.
-DEVICE Pack<u32, 4> random_words(const Stream& stream, u32 i) {
-  u32 a = stream.counter[0], b = stream.counter[1], c = stream.counter[2], d = stream.counter[3] + i;
-  u32 k = stream.key[0], l = stream.key[1];
-  for (int round = 0; round < 10; ++round) {
-    const u32 high_a = mul_high(a, 0xD2511F53u), low_a = a * 0xD2511F53u;
-    const u32 high_c = mul_high(c, 0xCD9E8D57u), low_c = c * 0xCD9E8D57u;
-    a = high_c ^ b ^ k, b = low_c, c = high_a ^ d ^ l, d = low_a;
-    k += 0x9E3779B9u, l += 0xBB67AE85u;
-  }
-  return {{a, b, c, d}};
-}
-
-DEVICE u32 random_word(const Stream& stream, u32 i) {
-  const auto words = random_words(stream, i / 4);
-  const u32 low = i % 2 ? words.data[1] : words.data[0], high = i % 2 ? words.data[3] : words.data[2];
-  return i % 4 / 2 ? high : low;
-}
 
 // A uniform integer in 0..n from one random word.
 DEVICE int uniform_below(u32 bits, int n) { return int(mul_high(bits, u32(n))); }
@@ -138,9 +113,7 @@ KERNEL(512)
 void token_order(Global<const i64> sample_keys, Global<i64> keep, Global<i64> drop, Global<i64> restore, u64 seed,
                  int samples, int frames, int rows, int cols, int unit_frames, int unit_rows, int unit_cols, int kept,
                  int count, int rule, int a, int b, int c, int d, int e) {
-  const u64 id = u64(sample_keys[block()]);
-  const u32 epoch = u32(sample_keys[samples + block()]), repeat = u32(sample_keys[2 * samples + block()]);
-  const Stream stream = {{u32(seed), u32(seed >> 32)}, {u32(id), u32(id >> 32), epoch * 256, repeat << 20}};
+  const Stream stream = sample_stream(sample_keys, samples, int(block()), seed, 0);
   const int units = frames * rows * cols, lines = rows + cols;
   const auto keys = shared<u64>(0, count);
   const u32 mark_count = rule == block_rule ? units : rule == axes_rule ? 2 * lines : 0;

@@ -378,6 +378,13 @@ impl Config {
 
     /// Checks that a loss over the whole batch is not computed over micro-batches.
     fn check_micro_batch(&self) -> Result<()> {
+        if self.method.requirements().whole_batch && self.train.global_batch < 2 {
+            return Err(Error::usage(format!(
+                "train.global_batch is {}, and method.{} compares the samples of a batch; give at least 2",
+                self.train.global_batch,
+                self.method.name()
+            )));
+        }
         if self.method.requirements().whole_batch && self.train.micro_batch.is_some() {
             return Err(Error::usage(
                 "train.micro_batch is given, and the loss compares the samples of a whole batch, which micro-batches \

@@ -24,6 +24,7 @@ pub enum Purpose {
     Erase = 12,
     Mixup = 13,
     Mixture = 14,
+    Filter = 15,
     Clip = 20,
 }
 

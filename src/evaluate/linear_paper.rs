@@ -65,6 +65,7 @@ impl Paper {
         Schedule {
             peak_lr: self.base_lr * batch as f64 / 256.0,
             min_lr: 0.0,
+            warmup_lr: 0.0,
             warmup_samples: self.warmup_epochs * updates_per_epoch,
             total_samples: self.epochs as f64 * updates_per_epoch,
         }

@@ -70,7 +70,7 @@ pub struct LoaderOptions {
     pub max_corrupt_fraction: f64,
 }
 
-/// Whether samples come with labels (`.cls` members).
+/// How the loader treats labels (`.cls` members).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Labels {
     /// They are not read.

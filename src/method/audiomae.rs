@@ -2,11 +2,7 @@
 //! 2022. MAE on log-mel spectrograms with four fifths of the patches hidden; in the decoder tokens attend within
 //! windows. Agrees with timm's blocks put together (`tests/method/audiomae.rs`). Beyond the paper, padding is ignored.
 
-use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Error, Grid, InputConfig, JsonSchema, LossOutput,
-    MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, Result, Serialize, Shape, Step, VitOptions,
-    masked_mse, pixel,
-};
+use super::prelude::*;
 use crate::part::decoder::{Attention, Decode};
 use crate::part::encoder::position::PositionAxes;
 use crate::part::mask::TimeFrequencyMask;
@@ -91,15 +87,7 @@ impl AudioMae {
 }
 
 impl Method for AudioMae {
-    fn model(&self) -> &dyn Model {
-        &self.model
-    }
-    fn model_mut(&mut self) -> &mut dyn Model {
-        &mut self.model
-    }
-    fn mask(&self) -> Option<&dyn MaskPolicy> {
-        Some(&self.mask)
-    }
+    model_and_mask!();
     fn loss(&self, step: &Step, batch: &Batch) -> Result<LossOutput> {
         // Samples of one length at a time.
         let sums = self.model.patchify.groups(batch)?.into_iter().map(|group| {

@@ -1,6 +1,6 @@
 //! The only list of methods: one line each.
 
-use super::{Method, MethodConfig, Requirements, audiomae, flip, mae, omnimae, videomae};
+use super::{Method, MethodConfig, Requirements, audiomae, flip, mae, maskfeat, mfm, omnimae, rmae, supmae, videomae};
 use crate::error::Result;
 use crate::grid::{Grid, InputConfig};
 use schemars::JsonSchema;
@@ -36,6 +36,10 @@ catalog! {
     OmniMae = omnimae, "omnimae";
     AudioMae = audiomae, "audiomae";
     Flip = flip, "flip";
+    SupMae = supmae, "supmae";
+    MaskFeat = maskfeat, "maskfeat";
+    Mfm = mfm, "mfm";
+    RMae = rmae, "rmae";
 }
 
 impl Config {

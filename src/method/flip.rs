@@ -4,10 +4,7 @@
 //! With nothing hidden it is CLIP, and the paper's unmasked tuning. Agrees with `open_clip` in loss and gradients
 //! (`tests/method/flip.rs`).
 
-use super::{
-    Batch, Capabilities, Deserialize, Error, Grid, InputConfig, JsonSchema, LossOutput, MaskPolicy, Method,
-    MethodConfig, Model, Patchify, Per, RandomMask, Ratio, Requirements, Result, Serialize, Shape, Step, check_image,
-};
+use super::prelude::*;
 use crate::part::cost::ModelCost;
 use crate::part::dual_encoder::{DualEncoder, DualEncoderOptions, TowerStyle};
 use crate::part::encoder::text;
@@ -87,15 +84,7 @@ impl Flip {
 }
 
 impl Method for Flip {
-    fn model(&self) -> &dyn Model {
-        &self.model
-    }
-    fn model_mut(&mut self) -> &mut dyn Model {
-        &mut self.model
-    }
-    fn mask(&self) -> Option<&dyn MaskPolicy> {
-        Some(self.mask.as_ref())
-    }
+    model_and_mask!();
     fn loss(&self, step: &Step, batch: &Batch) -> Result<LossOutput> {
         let model = &self.model;
         let w = step.weights;

@@ -2,11 +2,7 @@
 //! quarters of the patches are hidden; the encoder sees the rest; a small decoder predicts the pixels of the hidden
 //! ones. Agrees with `transformers`' ViTMAEForPreTraining in loss and gradients (`tests/method/mae.rs`).
 
-use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Grid, Init, InputConfig, JsonSchema, LossOutput,
-    MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, RandomMask, Ratio, Result, Serialize, Shape,
-    Step, VitOptions, check_image, masked_mse, pixel, position,
-};
+use super::prelude::*;
 
 /// The config's `method.mae`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -29,7 +25,7 @@ pub struct Config {
     pub trained_grid: Option<[i64; 2]>,
 }
 
-/// Where mask tokens enter.
+/// The place at which mask tokens enter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MaskTokens {
@@ -86,22 +82,14 @@ impl Mae {
         };
         let mask_token = (!in_encoder).then_some(Init::Normal(0.02));
         let decoder = DecoderOptions { mask_token, ..DecoderOptions::new(positions(&config.decoder)) };
-        let target = if config.target.normalize { PixelTarget::PerPatch } else { PixelTarget::Standardized };
+        let target = config.target.patch_target();
         let model = Autoencoder::new(patchify, &config.encoder, encoder, &config.decoder, decoder, target);
         Ok(Mae { model, mask: RandomMask { ratio: config.mask.ratio, truncate_hidden: false } })
     }
 }
 
 impl Method for Mae {
-    fn model(&self) -> &dyn Model {
-        &self.model
-    }
-    fn model_mut(&mut self) -> &mut dyn Model {
-        &mut self.model
-    }
-    fn mask(&self) -> Option<&dyn MaskPolicy> {
-        Some(&self.mask)
-    }
+    model_and_mask!();
     fn loss(&self, step: &Step, batch: &Batch) -> Result<LossOutput> {
         let x = batch.view(); // [B, C, 1, Y, X]
         let mask = self.mask.sample(step, &self.model.patchify.grid, batch)?; // keep [B, K], drop [B, M]

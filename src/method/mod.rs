@@ -1,40 +1,67 @@
 //! A method is one paper: which model it trains, what it hides, and its loss. It knows parts; parts know no method.
 //! `README.md` shows how to add one.
 
+/// Implements [`Method::model`], [`Method::model_mut`] and [`Method::mask`] by the fields `model` and `mask`.
+macro_rules! model_and_mask {
+    () => {
+        fn model(&self) -> &dyn $crate::part::model::Model {
+            &self.model
+        }
+        fn model_mut(&mut self) -> &mut dyn $crate::part::model::Model {
+            &mut self.model
+        }
+        fn mask(&self) -> Option<&dyn $crate::part::mask::MaskPolicy> {
+            Some(&self.mask)
+        }
+    };
+}
+
 pub mod audiomae;
 pub mod catalog;
 pub mod flip;
 pub mod mae;
+pub mod maskfeat;
+pub mod mfm;
 pub mod omnimae;
+pub mod rmae;
+pub mod supmae;
 pub mod videomae;
 
-/// What a method file begins with.
-pub use crate::error::{Error, Result};
-pub use crate::grid::{Grid, InputConfig};
-pub use schemars::JsonSchema;
-pub use serde::{Deserialize, Serialize};
+/// The words that method files are written in.
+pub mod prelude {
+    pub use super::{Capabilities, Method, MethodConfig, Progress, Requirements, check_image, check_number};
+    pub use crate::error::{Error, Result};
+    pub use crate::grid::{Grid, InputConfig};
+    pub use schemars::JsonSchema;
+    pub use serde::{Deserialize, Serialize};
 
-/// The parts that methods are written with.
-pub use crate::part::{
-    autoencoder::Autoencoder,
-    batch::Batch,
-    decoder::vit::DecoderOptions,
-    encoder::vit::{Shape, VitOptions},
-    encoder::{Features, block::QkvBias, position},
-    loss::{LossDenominators, LossOutput, LossTerm, Per, masked_mse},
-    mask::{MaskPolicy, RandomMask, Ratio},
-    model::{ImageText, Model, Reconstruct},
-    objective::pixel::{self, PixelTarget},
-    params::Init,
-    patchify::{Patchify, Reconstruction},
-    step::Step,
-    teacher::Teacher,
-};
+    pub use crate::part::{
+        autoencoder::Autoencoder,
+        batch::Batch,
+        buffers::BufferSpecs,
+        cost::ModelCost,
+        decoder::Decode,
+        decoder::vit::{DecoderOptions, OutputTokens, VitDecoder},
+        encoder::vit::{LearnedPositions, PositionTable, Shape, VitOptions},
+        encoder::{Features, block::BlockInit, block::QkvBias, block::StackOptions, position},
+        encoder_with_head::EncoderWithHead,
+        head::{Head, HeadActivation, HeadOptions},
+        loss::{LossDenominators, LossOutput, LossTerm, Per, cross_entropy, masked_mse, mse_between},
+        mask::{BlockMask, Mask, MaskPolicy, NoMask, RandomMask, Ratio},
+        model::{ImageText, Model, Reconstruct},
+        objective::pixel::{self, PixelTarget},
+        params::Init,
+        patchify::{Patchify, Reconstruction},
+        step::Step,
+        teacher::Teacher,
+    };
+}
+
+pub use prelude::*;
 
 use crate::part::batch::NO_LABEL;
-use crate::part::buffers::BufferSpecs;
-use crate::part::cost::ModelCost;
 use crate::part::encoder::text;
+use std::ops::RangeInclusive;
 use tch::Kind;
 
 /// A method's section of the config, `{"<NAME>": {..}}`.
@@ -77,6 +104,8 @@ pub struct Capabilities<'a> {
     pub image_text: Option<&'a dyn ImageText>,
     /// The loss reads rows of other ranks through [`Step::ranks`].
     pub gathers: bool,
+    /// The count that the loss is averaged over differs from sample to sample, so that ranks sum it in every step.
+    pub varying_denominators: bool,
     /// Why a step of this method cannot be captured in a CUDA graph. It can where the loss copies nothing to or from
     /// the device, waits for nothing, and does the same whatever the values and the padding are.
     pub not_capturable: Option<&'static str>,
@@ -169,6 +198,17 @@ pub trait Method {
     fn visible(&self, grid: &Grid) -> i64 {
         self.mask().map_or(grid.tokens(), |mask| mask.visible(grid))
     }
+}
+
+/// Checks a number of the config, which stands at `path`.
+///
+/// # Errors
+/// ExitCode::Usage if it lies outside the range.
+pub fn check_number(path: &str, value: f64, range: RangeInclusive<f64>) -> Result<()> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(Error::usage(format!("{path} is {value}; it must lie in {} to {}", range.start(), range.end())))
 }
 
 /// The error of asking a method for images and captions that has not learned them.

@@ -3,11 +3,7 @@
 //! in clips anywhere in space and time; mask tokens join at the encoder's width. Agrees with `transformers`' VideoMAE
 //! layers.
 
-use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Error, Grid, Init, InputConfig, JsonSchema,
-    LossOutput, MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, RandomMask, Ratio, Requirements,
-    Result, Serialize, Shape, Step, VitOptions, masked_mse, pixel, position,
-};
+use super::prelude::*;
 use crate::part::mask::ByFrames;
 
 /// The config's `method.omnimae`.
@@ -97,15 +93,7 @@ impl OmniMae {
 }
 
 impl Method for OmniMae {
-    fn model(&self) -> &dyn Model {
-        &self.model
-    }
-    fn model_mut(&mut self) -> &mut dyn Model {
-        &mut self.model
-    }
-    fn mask(&self) -> Option<&dyn MaskPolicy> {
-        Some(&self.mask)
-    }
+    model_and_mask!();
     fn loss(&self, step: &Step, batch: &Batch) -> Result<LossOutput> {
         let x = batch.view(); // [B, C, T, Y, X]
         let mask = self.mask.sample(step, &self.model.patchify.grid_of(x), batch)?; // keep [B, K], drop [B, M]

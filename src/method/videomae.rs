@@ -4,11 +4,7 @@
 //! the hidden ones. Agrees with `transformers`' VideoMAEForPreTraining in loss and gradients
 //! (`tests/method/videomae.rs`).
 
-use super::{
-    Autoencoder, Batch, Capabilities, DecoderOptions, Deserialize, Grid, Init, InputConfig, JsonSchema, LossOutput,
-    MaskPolicy, Method, MethodConfig, Model, Patchify, Per, PixelTarget, QkvBias, Ratio, Result, Serialize, Shape,
-    Step, VitOptions, masked_mse, pixel, position,
-};
+use super::prelude::*;
 use crate::part::mask::TubeMask;
 
 /// The config's `method.videomae`.
@@ -64,16 +60,17 @@ impl VideoMae {
         let patchify = Patchify::new(input)?;
         config.check("method.videomae", &patchify.grid)?;
         let positions = |shape: &Shape| position::sincos_1d(&patchify.grid, shape.width);
+        let blocks = StackOptions { qkv_bias: QkvBias::QueryValue, ..StackOptions::default() };
         let encoder = VitOptions {
             // The official initialization skips the patch embedding's convolution: it begins as PyTorch's do.
             embed_init: Init::Uniform(1.0 / (patchify.grid.patch_values() as f64).sqrt()),
-            qkv_bias: QkvBias::QueryValue,
+            blocks,
             ..VitOptions::new(positions(&config.encoder))
         };
         let decoder = DecoderOptions {
             mask_token: Some(Init::TruncatedNormal(0.02)),
             embed_bias: false,
-            qkv_bias: QkvBias::QueryValue,
+            blocks,
             ..DecoderOptions::new(positions(&config.decoder))
         };
         let target = if config.target.normalize { PixelTarget::PerChannel } else { PixelTarget::Raw01 };
@@ -85,15 +82,7 @@ impl VideoMae {
 }
 
 impl Method for VideoMae {
-    fn model(&self) -> &dyn Model {
-        &self.model
-    }
-    fn model_mut(&mut self) -> &mut dyn Model {
-        &mut self.model
-    }
-    fn mask(&self) -> Option<&dyn MaskPolicy> {
-        Some(&self.mask)
-    }
+    model_and_mask!();
     fn loss(&self, step: &Step, batch: &Batch) -> Result<LossOutput> {
         let x = batch.view(); // [B, C, T, Y, X]
         let mask = self.mask.sample(step, &self.model.patchify.grid, batch)?; // keep [B, K], drop [B, M]

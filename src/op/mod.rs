@@ -13,7 +13,9 @@ pub mod layer_norm;
 pub mod lerp;
 pub mod linear;
 pub mod masked_mse;
+pub mod noise;
 pub mod patch;
+pub mod rms_norm;
 pub mod scale;
 pub mod shuffle;
 pub mod spectrum;
@@ -22,7 +24,7 @@ pub mod sum_partials;
 pub mod tokens;
 
 use launch::KernelSource;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Returns every kernel source file.
 pub fn kernel_sources() -> Vec<&'static KernelSource> {
@@ -38,6 +40,7 @@ pub fn kernel_sources() -> Vec<&'static KernelSource> {
         &layer_norm::SOURCE,
         &lerp::SOURCE,
         &masked_mse::SOURCE,
+        &noise::SOURCE,
         &patch::SOURCE,
         &scale::SOURCE,
         &shuffle::SOURCE,
@@ -45,6 +48,11 @@ pub fn kernel_sources() -> Vec<&'static KernelSource> {
         &sum_partials::SOURCE,
         &tokens::SOURCE,
     ]
+}
+
+/// Returns x in fp32, or in fp64 if it is: losses and statistics are never computed in half precision.
+pub fn at_least_float(x: &Tensor) -> Tensor {
+    if x.kind() == Kind::Double { x.shallow_clone() } else { x.to_kind(Kind::Float) }
 }
 
 /// Returns the sizes of a tensor of `R` dimensions. On the first line of a function it documents and checks the shape.

@@ -156,8 +156,8 @@ impl MaskPlan {
         self.unit_count() * self.tokens_per_unit()
     }
 
-    /// Visible tokens per sample, K.
-    fn visible_tokens(&self) -> i64 {
+    /// Returns K, the visible tokens per sample.
+    pub fn visible_tokens(&self) -> i64 {
         self.kept * self.tokens_per_unit()
     }
 

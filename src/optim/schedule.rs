@@ -40,16 +40,18 @@ impl TrainingLength {
 pub struct Schedule {
     pub peak_lr: f64,
     pub min_lr: f64,
+    /// Learning rate of the first warm-up step.
+    pub warmup_lr: f64,
     pub warmup_samples: f64,
     pub total_samples: f64,
 }
 
 impl Schedule {
-    /// Returns the learning rate of the step that begins after `samples` samples; that of the first warm-up step is 0.
+    /// Returns the learning rate of the step that begins after `samples` samples.
     pub fn lr_at(&self, samples: u64) -> f64 {
         let samples = samples as f64;
         if samples < self.warmup_samples {
-            return self.peak_lr * samples / self.warmup_samples;
+            return self.warmup_lr + (self.peak_lr - self.warmup_lr) * samples / self.warmup_samples;
         }
         let decay_samples = (self.total_samples - self.warmup_samples).max(1.0);
         let fraction = ((samples - self.warmup_samples) / decay_samples).min(1.0);

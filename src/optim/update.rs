@@ -23,9 +23,12 @@ pub struct Config {
     /// Learning rate at the end of the cosine.
     #[serde(default)]
     pub min_lr: f64,
-    /// Length of the linear warm-up from 0.
+    /// Length of the linear warm-up.
     #[serde(default = "Config::no_warmup")]
     pub warmup: TrainingLength,
+    /// Learning rate at the start of the warm-up.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub warmup_lr: f64,
     /// AdamW's decay rates of the two moments.
     #[serde(default = "Config::betas")]
     pub betas: [f64; 2],
@@ -69,6 +72,7 @@ impl Config {
             }
         }
         check_range("min_lr", self.min_lr, 0.0, 10.0)?;
+        check_range("warmup_lr", self.warmup_lr, 0.0, 10.0)?;
         check_range("betas[0]", self.betas[0], 0.0, 0.999_999)?;
         check_range("betas[1]", self.betas[1], 0.0, 0.999_999)?;
         check_range("eps", self.eps, 1e-16, 1.0)?;
@@ -92,10 +96,15 @@ impl Config {
         Schedule {
             peak_lr: self.peak_lr(global_batch),
             min_lr: self.min_lr,
+            warmup_lr: self.warmup_lr,
             warmup_samples: self.warmup.to_samples(data_set, global_batch),
             total_samples: total_samples as f64,
         }
     }
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 fn check_range(key: &str, value: f64, min: f64, max: f64) -> Result<()> {

@@ -76,11 +76,14 @@ impl<D: Decode> Autoencoder<D> {
         })
     }
 
+    /// x [B, C, T, Y, X] → features of the visible patches [B, K, D], after the class token if there is one.
+    pub fn encode_visible(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Tensor> {
+        self.encoder.forward(w, &self.patchify.patches_at(x, &mask.keep, w.kind())?, mask)
+    }
+
     /// x [B, C, T, Y, X] → predictions of the hidden patches in the target's form [B, M, P].
     pub fn predict(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let visible = self.patchify.patches_at(x, &mask.keep, w.kind())?; // [B, K, P]
-        let features = self.encoder.forward(w, &visible, mask)?;
-        self.decoder.forward(w, &features, mask)
+        self.decoder.forward(w, &self.encode_visible(w, x, mask)?, mask)
     }
 
     /// Returns the targets of the hidden patches, fp32 [B, M, P].

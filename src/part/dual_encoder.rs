@@ -8,8 +8,8 @@ use crate::part::batch::Batch;
 use crate::part::cost::{self, ModelCost, OpCost};
 use crate::part::encoder::stack::Shape;
 use crate::part::encoder::text::{self, TextEncoder, TextPooling};
-use crate::part::encoder::vit::{Vit, VitOptions};
-use crate::part::encoder::{Features, block::QkvBias, position};
+use crate::part::encoder::vit::{LearnedPositions, PositionTable, Vit, VitOptions};
+use crate::part::encoder::{Features, block::StackOptions, position};
 use crate::part::mask::Mask;
 use crate::part::model::{ImageText, Model};
 use crate::part::params::{Init, Linear, ParamId, ParamSpecs, Weights};
@@ -64,24 +64,25 @@ impl DualEncoder {
     pub fn new(patchify: Patchify, options: DualEncoderOptions) -> DualEncoder {
         let mut params = ParamSpecs::default();
         let DualEncoderOptions { style, image: shape, text: captions, embed_dim } = &options;
-        let positions = position::grid_positions(&patchify.grid, shape.width, None);
-        let vit = VitOptions {
-            class_token: true,
-            mask_tokens_in_encoder: false,
-            embed_init: Init::Xavier,
-            qkv_bias: QkvBias::All,
-            positions,
+        let (pooling, gelu) = match style {
+            TowerStyle::Flip => (TextPooling::First, Gelu::Tanh),
+            TowerStyle::Clip => (TextPooling::CausalEot, Gelu::Exact),
         };
+        let positions = match style {
+            TowerStyle::Flip => PositionTable::Fixed(position::grid_positions(&patchify.grid, shape.width, None)),
+            TowerStyle::Clip => PositionTable::Learned(LearnedPositions {
+                init: Init::Normal((shape.width as f64).powf(-0.5)),
+                weight_decay: false,
+                norm_pre: true,
+            }),
+        };
+        let blocks = StackOptions { activation: gelu, ..StackOptions::default() };
+        let vit = VitOptions { class_token: true, blocks, ..VitOptions::with_positions(positions) };
         let image = Vit::new(&mut params, "image", &patchify.grid, shape, vit);
-        let (image, pooling, gelu) = match style {
-            TowerStyle::Flip => (image, TextPooling::First, Gelu::Tanh),
-            TowerStyle::Clip => (image.with_clip_stem(&mut params, "image"), TextPooling::CausalEot, Gelu::Exact),
-        };
         let text = TextEncoder::new(&mut params, "text", captions, pooling, gelu);
         let image_projection = Linear::without_bias(&mut params, "image_projection", shape.width, *embed_dim);
         let text_projection = Linear::without_bias(&mut params, "text_projection", captions.shape.width, *embed_dim);
         let scale = params.add("logit_scale", &[1, 1], Init::Constant((1.0f64 / 0.07).ln()));
-        let image = image.with_activation(gelu);
         DualEncoder { patchify, params, options, image, text, image_projection, text_projection, scale }
     }
 

@@ -16,6 +16,7 @@ pub struct AllGather {
 }
 
 struct FeatureChannel {
+    world_size: i64,
     /// One of its own: the gradients' buckets start on another one meanwhile. Every rank computes the same graph, and
     /// so calls the same collectives in the same order.
     channel: Mutex<Box<dyn Channel>>,
@@ -25,9 +26,13 @@ struct FeatureChannel {
 impl AllGather {
     /// Opens the channel; collective. A rank waits for the others for so long at a time.
     pub fn open(world: &Arc<dyn World>, deadline: Duration) -> Result<AllGather> {
-        let line = match world.size() {
+        let world_size = world.size() as i64;
+        let line = match world_size {
             1 => None,
-            _ => Some(Arc::new(FeatureChannel { channel: Mutex::new(world.open_channel("features")?), deadline })),
+            _ => {
+                let channel = Mutex::new(world.open_channel("features")?);
+                Some(Arc::new(FeatureChannel { world_size, channel, deadline }))
+            }
         };
         Ok(AllGather { line, rank: world.rank() as i64 })
     }
@@ -44,6 +49,16 @@ impl AllGather {
     /// The place of this rank's first row among all, where each has `rows`.
     pub fn row_offset(&self, rows: i64) -> i64 {
         self.rank * rows
+    }
+
+    /// Returns W.
+    pub fn world_size(&self) -> i64 {
+        self.line.as_ref().map_or(1, |line| line.world_size)
+    }
+
+    /// x `[D]` → the sum over ranks `[D]`, in rank order. Backward sums over ranks too.
+    pub fn sum(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.forward(&x.unsqueeze(0))?.sum_dim_intlist([0i64].as_slice(), false, x.kind()))
     }
 
     /// x [n, D], n the same on every rank → [W·n, D] in rank order. Backward sums over ranks what each has to say of

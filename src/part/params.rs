@@ -5,6 +5,7 @@
 use crate::error::Result;
 use crate::op::bias_gelu::{Gelu, bias_gelu};
 use crate::op::layer_norm::{add_layer_norm, layer_norm};
+use crate::op::rms_norm::rms_norm;
 use crate::rng::{self, Philox, Purpose};
 use std::ops::Index;
 use tch::{Device, Kind, Tensor};
@@ -164,31 +165,29 @@ impl Linear {
         Self::with_init(params, name, inputs, outputs, Init::Xavier, Init::Zero)
     }
 
-    /// The same as [`Linear::new`], with other initializers of weight and bias.
+    /// The same as [`Linear::new`], with other initializers of weight and bias; without bias where there is none.
     pub fn with_init(
         params: &mut ParamSpecs,
         name: &str,
         inputs: i64,
         outputs: i64,
         weight_init: Init,
-        bias_init: Init,
+        bias_init: impl Into<Option<Init>>,
     ) -> Self {
-        Linear {
-            weight: params.add(format!("{name}.weight"), &[outputs, inputs], weight_init),
-            bias: LinearBias::All(params.add(format!("{name}.bias"), &[outputs], bias_init)),
-        }
+        let weight = params.add(format!("{name}.weight"), &[outputs, inputs], weight_init);
+        let bias = bias_init.into().map(|init| params.add(format!("{name}.bias"), &[outputs], init));
+        Linear { weight, bias: bias.map_or(LinearBias::None, LinearBias::All) }
     }
 
     /// The same as [`Linear::new`], without bias.
     pub fn without_bias(params: &mut ParamSpecs, name: &str, inputs: i64, outputs: i64) -> Self {
-        let weight = params.add(format!("{name}.weight"), &[outputs, inputs], Init::Xavier);
-        Linear { weight, bias: LinearBias::None }
+        Linear::with_init(params, name, inputs, outputs, Init::Xavier, None)
     }
 
     /// Declares the packed projection `<name>.qkv.weight` [3D, D] with biases of queries, `<name>.q_bias`, and values,
     /// `<name>.v_bias` `[D]`, but not of keys, to which softmax is invariant (official BEiT and VideoMAE code).
-    pub fn with_query_value_bias(params: &mut ParamSpecs, name: &str, width: i64) -> Self {
-        let weight = params.add(format!("{name}.qkv.weight"), &[3 * width, width], Init::Xavier);
+    pub fn with_query_value_bias(params: &mut ParamSpecs, name: &str, width: i64, init: Init) -> Self {
+        let weight = params.add(format!("{name}.qkv.weight"), &[3 * width, width], init);
         let query_bias = params.add(format!("{name}.q_bias"), &[width], Init::Zero);
         let value_bias = params.add(format!("{name}.v_bias"), &[width], Init::Zero);
         Linear { weight, bias: LinearBias::QueryValue(query_bias, value_bias) }
@@ -217,27 +216,44 @@ impl Linear {
     }
 }
 
-/// Layer normalization: `<name>.weight` and `<name>.bias` `[D]`.
+/// Layer normalization, `<name>.weight` and `<name>.bias` `[D]`; or by the root mean square alone, without bias.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm {
     scale: ParamId,
-    shift: ParamId,
+    /// None normalizes by the root mean square (Zhang and Sennrich, 2019).
+    shift: Option<ParamId>,
 }
 
 impl LayerNorm {
     /// Declares scale 1 and shift 0.
     pub fn new(params: &mut ParamSpecs, name: &str, width: i64) -> Self {
-        LayerNorm {
-            scale: params.add(format!("{name}.weight"), &[width], Init::One),
-            shift: params.add(format!("{name}.bias"), &[width], Init::Zero),
-        }
+        LayerNorm::with_shift(params, name, width, Init::Zero)
+    }
+    /// Declares scale 1 and a shift of this initializer.
+    pub fn with_shift(params: &mut ParamSpecs, name: &str, width: i64, shift_init: Init) -> Self {
+        let scale = params.add(format!("{name}.weight"), &[width], Init::One);
+        LayerNorm { scale, shift: Some(params.add(format!("{name}.bias"), &[width], shift_init)) }
+    }
+    /// Declares scale 1 alone: normalization by the root mean square.
+    pub fn root_mean_square(params: &mut ParamSpecs, name: &str, width: i64) -> Self {
+        LayerNorm { scale: params.add(format!("{name}.weight"), &[width], Init::One), shift: None }
     }
     /// x [.., D] → [.., D].
     pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
-        layer_norm(x, &w[self.scale], &w[self.shift])
+        match self.shift {
+            Some(shift) => layer_norm(x, &w[self.scale], &w[shift]),
+            None => Ok(rms_norm(x, &w[self.scale])),
+        }
     }
     /// x and r [.., D] → x + r, and its normalization.
     pub fn forward_add(&self, w: &Weights, x: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-        add_layer_norm(x, r, &w[self.scale], &w[self.shift])
+        match self.shift {
+            Some(shift) => add_layer_norm(x, r, &w[self.scale], &w[shift]),
+            None => {
+                let sum = x + r;
+                let normalized = rms_norm(&sum, &w[self.scale]);
+                Ok((sum, normalized))
+            }
+        }
     }
 }

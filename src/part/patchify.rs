@@ -103,14 +103,26 @@ impl Patchify {
             return patch::gather_target(&x, &grid, &self.stats, indices, norm);
         }
         let identity = ChannelStats { mean: vec![0.0; self.stats.mean.len()], std: vec![1.0; self.stats.std.len()] };
-        let x = if x.kind() == Kind::Uint8 { x } else { self.to_raw01(&x) };
+        let x = if x.kind() == Kind::Uint8 { x } else { self.to_01(&x) };
         patch::gather_target(&x, &grid, &identity, indices, norm)
     }
 
-    /// Normalized samples → 0..1, not clamped.
-    fn to_raw01(&self, x: &Tensor) -> Tensor {
-        let by_channel = |values: &[f64]| patch::channel_tensor(values, x.device()).view([-1, 1, 1, 1]);
-        x * by_channel(&self.stats.std) + by_channel(&self.stats.mean)
+    /// Samples, uint8 or normalized → fp32 as 0..1, not clamped.
+    pub fn to_01(&self, x: &Tensor) -> Tensor {
+        if x.kind() == Kind::Uint8 {
+            return x.to_kind(Kind::Float) / 255.0;
+        }
+        x * self.by_channel(&self.stats.std, x) + self.by_channel(&self.stats.mean, x)
+    }
+
+    /// Samples as 0..1 → normalized.
+    pub fn standardize(&self, x: &Tensor) -> Tensor {
+        (x - self.by_channel(&self.stats.mean, x)) / self.by_channel(&self.stats.std, x)
+    }
+
+    /// One value for each channel, [C, 1, 1, 1].
+    fn by_channel(&self, values: &[f64], like: &Tensor) -> Tensor {
+        patch::channel_tensor(values, like.device()).view([-1, 1, 1, 1])
     }
 
     /// Patches as 0..1 → normalized patches.

@@ -27,8 +27,8 @@ pub struct StepPart {
     pub size: [i64; 2],
     /// It starts the all-gather of sharded weights.
     pub gathers_weights: bool,
-    /// It sums counts of labels over ranks.
-    pub sums_labels: bool,
+    /// It sums the counts of loss terms over ranks.
+    pub sums_counts: bool,
     /// It reduces and updates.
     pub is_last: bool,
 }
@@ -86,7 +86,7 @@ impl GraphCache {
     fn launch(&self, part: StepPart) -> Result<Option<Tensor>> {
         let Some(GraphState::Captured(graph, output)) = self.parts.get(&part) else { unreachable!("captured before") };
         graph.replay()?;
-        if part.gathers_weights || part.sums_labels || part.is_last {
+        if part.gathers_weights || part.sums_counts || part.is_last {
             self.world.graph_launched(self.timeout)?;
         }
         Ok(output.as_ref().map(Tensor::shallow_clone))

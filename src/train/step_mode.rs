@@ -199,7 +199,7 @@ impl StepPipeline {
         }
         let batch = local.to_whole_batch()?;
         let counts = stepper.method.denominators(&batch)?;
-        // Every sample counts alike but for labels, which the ranks sum on the device: nobody has to ask another rank.
+        // Every sample counts alike, or the ranks sum the counts on the device: nobody has to ask another rank.
         let mut load = vec![stepper.host_controls(&rates.into(), counts, counts * self.global_per_local)];
         load.extend(batch.tensors().into_iter().map(Tensor::shallow_clone));
         if let Some(gpu) = &mut self.gpu {
@@ -228,7 +228,7 @@ impl StepPipeline {
             let part = StepPart {
                 size: [rows.len() as i64, batch.view().size()[2]],
                 gathers_weights: index == 0 && stepper.flat.sharding.is_some(),
-                sums_labels: index == 0 && batch.side.labels.is_some(),
+                sums_counts: index == 0 && stepper.method.capabilities().varying_denominators,
                 is_last,
             };
             report = self.queue_part(stepper, part)?;
@@ -271,7 +271,7 @@ impl StepPipeline {
             if part.gathers_weights {
                 stepper.buckets.start_weight_gather();
             }
-            if part.sums_labels {
+            if part.sums_counts {
                 stepper.reduce_counts()?;
             }
             if let Some(input) = input {

@@ -1,7 +1,9 @@
 //! Tests of frequent mistakes: each ends with exit code 2 and one clear message, before any work.
 
-use crate::support::training_job::{Run, occlude_command, reference_run, shared_data};
+use crate::support::training_job::{Run, occlude_command, reference_run, shared_data, tiny_config};
 use crate::support::{Outcome, path_text};
+use occlude::data::set::DataSet;
+use serde_json::json;
 use std::path::Path;
 
 crate::trials![
@@ -16,6 +18,7 @@ crate::trials![
     a_run_below_a_file_is_rejected,
     a_run_without_a_checkpoint_is_rejected,
     a_data_set_without_labels_is_rejected,
+    a_method_that_learns_from_labels_needs_them_and_a_whole_batch,
     a_file_that_is_not_an_image_is_rejected,
     a_source_without_images_is_rejected,
 ];
@@ -142,6 +145,33 @@ fn a_data_set_without_labels_is_rejected() -> Outcome {
         let words = ["evaluate", "--checkpoint", &run, "--train", train, "--test", test, "--protocol", "linear"];
         assert_command_rejected(&words, &["plain has no labels (.cls members)", "labeled set"]);
     }
+    Ok(())
+}
+
+fn a_method_that_learns_from_labels_needs_them_and_a_whole_batch() -> Outcome {
+    let supmae = |classes: i64| {
+        let shape = json!({"width": 16, "depth": 1, "heads": 2});
+        let method = json!({
+            "encoder": shape, "decoder": shape, "mask": {"ratio": 0.75}, "target": {"normalize": false}, "classes": classes,
+        });
+        let mut config = tiny_config();
+        config["method"] = json!({"supmae": method});
+        config
+    };
+    let mut unlabeled = supmae(10);
+    unlabeled["data"]["train"] = json!(shared_data().join("plain"));
+    assert_training_rejected(&Run::new(&unlabeled), 0, &["plain has no labels (.cls members)", "learns from some"]);
+    let named = DataSet::open(&path_text(shared_data().join("train")))?.classes.len();
+    assert!(named > 2);
+    let few = supmae(named as i64 - 1);
+    assert_training_rejected(&Run::new(&few), 2, &[&format!("has {named} classes"), &format!("classes to {named}")]);
+    let mut alone = supmae(10);
+    alone["train"]["global_batch"] = json!(1);
+    assert_training_rejected(&Run::new(&alone), 0, &["train.global_batch is 1", "give at least 2"]);
+    let mut cut = supmae(10);
+    cut["train"]["micro_batch"] = json!(2);
+    assert_training_rejected(&Run::new(&cut), 0, &["train.micro_batch is given", "leave it out"]);
+    assert_training_rejected(&Run::new(&supmae(10)), 3, &["3 ranks cannot divide equally", "another number of ranks"]);
     Ok(())
 }
 

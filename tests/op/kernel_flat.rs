@@ -6,6 +6,7 @@ use crate::support::{Outcome, normal, oracle};
 use occlude::grid::Grid;
 use occlude::op::adamw::{self, AdamWBuffers, AdamWOptions, TensorState};
 use occlude::op::lerp::{self, LerpWeight};
+use occlude::op::noise;
 use occlude::op::shuffle::{self, BlockOptions, MaskPlan, SampleKey, sample_mask, shuffle};
 use occlude::op::square_sum;
 use occlude::part::mask::Mask;
@@ -21,6 +22,8 @@ crate::trials![
     a_coarse_mask_hides_whole_units,
     axis_masks_keep_intersections_of_kept_rows_and_columns,
     block_masks_match_the_reference_implementation,
+    noise_kernels_match_the_reference,
+    noise_is_uniform_and_independent_of_purpose,
     block_masks_fill_the_rest_at_random,
     a_mismatched_mask_plan_is_rejected,
     five_updates_of_flat_buffers_match,
@@ -49,6 +52,33 @@ fn beit() -> BlockOptions {
 fn rows(tokens: &Tensor) -> Vec<BTreeSet<i64>> {
     let all = Vec::<Vec<i64>>::try_from(tokens).expect("numbers");
     all.into_iter().map(|row| row.into_iter().collect()).collect()
+}
+
+fn noise_kernels_match_the_reference() -> Outcome {
+    for device in kernel_devices() {
+        for (samples, count) in [(1, 1), (3, 7), (5, 64), (260, 5)] {
+            let keys = SampleKey::stack(&origins(samples), device);
+            for purpose in [Purpose::Mask, Purpose::Filter] {
+                let ours = noise::kernel(0x1234_5678_9ABC_DEF0, &keys, purpose, count)?;
+                let reference = noise::formula(0x1234_5678_9ABC_DEF0, &keys, purpose, count);
+                assert!(ours == reference, "{samples} × {count} on {device:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn noise_is_uniform_and_independent_of_purpose() -> Outcome {
+    let keys = SampleKey::stack(&origins(2000), Device::Cpu);
+    let filter = noise::noise(7, &keys, Purpose::Filter, 10)?;
+    let mask = noise::noise(7, &keys, Purpose::Mask, 10)?;
+    assert!(filter.min().double_value(&[]) >= 0.0 && filter.max().double_value(&[]) < 1.0);
+    // 20,000 draws: the standard error of the mean is 0.002, of the variance 0.0005.
+    assert!((filter.mean(Kind::Double).double_value(&[]) - 0.5).abs() < 0.01);
+    assert!((filter.to_kind(Kind::Double).var(true).double_value(&[]) - 1.0 / 12.0).abs() < 0.003);
+    let product = ((&filter - 0.5) * (&mask - 0.5)).mean(Kind::Double).double_value(&[]);
+    assert!(product.abs() < 0.003, "{product}");
+    Ok(())
 }
 
 fn mask_kernels_match_the_reference() -> Outcome {

@@ -169,12 +169,17 @@ fn bf16_weights_follow_the_master_weights() -> Outcome {
 }
 
 fn warmup_starts_at_zero_and_cosine_ends_at_min_lr() -> Outcome {
-    let curve = Schedule { peak_lr: 2.0, min_lr: 0.5, warmup_samples: 100.0, total_samples: 300.0 };
+    let curve = Schedule { peak_lr: 2.0, min_lr: 0.5, warmup_lr: 0.0, warmup_samples: 100.0, total_samples: 300.0 };
     for (samples, expected) in [(0, 0.0), (25, 0.5), (99, 1.98), (100, 2.0), (200, 1.25), (300, 0.5), (1000, 0.5)] {
         assert!((curve.lr_at(samples) - expected).abs() <= 1e-12, "{samples}: {}", curve.lr_at(samples));
     }
     let flat = Schedule { warmup_samples: 0.0, ..curve };
     assert_eq!(flat.lr_at(0), 2.0, "without a warm-up the first step moves");
+    let begun = Schedule { warmup_lr: 0.4, ..curve };
+    assert!(
+        (begun.lr_at(0) - 0.4).abs() <= 1e-12 && (begun.lr_at(50) - 1.2).abs() <= 1e-12,
+        "a warm-up may begin above 0"
+    );
     let all_warm = Schedule { warmup_samples: 300.0, ..curve };
     assert!(all_warm.lr_at(299) < 2.0 && all_warm.lr_at(300).is_finite());
     Ok(())
@@ -187,7 +192,10 @@ fn schedule_lengths_are_counted_in_samples() -> Outcome {
     let config: Config = serde_json::from_value(json!({"base_lr": 1e-3, "warmup": {"steps": 3}}))?;
     assert_eq!(config.peak_lr(1024), 4e-3, "base_lr is per 256 samples");
     let curve = config.schedule(5000, 1024, 102_400);
-    assert_eq!(curve, Schedule { peak_lr: 4e-3, min_lr: 0.0, warmup_samples: 3072.0, total_samples: 102_400.0 });
+    assert_eq!(
+        curve,
+        Schedule { peak_lr: 4e-3, min_lr: 0.0, warmup_lr: 0.0, warmup_samples: 3072.0, total_samples: 102_400.0 }
+    );
     Ok(())
 }
 

@@ -16,6 +16,7 @@ crate::trials![
     dual_encoder_flops_match_the_pytorch_counter_minus_skipped_work,
     flops_of_published_shapes_match_a_manual_count,
     window_attention_costs_follow_its_tokens,
+    costs_of_heads_and_second_decoders_follow_their_layers,
     the_roofline_matches_an_independent_count,
     data_sheets_are_found_by_device_name,
 ];
@@ -238,6 +239,44 @@ fn window_attention_costs_follow_its_tokens() -> Outcome {
     // work.
     let giga = cost.training_flops() / 1e9;
     assert!((giga - 208.1).abs() < 1.5, "{giga:.1} GFLOP");
+    Ok(())
+}
+
+/// Counts the forward pass of a stack of blocks, of which the last computes `outputs` tokens after attention.
+fn stack_flops(tokens: f64, outputs: f64, width: f64, depth: f64) -> f64 {
+    let block = |outputs: f64| 2.0 * width * width * (3.0 * tokens + 9.0 * outputs) + 4.0 * outputs * tokens * width;
+    (depth - 1.0) * block(tokens) + block(outputs)
+}
+
+/// Counts layer by layer what methods have beside an encoder and a decoder of pixels.
+fn costs_of_heads_and_second_decoders_follow_their_layers() -> Outcome {
+    let linear = |rows: f64, inputs: f64, outputs: f64| 2.0 * rows * inputs * outputs;
+    let forward = |config: &str| -> Result<[f64; 2], libtest_mimic::Failed> {
+        let text = std::fs::read_to_string(crate::support::root().join("configs").join(config))?;
+        Ok(model_cost(&Config::parse(&text, &[])?, 1)?.flops())
+    };
+    // SupMAE: 49 visible and 147 hidden tokens, one block in the decoder, a head of two layers.
+    let encoder = linear(49.0, 768.0, 768.0) + stack_flops(50.0, 50.0, 768.0, 12.0);
+    let decoder = |inputs: f64, outputs: f64, depth: f64| {
+        linear(inputs, 768.0, 512.0) + stack_flops(197.0, outputs, 512.0, depth) + linear(outputs, 512.0, 768.0)
+    };
+    let head = linear(1.0, 768.0, 3072.0) + linear(1.0, 3072.0, 1000.0);
+    let expected = encoder + decoder(50.0, 147.0, 1.0) + head;
+    let data = linear(49.0, 768.0, 768.0);
+    assert_eq!(forward("supmae_vit_b16_in1k.json")?, [expected, 2.0 * expected - data]);
+    // R-MAE: the complement has 147 visible tokens, which its decoder predicts.
+    let second = linear(147.0, 768.0, 768.0) + stack_flops(148.0, 148.0, 768.0, 12.0) + decoder(148.0, 147.0, 8.0);
+    let expected = encoder + decoder(50.0, 147.0, 8.0) + second;
+    let data = linear(196.0, 768.0, 768.0);
+    assert_eq!(forward("rmae_vit_b16_in1k.json")?, [expected, 2.0 * expected - data]);
+    // MaskFeat: 118 visible tokens are embedded, all are encoded, 78 hidden ones are predicted.
+    let expected = linear(118.0, 768.0, 768.0) + stack_flops(197.0, 78.0, 768.0, 12.0) + linear(78.0, 768.0, 108.0);
+    let data = linear(118.0, 768.0, 768.0);
+    assert_eq!(forward("maskfeat_vit_b16_in1k.json")?, [expected, 2.0 * expected - data]);
+    // MFM: all tokens, of which the class token is not predicted.
+    let expected = linear(196.0, 768.0, 768.0) + stack_flops(197.0, 196.0, 768.0, 12.0) + linear(196.0, 768.0, 768.0);
+    let data = linear(196.0, 768.0, 768.0);
+    assert_eq!(forward("mfm_vit_b16_in1k.json")?, [expected, 2.0 * expected - data]);
     Ok(())
 }
 

@@ -73,6 +73,17 @@ pub fn assert_training_matches(
     reply: &Tensors,
     naming: Naming,
 ) -> Outcome {
+    assert_steps_match(method, flat, batches, reply, naming).map(drop)
+}
+
+/// The same; returns the stepper after the last step.
+pub fn assert_steps_match(
+    method: Box<dyn Method>,
+    flat: FlatParams,
+    batches: Vec<Batch>,
+    reply: &Tensors,
+    naming: Naming,
+) -> Result<Stepper, Failed> {
     let steps = batches.len();
     let mut stepper = stepper(method, flat)?;
     for (step, batch) in batches.into_iter().enumerate() {
@@ -103,7 +114,7 @@ pub fn assert_training_matches(
         let limit = 0.1 * LR * steps as f64 + 2.0 * fp32_difference.max().double_value(&[]);
         assert!(difference <= limit, "{name} is off by {difference:e} after {steps} steps, allowed {limit:e}");
     }
-    Ok(())
+    Ok(stepper)
 }
 
 pub fn assert_loss_matches(ours: f64, reply: &Tensors, step: usize) {

@@ -4,7 +4,7 @@ use super::step::{BUCKET, SOON, input};
 use occlude::data::order::rank_rows;
 use occlude::dist::World;
 use occlude::error::Result;
-use occlude::method::{Batch, LossOutput, LossTerm, Method, Model, Per, Progress, Step, Teacher};
+use occlude::method::{Batch, Capabilities, LossOutput, LossTerm, Method, Model, Per, Progress, Step, Teacher};
 use occlude::op::shuffle::SampleKey;
 use occlude::optim::flat::{FlatOptions, FlatParams, ShardOptions};
 use occlude::optim::update::{Config, Updater};
@@ -86,6 +86,9 @@ impl Model for Toy {
 }
 
 impl Method for Toy {
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { varying_denominators: true, ..Capabilities::default() }
+    }
     fn model(&self) -> &dyn Model {
         self
     }

@@ -298,6 +298,15 @@ fn checkpoint_of(step: u64, tensors: Vec<NamedTensor>) -> LoadedCheckpoint {
     LoadedCheckpoint { manifest, tensors: tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect() }
 }
 
+/// Restores a stepper from the snapshot of another, as if through a checkpoint.
+pub fn restore_from(second: &mut Stepper, first: &Stepper, step: u64, world: &Arc<dyn World>) {
+    let snapshot = state::snapshot_tensors(first, world.as_ref()).expect("a snapshot");
+    let loaded = snapshot.map(|tensors| checkpoint_of(step, tensors));
+    let mut channel = world.open_channel("restore").expect("a channel");
+    let restored = state::restore(second, loaded.as_ref(), channel.as_mut()).expect("restored");
+    assert_eq!(restored, step);
+}
+
 fn a_restored_training_goes_on_to_the_bit() -> Outcome {
     for (size, is_sharded) in [(1, false), (2, false), (3, true)] {
         let whole = run_on_threads(size, |world| train(world, Toy::new(Every::Epoch, true), 7, 64, is_sharded));
@@ -306,13 +315,9 @@ fn a_restored_training_goes_on_to_the_bit() -> Outcome {
             for step in 0..4 {
                 take(&mut first, step, world.as_ref(), 64);
             }
-            let snapshot = state::snapshot_tensors(&first, world.as_ref()).expect("a snapshot");
-            drop(first);
-            let loaded = snapshot.map(|tensors| checkpoint_of(4, tensors));
             let mut second = stepper(Toy::new(Every::Epoch, true), world.clone(), Kind::Float, is_sharded);
-            let mut channel = world.open_channel("restore").expect("a channel");
-            let step = state::restore(&mut second, loaded.as_ref(), channel.as_mut()).expect("restored");
-            assert_eq!(step, 4);
+            restore_from(&mut second, &first, 4, &world);
+            drop(first);
             let losses = (4..7).map(|step| take(&mut second, step, world.as_ref(), 64)).collect();
             State::of(&second, losses)
         });

@@ -21,8 +21,9 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 /// Names and texts of the headers that sources include.
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 3] = [
     ("device.cuh", include_str!("../../../kernels/device.cuh")),
+    ("philox.cuh", include_str!("../../../kernels/philox.cuh")),
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
 ];
 /// The header of the emulator.

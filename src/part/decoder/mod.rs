@@ -70,9 +70,9 @@ impl Attention {
 
 /// A decoder of any kind of attention.
 pub trait Decode {
-    /// Predicts the hidden patches → [B, M, P]. The features are those of the visible tokens [B, K, D of the encoder],
-    /// or, if the encoder sees mask tokens, of all tokens [B, N, D] in the order visible, hidden; after a class token
-    /// if the encoder has one.
+    /// Predicts the hidden patches → [B, M, P], or what the decoder's options ask for. The features are those of the
+    /// visible tokens [B, K, D of the encoder], or, if the encoder sees mask tokens, of all tokens [B, N, D] in the
+    /// order visible, hidden; after a class token if the encoder has one.
     fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor>;
     /// Turns activation checkpointing on or off: blocks keep only their inputs and are recomputed in backward.
     fn set_recompute(&mut self, on: bool);

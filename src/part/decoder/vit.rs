@@ -3,14 +3,37 @@
 use super::Decode;
 use crate::error::Result;
 use crate::grid::Grid;
+use crate::op::sizes;
 use crate::op::tokens::{TokenLayout, assemble_tokens};
 use crate::part::cost::{self, OpCost};
-use crate::part::encoder::block::QkvBias;
+use crate::part::encoder::block::StackOptions;
 use crate::part::encoder::position::Positions;
 use crate::part::encoder::stack::{Shape, Stack};
 use crate::part::mask::Mask;
 use crate::part::params::{Init, Linear, ParamId, ParamSpecs, Weights};
+use std::ops::Range;
 use tch::Tensor;
+
+/// Tokens that a decoder predicts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputTokens {
+    Hidden,
+    Visible,
+    /// Visible, then hidden.
+    All,
+}
+
+impl OutputTokens {
+    /// Returns the range of these tokens among class, visible and hidden tokens.
+    fn range(self, class_tokens: i64, visible: i64, hidden: i64) -> Range<i64> {
+        let first_hidden = class_tokens + visible;
+        match self {
+            OutputTokens::Hidden => first_hidden..first_hidden + hidden,
+            OutputTokens::Visible => class_tokens..first_hidden,
+            OutputTokens::All => class_tokens..first_hidden + hidden,
+        }
+    }
+}
 
 /// Options of a decoder besides its shape.
 pub struct DecoderOptions {
@@ -22,7 +45,11 @@ pub struct DecoderOptions {
     pub mask_before_embed: bool,
     /// Initializer of the weight of the prediction layer.
     pub head_init: Init,
-    pub qkv_bias: QkvBias,
+    /// Values predicted for each token; by default those of a patch.
+    pub values: Option<i64>,
+    pub blocks: StackOptions,
+    /// Which tokens the decoder predicts for.
+    pub outputs: OutputTokens,
     /// Fixed positions, fp32 [N, D]; D is the encoder's width if they are added before the embedding.
     pub positions: Tensor,
 }
@@ -35,7 +62,9 @@ impl DecoderOptions {
             embed_bias: true,
             mask_before_embed: false,
             head_init: Init::Xavier,
-            qkv_bias: QkvBias::All,
+            values: None,
+            blocks: StackOptions::default(),
+            outputs: OutputTokens::Hidden,
             positions,
         }
     }
@@ -53,8 +82,9 @@ pub struct VitDecoder {
     pub positions: Positions,
     /// The encoder's width.
     inputs: i64,
-    /// Values per predicted patch.
-    outputs: i64,
+    /// Values per predicted token.
+    values: i64,
+    outputs: OutputTokens,
     shape: Shape,
 }
 
@@ -69,18 +99,19 @@ impl VitDecoder {
         options: DecoderOptions,
     ) -> Self {
         let width = shape.width;
-        let outputs = grid.patch_values();
+        let values = options.values.unwrap_or(grid.patch_values());
         let new_embed = if options.embed_bias { Linear::new } else { Linear::without_bias };
         let token_size = [1, 1, if options.mask_before_embed { inputs } else { width }];
         VitDecoder {
             embed: new_embed(params, &format!("{name}.embed"), inputs, width),
             mask_token: options.mask_token.map(|init| params.add(format!("{name}.mask_token"), &token_size, init)),
             mask_before_embed: options.mask_before_embed,
-            stack: Stack::new(params, name, shape, options.qkv_bias),
-            pred: Linear::with_init(params, &format!("{name}.pred"), width, outputs, options.head_init, Init::Zero),
+            stack: Stack::new(params, name, shape, &options.blocks),
+            pred: Linear::with_init(params, &format!("{name}.pred"), width, values, options.head_init, Init::Zero),
             positions: options.positions.into(),
             inputs,
-            outputs,
+            values,
+            outputs: options.outputs,
             shape: *shape,
         }
     }
@@ -90,7 +121,7 @@ impl Decode for VitDecoder {
     fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
         let embedded = (!self.mask_before_embed).then(|| self.embed.forward(w, features)).transpose()?;
         let visible = embedded.as_ref().unwrap_or(features);
-        let positions = self.positions.to_device(visible.device());
+        let positions = self.positions.table(visible.device());
         let mask_token = self.mask_token.map(|token| w[token].view(-1));
         let order = Tensor::cat(&[&mask.keep, &mask.drop], 1);
         let (keep, hidden) = match &mask_token {
@@ -100,9 +131,11 @@ impl Decode for VitDecoder {
         // In the order class, visible, hidden.
         let x = assemble_tokens(visible, None, TokenLayout { positions: &positions, keep, hidden })?;
         let x = if self.mask_before_embed { self.embed.forward(w, &x)? } else { x };
-        // The last block computes only the hidden tokens, which are last.
-        let from = x.size()[1] - mask.drop.size()[1];
-        self.pred.forward(w, &self.stack.forward(w, x, from)?)
+        // The last block computes only the tokens that are predicted.
+        let [_, visible] = sizes(&mask.keep);
+        let [_, hidden] = sizes(&mask.drop);
+        let outputs = self.outputs.range(x.size()[1] - visible - hidden, visible, hidden);
+        self.pred.forward(w, &self.stack.forward(w, x, outputs)?)
     }
 
     fn set_recompute(&mut self, on: bool) {
@@ -118,8 +151,10 @@ impl Decode for VitDecoder {
         } else {
             vec![cost::linear(input_tokens, self.inputs, width), cost::assemble_tokens(input_tokens, tokens, width)]
         };
-        ops.extend(self.shape.cost(tokens, hidden));
-        ops.push(cost::linear(hidden, width, self.outputs));
+        let outputs = self.outputs.range(class_tokens, visible, hidden);
+        let outputs = outputs.end - outputs.start;
+        ops.extend(self.shape.cost(tokens, outputs));
+        ops.push(cost::linear(outputs, width, self.values));
         ops
     }
 }

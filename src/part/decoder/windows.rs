@@ -222,7 +222,7 @@ impl Decode for WindowDecoder {
     fn forward(&self, w: &Weights, features: &Tensor, mask: &Mask) -> Result<Tensor> {
         let [_, kept] = sizes(&mask.keep);
         let visible = self.embed.forward(w, &features.narrow(1, features.size()[1] - kept, kept))?; // [B, K, D]
-        let positions = self.positions.to_device(visible.device());
+        let positions = self.positions.table(visible.device());
         let hidden = Some((&w[self.mask_token].view(-1), &mask.drop));
         let layout = TokenLayout { positions: &positions, keep: &mask.keep, hidden };
         let tokens = assemble_tokens(&visible, None, layout)?;

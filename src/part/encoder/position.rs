@@ -18,8 +18,8 @@ impl From<Tensor> for Positions {
 }
 
 impl Positions {
-    /// Returns the copy on a device, which the first call creates.
-    pub fn to_device(&self, device: Device) -> Tensor {
+    /// Returns the table on a device, whose copy the first call creates.
+    pub fn table(&self, device: Device) -> Tensor {
         let mut copies = self.0.borrow_mut();
         let existing = copies.iter().find(|copy| copy.device() == device).map(Tensor::shallow_clone);
         existing.unwrap_or_else(|| {

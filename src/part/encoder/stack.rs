@@ -1,13 +1,13 @@
 //! A stack of transformer blocks with a final normalization.
 
-use super::block::{Block, QkvBias, Residual};
+use super::block::{Block, Residual, StackOptions};
 use crate::error::{Error, Result};
-use crate::op::bias_gelu::Gelu;
 use crate::part::cost::{self, OpCost};
 use crate::part::params::{LayerNorm, ParamSpecs, Weights};
 use crate::part::recompute::{Leaves, recompute_in_backward};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use tch::Tensor;
 
 /// The shape of a transformer. Width, depth and heads of the usual ones: Ti 192, 12, 3; S 384, 12, 6; B 768, 12, 12;
@@ -80,48 +80,53 @@ pub struct Stack {
 
 impl Stack {
     /// Declares the tensors `<name>.blocks.<i>` and `<name>.norm`.
-    pub fn new(params: &mut ParamSpecs, name: &str, shape: &Shape, qkv_bias: QkvBias) -> Self {
-        let Shape { width, depth, heads, mlp_ratio } = *shape;
-        let mut block =
-            |i| Block::new(params, &format!("{name}.blocks.{i}"), width, heads, mlp_ratio * width, qkv_bias);
-        let blocks = (0..depth).map(&mut block).collect();
-        Stack { blocks, norm: LayerNorm::new(params, &format!("{name}.norm"), width), recompute: false }
+    pub fn new(params: &mut ParamSpecs, name: &str, shape: &Shape, options: &StackOptions) -> Self {
+        let mut block = |i| Block::new(params, &format!("{name}.blocks.{i}"), shape, options, i);
+        let blocks = (0..shape.depth).map(&mut block).collect();
+        Stack { blocks, norm: options.declare_norm(params, &format!("{name}.norm"), shape), recompute: false }
     }
 
-    /// Replaces the activation of every block, by default the exact GELU.
-    pub fn with_activation(self, activation: Gelu) -> Self {
-        self.map_blocks(|block| block.with_activation(activation))
-    }
-
-    /// Enables or disables causal attention in every block, by default disabled.
-    pub fn with_causal(self, causal: bool) -> Self {
-        self.map_blocks(|block| block.with_causal(causal))
-    }
-
-    fn map_blocks(self, change: impl Fn(Block) -> Block) -> Self {
-        Stack { blocks: self.blocks.into_iter().map(change).collect(), ..self }
-    }
-
-    /// x [B, S, D] → [B, S − from, D]. The last block computes only the tokens from `from` on.
-    pub fn forward(&self, w: &Weights, x: Tensor, from: i64) -> Result<Tensor> {
+    /// x [B, S, D] → [B, outputs, D] after the final normalization. The last block computes only the tokens in
+    /// `outputs`.
+    pub fn forward(&self, w: &Weights, x: Tensor, outputs: Range<i64>) -> Result<Tensor> {
         let leaves = (self.recompute && x.requires_grad()).then(|| Leaves::new(w));
+        let tokens = x.size()[1];
         let mut residual = Residual { x, pending: None };
         for (i, block) in self.blocks.iter().enumerate() {
-            let from = if i + 1 == self.blocks.len() { from } else { 0 };
+            let outputs = if i + 1 == self.blocks.len() { outputs.clone() } else { 0..tokens };
             residual = match &leaves {
-                Some(leaves) => checkpointed_block(*block, w, leaves, &residual, from)?,
-                None => block.forward(w, &residual, from)?,
+                Some(leaves) => checkpointed_block(*block, w, leaves, &residual, outputs)?,
+                None => block.forward(w, &residual, outputs)?,
             };
         }
         let (_, normalized) = residual.add_and_normalize(w, &self.norm)?;
         Ok(normalized)
     }
+
+    /// x [B, S, D] → the input of block `layer` after the block's first normalization [B, S, D]; that of the final
+    /// normalization if `layer` is the depth.
+    pub fn forward_to(&self, w: &Weights, x: Tensor, layer: usize) -> Result<Tensor> {
+        let tokens = x.size()[1];
+        let mut residual = Residual { x, pending: None };
+        for block in &self.blocks[..layer] {
+            residual = block.forward(w, &residual, 0..tokens)?;
+        }
+        let norm = self.blocks.get(layer).map_or(self.norm, |block| block.norm1);
+        let (_, normalized) = residual.add_and_normalize(w, &norm)?;
+        Ok(normalized)
+    }
 }
 
 /// Runs a block under activation checkpointing.
-fn checkpointed_block(block: Block, w: &Weights, leaves: &Leaves, residual: &Residual, from: i64) -> Result<Residual> {
+fn checkpointed_block(
+    block: Block,
+    w: &Weights,
+    leaves: &Leaves,
+    residual: &Residual,
+    outputs: Range<i64>,
+) -> Result<Residual> {
     let run = move |w: &Weights, (): &(), inputs: &[Tensor]| {
-        Ok(block.forward(w, &Residual::from_tensors(inputs), from)?.to_tensors())
+        Ok(block.forward(w, &Residual::from_tensors(inputs), outputs.clone())?.to_tensors())
     };
     Ok(Residual::from_tensors(&recompute_in_backward(w, leaves, (), &residual.to_tensors(), run)?))
 }

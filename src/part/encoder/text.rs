@@ -1,6 +1,6 @@
 //! The text encoder: a transformer over a caption's tokens.
 
-use super::block::QkvBias;
+use super::block::StackOptions;
 use super::stack::{Shape, Stack};
 use crate::error::{Error, Result};
 use crate::op::bias_gelu::Gelu;
@@ -80,8 +80,8 @@ impl TextEncoder {
         let token = params.add(format!("{name}.token"), &[config.vocab_size, width], init);
         let positions = params.add(format!("{name}.positions"), &[config.context_length, width], init);
         params.no_weight_decay(positions);
-        let stack = Stack::new(params, name, &config.shape, QkvBias::All);
-        let stack = stack.with_activation(activation).with_causal(pooling == TextPooling::CausalEot);
+        let causal = pooling == TextPooling::CausalEot;
+        let stack = Stack::new(params, name, &config.shape, &StackOptions { activation, causal, ..Default::default() });
         TextEncoder { token, positions, stack, pooling }
     }
 
@@ -94,7 +94,7 @@ impl TextEncoder {
             x = gather(&x, keep);
             ids = ids.gather(1, keep, false);
         }
-        let tokens = self.stack.forward(w, x, 0)?;
+        let tokens = self.stack.forward(w, x.shallow_clone(), 0..x.size()[1])?;
         Ok(match self.pooling {
             TextPooling::First => tokens.select(1, 0),
             TextPooling::CausalEot => gather(&tokens, &self.pooled_index(&ids)).squeeze_dim(1),

@@ -1,18 +1,17 @@
 //! The vision transformer over visible tokens, or over all tokens with mask tokens inserted.
 
 use super::Features;
-use super::block::QkvBias;
+use super::block::StackOptions;
 use super::position::Positions;
 use super::stack::Stack;
 use crate::error::Result;
 use crate::grid::Grid;
-use crate::op::bias_gelu::Gelu;
 use crate::op::patch::gather;
 use crate::op::sizes;
 use crate::op::tokens::{TokenLayout, assemble_tokens};
 use crate::part::mask::Mask;
 use crate::part::params::{Init, LayerNorm, Linear, ParamId, ParamSpecs, Weights};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 pub use super::stack::Shape;
 
@@ -24,104 +23,134 @@ pub struct VitOptions {
     pub mask_tokens_in_encoder: bool,
     /// Initializer of the patch embedding's weight.
     pub embed_init: Init,
-    pub qkv_bias: QkvBias,
-    /// Fixed positions, fp32 [N, D].
-    pub positions: Tensor,
+    /// Initializer of the patch embedding's bias; by default PyTorch's, uniform within ±1/√(fan in), as in MAE's code.
+    pub embed_bias_init: Option<Init>,
+    /// Initializer of class and mask tokens.
+    pub token_init: Init,
+    pub blocks: StackOptions,
+    pub positions: PositionTable,
+}
+
+/// Positions of an encoder.
+pub enum PositionTable {
+    /// Fixed positions of the patches, fp32 [N, D]; the class token has none.
+    Fixed(Tensor),
+    /// Learned positions `<name>.positions` of the class token and the patches.
+    Learned(LearnedPositions),
+}
+
+/// Options of learned positions.
+#[derive(Clone, Copy, Debug)]
+pub struct LearnedPositions {
+    pub init: Init,
+    pub weight_decay: bool,
+    /// Normalizes the sum before the blocks, `<name>.norm_pre` (Radford et al., 2021, section 2.4).
+    pub norm_pre: bool,
 }
 
 impl VitOptions {
     /// Neither class token nor mask tokens, Xavier-uniform patch embedding, biases of queries, keys and values.
     pub fn new(positions: Tensor) -> VitOptions {
+        VitOptions::with_positions(PositionTable::Fixed(positions))
+    }
+
+    /// The same with any positions.
+    pub fn with_positions(positions: PositionTable) -> VitOptions {
         VitOptions {
             class_token: false,
             mask_tokens_in_encoder: false,
             embed_init: Init::Xavier,
-            qkv_bias: QkvBias::All,
+            embed_bias_init: None,
+            token_init: Init::Normal(0.02),
+            blocks: StackOptions::default(),
             positions,
         }
     }
 }
 
-/// The stem of CLIP's encoder: learned positions [1+N, D], the class token's first, and a normalization before the
-/// blocks.
-struct ClipStem {
-    positions: ParamId,
-    norm: LayerNorm,
-}
-
-impl ClipStem {
-    /// visible [B, K, D] at positions `keep` [B, K], and the class token `[D]` → [B, 1+K, D].
-    fn forward(&self, w: &Weights, visible: &Tensor, class: &Tensor, keep: &Tensor) -> Result<Tensor> {
-        let [batch, _, width] = sizes(visible);
-        let positions = &w[self.positions];
-        let positions = positions.unsqueeze(0).expand([batch, positions.size()[0], width], false);
-        let index = Tensor::cat(&[keep.narrow(1, 0, 1).zeros_like(), keep + 1], 1);
-        let class = class.view([1, 1, width]).expand([batch, 1, width], false);
-        self.norm.forward(w, &(Tensor::cat(&[&class, visible], 1) + gather(&positions, &index)))
-    }
+/// The positions of an encoder as it adds them.
+enum VitPositions {
+    Fixed(Positions),
+    Learned { table: ParamId, norm_pre: Option<LayerNorm> },
 }
 
 /// A vision transformer.
 pub struct Vit {
     embed: Linear,
-    class_token: Option<ParamId>,
+    pub class_token: Option<ParamId>,
     /// Present if the encoder sees mask tokens.
     mask_token: Option<ParamId>,
-    clip_stem: Option<ClipStem>,
+    positions: VitPositions,
     pub stack: Stack,
-    /// Fixed positions, fp32 [N, D]; public so that other tables can be set.
-    pub positions: Positions,
 }
 
 impl Vit {
-    /// Declares `<name>.embed`, `<name>.cls_token` and `<name>.mask_token` if present, `<name>.blocks.<i>` and
-    /// `<name>.norm`.
+    /// Declares `<name>.embed`, `<name>.cls_token`, `<name>.mask_token`, `<name>.positions` and `<name>.norm_pre` if
+    /// present, `<name>.blocks.<i>` and `<name>.norm`.
     pub fn new(params: &mut ParamSpecs, name: &str, grid: &Grid, shape: &Shape, options: VitOptions) -> Self {
         let width = shape.width;
         let inputs = grid.patch_values();
-        // The official code leaves this bias at PyTorch's default, uniform within ±1/√(fan in).
-        let bias_init = Init::Uniform(1.0 / (inputs as f64).sqrt());
+        let bias_init = options.embed_bias_init.unwrap_or(Init::Uniform(1.0 / (inputs as f64).sqrt()));
         let embed = Linear::with_init(params, &format!("{name}.embed"), inputs, width, options.embed_init, bias_init);
-        let mut token = |kind| params.add(format!("{name}.{kind}_token"), &[1, 1, width], Init::Normal(0.02));
-        Vit {
-            embed,
-            class_token: options.class_token.then(|| token("cls")),
-            mask_token: options.mask_tokens_in_encoder.then(|| token("mask")),
-            clip_stem: None,
-            stack: Stack::new(params, name, shape, options.qkv_bias),
-            positions: options.positions.into(),
-        }
+        let mut token = |kind| params.add(format!("{name}.{kind}_token"), &[1, 1, width], options.token_init);
+        let class_token = options.class_token.then(|| token("cls"));
+        let mask_token = options.mask_tokens_in_encoder.then(|| token("mask"));
+        let stack = Stack::new(params, name, shape, &options.blocks);
+        let positions = match options.positions {
+            PositionTable::Fixed(table) => VitPositions::Fixed(table.into()),
+            PositionTable::Learned(LearnedPositions { init, weight_decay, norm_pre }) => {
+                let rows = i64::from(options.class_token) + grid.tokens();
+                let table = params.add(format!("{name}.positions"), &[rows, width], init);
+                if !weight_decay {
+                    params.no_weight_decay(table);
+                }
+                let norm_pre = norm_pre.then(|| LayerNorm::new(params, &format!("{name}.norm_pre"), width));
+                VitPositions::Learned { table, norm_pre }
+            }
+        };
+        Vit { embed, class_token, mask_token, positions, stack }
     }
 
-    /// Replaces the activation, by default the exact GELU.
-    pub fn with_activation(self, activation: Gelu) -> Self {
-        Vit { stack: self.stack.with_activation(activation), ..self }
-    }
-
-    /// Uses learned positions, `<name>.positions`, instead of fixed ones, followed by a normalization,
-    /// `<name>.norm_pre` (Radford et al., 2021, section 2.4). Requires a class token and no mask tokens.
-    pub fn with_clip_stem(self, params: &mut ParamSpecs, name: &str) -> Self {
-        let [tokens, width] = sizes(&self.positions.to_device(Device::Cpu));
-        let init = Init::Normal((width as f64).powf(-0.5));
-        let positions = params.add(format!("{name}.positions"), &[1 + tokens, width], init);
-        params.no_weight_decay(positions);
-        let norm = LayerNorm::new(params, &format!("{name}.norm_pre"), width);
-        Vit { clip_stem: Some(ClipStem { positions, norm }), ..self }
+    /// Replaces fixed positions, fp32 [N, D].
+    pub fn set_positions(&mut self, table: Tensor) {
+        self.positions = VitPositions::Fixed(table.into());
     }
 
     /// patches [B, K, P] of the visible tokens → features, the class token first if there is one: [B, 1+K, D], or with
     /// mask tokens at hidden positions [B, 1+N, D], in the order class, visible, hidden.
     pub fn forward(&self, w: &Weights, patches: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let tokens = self.assemble(w, patches, mask)?;
+        let count = tokens.size()[1];
+        self.stack.forward(w, tokens, 0..count)
+    }
+
+    /// The same for the tokens from `from` on; the last block computes no others.
+    pub fn forward_from(&self, w: &Weights, patches: &Tensor, mask: &Mask, from: i64) -> Result<Tensor> {
+        let tokens = self.assemble(w, patches, mask)?;
+        let count = tokens.size()[1];
+        self.stack.forward(w, tokens, from..count)
+    }
+
+    /// Returns the input of the blocks: class token, visible patches and mask tokens, with positions.
+    fn assemble(&self, w: &Weights, patches: &Tensor, mask: &Mask) -> Result<Tensor> {
         let visible = self.embed.forward(w, patches)?; // [B, K, D]
         let class = self.class_token.map(|token| w[token].view(-1));
         let mask_token = self.mask_token.map(|token| w[token].view(-1));
-        if let (Some(stem), Some(class)) = (&self.clip_stem, &class) {
-            return self.stack.forward(w, stem.forward(w, &visible, class, &mask.keep)?, 0);
+        match &self.positions {
+            VitPositions::Fixed(positions) => {
+                let positions = positions.table(visible.device());
+                let hidden = mask_token.as_ref().map(|token| (token, &mask.drop));
+                assemble_tokens(
+                    &visible,
+                    class.as_ref(),
+                    TokenLayout { positions: &positions, keep: &mask.keep, hidden },
+                )
+            }
+            VitPositions::Learned { table, norm_pre } => {
+                let tokens = TokenSet { visible, class, mask_token }.with_positions(&w[*table], mask);
+                norm_pre.map_or(Ok(tokens.shallow_clone()), |norm| norm.forward(w, &tokens))
+            }
         }
-        let positions = self.positions.to_device(visible.device());
-        let hidden = mask_token.as_ref().map(|token| (token, &mask.drop));
-        let layout = TokenLayout { positions: &positions, keep: &mask.keep, hidden };
-        self.stack.forward(w, assemble_tokens(&visible, class.as_ref(), layout)?, 0)
     }
 
     /// Encodes whole samples, patches [B, N, P] in row-major order, nothing hidden.
@@ -132,5 +161,36 @@ impl Vit {
         let class_tokens = i64::from(self.class_token.is_some());
         let mean = features.narrow(1, class_tokens, tokens).mean_dim(1, false, Kind::Float);
         Ok(Features { class: self.class_token.map(|_| features.select(1, 0)), mean })
+    }
+}
+
+/// Tokens that learned positions are added to.
+struct TokenSet {
+    /// [B, K, D].
+    visible: Tensor,
+    /// `[D]`.
+    class: Option<Tensor>,
+    /// `[D]`.
+    mask_token: Option<Tensor>,
+}
+
+impl TokenSet {
+    /// Returns class, visible and mask tokens plus their positions [1+N, D], the class token's first if there is one.
+    fn with_positions(self, positions: &Tensor, mask: &Mask) -> Tensor {
+        let [batch, _, width] = sizes(&self.visible);
+        let class_tokens = i64::from(self.class.is_some());
+        let expand = |token: &Tensor, count: i64| token.view([1, 1, width]).expand([batch, count, width], false);
+        let mut tokens = vec![self.visible.shallow_clone()];
+        let mut index = vec![&mask.keep + class_tokens];
+        if let Some(class) = &self.class {
+            tokens.insert(0, expand(class, 1));
+            index.insert(0, mask.keep.narrow(1, 0, 1).zeros_like());
+        }
+        if let Some(mask_token) = &self.mask_token {
+            tokens.push(expand(mask_token, mask.drop.size()[1]));
+            index.push(&mask.drop + class_tokens);
+        }
+        let positions = positions.unsqueeze(0).expand([batch, positions.size()[0], width], false);
+        Tensor::cat(&tokens, 1) + gather(&positions, &Tensor::cat(&index, 1))
     }
 }

@@ -1,10 +1,16 @@
 //! Losses are sums; the training step divides each once by its count over the global batch, so that neither the number
 //! of ranks nor micro-batches change the result.
 
+mod cross_entropy; // with labels
 mod contrastive; // symmetric InfoNCE between images and captions of all ranks
+mod mse; // between two predictions
+mod spectrum; // distance of spectra
 
 pub use crate::op::masked_mse::masked_mse;
 pub use contrastive::contrastive;
+pub use cross_entropy::cross_entropy;
+pub use mse::mse_between;
+pub use spectrum::{SpectrumAverage, spectrum_distance};
 
 use crate::part::buffers::BufferId;
 use std::ops::{Add, Mul};
@@ -18,6 +24,8 @@ pub enum Per {
     Sample,
     /// Samples that have a label.
     Labeled,
+    /// Anything that the method itself counts.
+    Counted,
 }
 
 /// Counts of what loss terms are averaged over, in some samples.
@@ -27,11 +35,12 @@ pub struct LossDenominators {
     pub tokens: f64,
     pub samples: f64,
     pub labeled: f64,
+    pub counted: f64,
 }
 
 impl LossDenominators {
     /// Kinds of counts, one for each [`Per`], in its order.
-    pub const COUNT: i64 = 4;
+    pub const COUNT: i64 = 5;
 
     /// Returns one count.
     pub fn get(&self, per: Per) -> f64 {
@@ -40,17 +49,18 @@ impl LossDenominators {
             Per::Token => self.tokens,
             Per::Sample => self.samples,
             Per::Labeled => self.labeled,
+            Per::Counted => self.counted,
         }
     }
 
     /// Returns the counts in the order of [`Per`].
-    pub fn to_array(self) -> [f64; 4] {
-        [self.hidden_tokens, self.tokens, self.samples, self.labeled]
+    pub fn to_array(self) -> [f64; 5] {
+        [self.hidden_tokens, self.tokens, self.samples, self.labeled, self.counted]
     }
 
     /// Makes counts of an array in the order of [`Per`].
-    pub fn from_array([hidden_tokens, tokens, samples, labeled]: [f64; 4]) -> LossDenominators {
-        LossDenominators { hidden_tokens, tokens, samples, labeled }
+    pub fn from_array([hidden_tokens, tokens, samples, labeled, counted]: [f64; 5]) -> LossDenominators {
+        LossDenominators { hidden_tokens, tokens, samples, labeled, counted }
     }
 }
 

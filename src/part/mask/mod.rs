@@ -1,10 +1,12 @@
 //! A mask is a value that is made before the encoder runs: indices, never a float map with a polarity.
 
+mod block; // blocks of tokens
 mod policy; // which tokens a method hides
 mod ratio; // the config's share of hidden patches
 mod text; // tokens of captions
 mod time_frequency; // rows and columns of spectrograms
 
+pub use block::BlockMask;
 pub use policy::{ByFrames, MaskPolicy, NoMask, RandomMask, TubeMask, random_keep};
 pub use ratio::Ratio;
 pub use text::TextMask;
@@ -84,6 +86,11 @@ impl Mask {
             drop: join(&|mask| pad(&mask.drop, tokens - visible)),
             inverse: Some(join(&inverse)),
         })
+    }
+
+    /// Returns the mask that hides what this one shows, and shows what it hides.
+    pub fn complement(&self) -> Mask {
+        Mask { keep: self.drop.shallow_clone(), drop: self.keep.shallow_clone(), inverse: None }
     }
 
     /// Returns where each token stands in (keep, drop), int64 [B, N]: gathering `cat(keep, drop)` by it gives row-major

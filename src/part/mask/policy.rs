@@ -89,6 +89,18 @@ impl<I: MaskPolicy, C: MaskPolicy> MaskPolicy for ByFrames<I, C> {
     }
 }
 
+impl MaskPolicy for Box<dyn MaskPolicy> {
+    fn visible(&self, grid: &Grid) -> i64 {
+        self.as_ref().visible(grid)
+    }
+    fn sample(&self, step: &Step, grid: &Grid, batch: &Batch) -> Result<Mask> {
+        self.as_ref().sample(step, grid, batch)
+    }
+    fn can_capture(&self, grid: &Grid) -> Result<(), &'static str> {
+        self.as_ref().can_capture(grid)
+    }
+}
+
 /// Hides nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct NoMask;

@@ -1,3 +1,5 @@
 //! Prediction targets.
 
+pub mod draw_hog;
+pub mod hog;
 pub mod pixel;

@@ -15,6 +15,13 @@ pub struct Config {
     pub normalize: bool,
 }
 
+impl Config {
+    /// Returns MAE's target: each patch normalized, or pixels as the model receives them.
+    pub fn patch_target(self) -> PixelTarget {
+        if self.normalize { PixelTarget::PerPatch } else { PixelTarget::Standardized }
+    }
+}
+
 /// The form of the pixels that are predicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PixelTarget {
