@@ -51,7 +51,7 @@ pub fn formula(x: &Tensor, patch: i64) -> Tensor {
         let orientation = g_x.atan2(&g_y) / std::f64::consts::PI * BINS as f64;
         let bin = orientation.floor().to_kind(Kind::Int64).remainder(BINS).unsqueeze(2);
         let magnitude = (g_x.square() + g_y.square()).sqrt().unsqueeze(2);
-        let by_bin = Tensor::zeros([batch, channels, BINS, height, width], (kind, x.device()));
+        let by_bin = magnitude.new_zeros([batch, channels, BINS, height, width], (kind, x.device()));
         let by_bin = by_bin.scatter_add(2, &bin, &magnitude);
         let rows = height / patch;
         let cols = width / patch;

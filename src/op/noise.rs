@@ -3,6 +3,7 @@
 
 use super::launch::{KernelSource, Launch, block_count, single_variant};
 use super::sizes;
+use crate::bridge::record::scope;
 use crate::error::Result;
 use crate::rng::{Philox, Purpose};
 use tch::{Kind, Tensor};
@@ -11,6 +12,7 @@ use tch::{Kind, Tensor};
 ///
 /// [`SampleKey::stack`]: super::shuffle::SampleKey::stack
 pub fn noise(seed: u64, keys: &Tensor, purpose: Purpose, n: i64) -> Result<Tensor> {
+    let _scope = scope("noise");
     if keys.device().is_cuda() {
         return kernel(seed, keys, purpose, n);
     }

@@ -16,17 +16,17 @@ const EPS: f64 = 1e-5;
 
 /// Batch normalization with scale and shift, and running statistics as buffers.
 #[derive(Clone, Copy, Debug)]
-pub struct BatchNorm {
+pub struct SyncBatchNorm {
     scale: ParamId,
     shift: ParamId,
     running_mean: BufferId,
     running_var: BufferId,
 }
 
-impl BatchNorm {
-    /// Declares `<name>.weight`, `<name>.bias`, and the buffers `<name>.running_mean` and `<name>.running_var` [D].
-    pub fn new(params: &mut ParamSpecs, buffers: &mut BufferSpecs, name: &str, width: i64) -> BatchNorm {
-        BatchNorm {
+impl SyncBatchNorm {
+    /// Declares `<name>.weight`, `<name>.bias`, and the buffers `<name>.running_mean` and `<name>.running_var` `[D]`.
+    pub fn new(params: &mut ParamSpecs, buffers: &mut BufferSpecs, name: &str, width: i64) -> SyncBatchNorm {
+        SyncBatchNorm {
             scale: params.add(format!("{name}.weight"), &[width], Init::One),
             shift: params.add(format!("{name}.bias"), &[width], Init::Zero),
             running_mean: buffers.add(format!("{name}.running_mean"), &[width], Init::Zero),

@@ -3,10 +3,11 @@
 
 use crate::error::Result;
 use crate::grid::Grid;
+use crate::op::at_least_float;
 use crate::op::bias_gelu::Gelu;
 use crate::part::batch::Batch;
 use crate::part::cost::{self, ModelCost, OpCost};
-use crate::part::encoder::stack::Shape;
+use crate::part::encoder::shape::Shape;
 use crate::part::encoder::text::{self, TextEncoder, TextPooling};
 use crate::part::encoder::vit::{LearnedPositions, PositionTable, Vit, VitOptions};
 use crate::part::encoder::{Features, block::StackOptions, position};
@@ -106,7 +107,7 @@ impl DualEncoder {
     /// update. Inside the bounds both are the same; this way no update of its own kind is needed, and weight decay
     /// brings the parameter back inside.
     pub fn logit_scale(&self, w: &Weights) -> Tensor {
-        w[self.scale].to_kind(Kind::Float).view([]).clamp(0.0, 100f64.ln()).exp()
+        at_least_float(&w[self.scale]).view([]).clamp(0.0, 100f64.ln()).exp()
     }
 
     /// Returns [`Model::cost`] with the loss over a global batch.
@@ -182,6 +183,6 @@ impl ImageText for DualEncoder {
 
 /// Rows of length one in fp32; FLIP's code adds 1e-8 to the length.
 fn normalize(x: &Tensor) -> Tensor {
-    let x = x.to_kind(Kind::Float);
+    let x = at_least_float(x);
     &x / (x.norm_scalaropt_dim(2.0, [-1i64].as_slice(), true) + 1e-8)
 }

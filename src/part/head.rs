@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::op::bias_gelu::Gelu;
-use crate::part::batch_norm::BatchNorm;
+use crate::part::batch_norm::SyncBatchNorm;
 use crate::part::buffers::BufferSpecs;
 use crate::part::cost::{self, OpCost};
 use crate::part::loss::BufferUpdate;
@@ -35,7 +35,7 @@ pub struct HeadOptions {
 /// Linear layers with an activation between each two.
 pub struct Head {
     layers: Vec<Linear>,
-    norms: Vec<BatchNorm>,
+    norms: Vec<SyncBatchNorm>,
     options: HeadOptions,
 }
 
@@ -56,7 +56,7 @@ impl Head {
         for layer in 0..layers {
             head.layers.push(Linear::new(params, &format!("{name}.{layer}"), width(layer), width(layer + 1)));
             if activation == HeadActivation::BatchNormRelu && layer + 1 < layers {
-                head.norms.push(BatchNorm::new(params, buffers, &format!("{name}.norm.{layer}"), hidden));
+                head.norms.push(SyncBatchNorm::new(params, buffers, &format!("{name}.norm.{layer}"), hidden));
             }
         }
         head

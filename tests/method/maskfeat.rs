@@ -134,7 +134,7 @@ fn histograms_do_not_depend_on_brightness_and_contrast() -> Outcome {
         let differing = (&other - &histograms).abs().gt(1e-4).sum(Kind::Int64).int64_value(&[]);
         assert!(differing <= 4, "· {factor} + {offset}: {differing} of {} values differ", histograms.numel());
     }
-    let norm = histograms.view([-1, 9]).norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
+    let norm = histograms.reshape([-1, 9]).norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
     assert!((norm - 1.0).abs().max().double_value(&[]) < 1e-5, "each cell has length one");
     Ok(())
 }
@@ -181,8 +181,8 @@ fn an_invalid_config_is_rejected() -> Outcome {
     for (line, words) in [
         ("input.patch=4", "input.patch is 4; method.maskfeat predicts histograms of cells of 8 pixels"),
         ("method.maskfeat.mask.ratio=1", "the share hidden must lie in (0, 1)"),
-        ("method.maskfeat.mask.ratio=0.01", "at least one must be kept and one hidden"),
-        ("method.maskfeat.mask.unit=[1,3,3]", "do not divide"),
+        ("method.maskfeat.mask.ratio=0.99", "at least one must be kept and one hidden"),
+        ("method.maskfeat.mask.unit=[1,4,4]", "do not divide"),
         ("method.maskfeat.mask.rato=1", "did you mean `ratio`?"),
     ] {
         let error = Config::read(&path, &[line.to_owned()]).expect_err(line);

@@ -197,7 +197,7 @@ fn an_invalid_config_is_rejected() -> Outcome {
     for (line, words) in [
         ("method.mfm.radius=0", "method.mfm.radius is 0; it must lie in 1 to 14"),
         ("method.mfm.low_ratio=1.5", "method.mfm.low_ratio is 1.5; it must lie in 0 to 1"),
-        ("method.mfm.average=row", "unknown variant `row`"),
+        ("method.mfm.average=row", "unknown value `row`"),
         ("input.frames=2", "set it to 1, or choose a method for video"),
     ] {
         let error = Config::read(&path, &[line.to_owned()]).expect_err(line);

@@ -163,7 +163,7 @@ fn second_prediction(anchor: f64) -> Result<f64, libtest_mimic::Failed> {
         let anchored = masked_mse(&second, &ones.zeros_like())? * anchor;
         let loss = mse_between(&first, &second) + anchored + masked_mse(&first, &ones)?;
         let gradient = Tensor::run_backward(&[loss], &[&pair], false, false).remove(0);
-        tch::no_grad(|| pair.shallow_clone().g_sub_(&(gradient / (1.0 + anchor))));
+        let _ = tch::no_grad(|| pair.shallow_clone().g_sub_(&(gradient / (1.0 + anchor))));
     }
     Ok(pair.get(1).mean(Kind::Float).double_value(&[]))
 }

@@ -8,6 +8,7 @@ reply:   loss.<i>, grad.0.<name>, weight.<name> (after the last step); all in fp
 import json
 import math
 import sys
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,7 +45,7 @@ def compute(dtype):
     _, channels, frames, height, width = inputs["input.0"].shape
     model = VisionTransformer(
         img_size=(height, width), patch_size=patch, in_chans=channels, num_classes=0, embed_dim=numbers["width"],
-        depth=numbers["depth"], num_heads=numbers["heads"], norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6), global_pool="",
+        depth=numbers["depth"], num_heads=numbers["heads"], norm_layer=partial(nn.LayerNorm, eps=1e-6), global_pool="",
     ).to(dtype).train()
     slots = frames // patch_frames
     tokens = slots * (height // patch) * (width // patch)

@@ -159,10 +159,11 @@ const SYNCHRONIZING_OPERATORS: [&str; 7] = [
 fn step_operators(spans: &[TraceSpan]) -> Vec<&TraceSpan> {
     let named = |name: &str| spans.iter().filter(|span| span.name == name).collect::<Vec<_>>();
     let parts = named("part");
-    let masks = named("mask");
-    assert!(!parts.is_empty() && !masks.is_empty(), "a step has parts and samples masks");
+    // A kernel samples these on a device; here the host does.
+    let sampled = [named("mask"), named("noise")].concat();
+    assert!(!parts.is_empty() && !sampled.is_empty(), "a step has parts, and samples masks or noise");
     let inside = |all: &[&TraceSpan], span: &TraceSpan| all.iter().any(|outer| outer.contains(span));
-    spans.iter().filter(|span| inside(&parts, span) && !inside(&masks, span)).collect()
+    spans.iter().filter(|span| inside(&parts, span) && !inside(&sampled, span)).collect()
 }
 
 /// Returns those operators that would stall a device or invalidate a graph. A tensor from host values begins as an

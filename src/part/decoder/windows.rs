@@ -10,7 +10,7 @@ use crate::grid::Grid;
 use crate::op::attention::{Windows, cosine_attention};
 use crate::op::bias_gelu::Gelu;
 use crate::op::tokens::{TokenLayout, assemble_tokens};
-use crate::op::{patch::gather, sizes};
+use crate::op::{at_least_float, patch::gather, sizes};
 use crate::part::cost::{self, OpCost, Traffic};
 use crate::part::encoder::position::Positions;
 use crate::part::encoder::vit::Shape;
@@ -21,7 +21,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// The windows of a decoder: the config's `attention.windows`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -311,7 +311,7 @@ impl WindowBlock {
     /// x [B, N, D] → [B, N, D], or → [B, M, D] for the tokens `constants.only`.
     fn forward(&self, w: &Weights, x: &Tensor, constants: BlockConstants) -> Result<Tensor> {
         let BlockConstants { windows, offsets, only } = constants;
-        let scale = w[self.tau].to_kind(Kind::Float).clamp_min(MIN_TAU).reciprocal(); // [H]
+        let scale = at_least_float(&w[self.tau]).clamp_min(MIN_TAU).reciprocal(); // [H]
         let bias = self.bias(w, offsets, windows.size())?;
         let attended = cosine_attention(&self.qkv.forward(w, x)?, self.heads, windows, [&scale, &bias])?;
         let select = |x: &Tensor| only.map_or_else(|| x.shallow_clone(), |only| gather(x, only));
@@ -343,6 +343,6 @@ impl WindowBlock {
         let [fc1, fc2] = &self.bias_mlp;
         let hidden = fc1.forward(w, &offsets.to_kind(w.kind()))?.relu();
         let biases = fc2.forward(w, &hidden)?; // [T · T, H]
-        Ok(biases.to_kind(Kind::Float).transpose(0, 1).reshape([self.heads, tokens, tokens]))
+        Ok(at_least_float(&biases).transpose(0, 1).reshape([self.heads, tokens, tokens]))
     }
 }

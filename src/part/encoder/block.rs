@@ -1,6 +1,6 @@
 //! The pre-norm transformer block (Dosovitskiy et al., 2021, equations 2 and 3).
 
-use super::stack::Shape;
+use super::shape::Shape;
 use crate::error::Result;
 use crate::op::attention::{attention, causal_attention};
 use crate::op::bias_gelu::Gelu;

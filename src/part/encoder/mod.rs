@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod position;
+pub mod shape;
 pub mod stack;
 pub mod text;
 pub mod vit;

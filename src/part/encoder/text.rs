@@ -1,7 +1,8 @@
 //! The text encoder: a transformer over a caption's tokens.
 
 use super::block::StackOptions;
-use super::stack::{Shape, Stack};
+use super::shape::Shape;
+use super::stack::Stack;
 use crate::error::{Error, Result};
 use crate::op::bias_gelu::Gelu;
 use crate::op::patch::gather;

@@ -13,7 +13,7 @@ use crate::part::mask::Mask;
 use crate::part::params::{Init, LayerNorm, Linear, ParamId, ParamSpecs, Weights};
 use tch::{Kind, Tensor};
 
-pub use super::stack::Shape;
+pub use super::shape::Shape;
 
 /// Options of an encoder besides its shape.
 pub struct VitOptions {

@@ -28,10 +28,10 @@ fn draw_tokens(tokens: &Tensor, grid: &Grid) -> Tensor {
     let cells = grid.patch / CELL;
     let batch = tokens.size()[0];
     let shape = [batch, grid.frames, grid.rows, grid.cols, grid.channels, BINS, cells * cells];
-    let by_bin = tokens.view(shape.as_slice()).transpose(5, 6); // [.., cells², 9]
+    let by_bin = tokens.reshape(shape.as_slice()).transpose(5, 6); // [.., cells², 9]
     let strokes = by_bin.matmul(&strokes(tokens.device())).clamp(0.0, 1.0); // [.., cells², 64]
     let shape = [batch, grid.frames, grid.rows, grid.cols, grid.channels, cells, cells, CELL, CELL];
-    let pixels = strokes.view(shape.as_slice()).permute([0, 4, 1, 2, 5, 7, 3, 6, 8]);
+    let pixels = strokes.reshape(shape.as_slice()).permute([0, 4, 1, 2, 5, 7, 3, 6, 8]);
     let side = cells * CELL;
     pixels.reshape([batch, grid.channels, grid.frames, grid.rows * side, grid.cols * side]).repeat_interleave_self_int(
         grid.patch_frames,

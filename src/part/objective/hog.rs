@@ -4,11 +4,8 @@ use crate::error::Result;
 use crate::grid::Grid;
 use crate::op::hog::hog;
 use crate::op::patch::gather;
-use crate::part::mask::Mask;
 use crate::part::patchify::Patchify;
-use crate::part::patchify::Reconstruction;
-use std::f64::consts::PI;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// Orientations of a histogram.
 pub const BINS: i64 = 9;
@@ -29,7 +26,7 @@ pub fn hog_target(patchify: &Patchify, x: &Tensor) -> Result<Tensor> {
     let [batch, channels, _, height, width] = crate::op::sizes(&pixels);
     let frames = pixels.slice(2, 0, None, grid.patch_frames).transpose(1, 2); // [B, T', C, Y, X]
     let frames = frames.reshape([batch * grid.frames, channels, height, width]);
-    Ok(hog(&frames, grid.patch)?.view([batch, grid.tokens(), hog_values(&grid)]))
+    Ok(hog(&frames, grid.patch)?.reshape([batch, grid.tokens(), hog_values(&grid)]))
 }
 
 /// The same at the hidden tokens [B, M, C · 9 · cells²].
