@@ -35,7 +35,7 @@ impl KnnOptions {
         Ok(())
     }
 
-    /// Predicts the classes of x [R, D] → int64 [R]: each of the `k` nearest samples of `train` by cosine similarity
+    /// Predicts the classes of x [R, D] → int64 `[R]`: each of the `k` nearest samples of `train` by cosine similarity
     /// votes with the weight exp(similarity / temperature) (Wu et al., "Unsupervised feature learning via
     /// non-parametric instance discrimination", 2018).
     pub fn predict(&self, train: &FeatureSet, x: &Tensor) -> Tensor {

@@ -1,8 +1,8 @@
 //! MaskFeat: Wei, Fan, Xie, Wu, Yuille, Feichtenhofer, "Masked Feature Prediction for Self-Supervised Visual
 //! Pre-Training", CVPR 2022. Blocks of an image, or cubes of a clip, are replaced by mask tokens; the encoder sees all
 //! places and a linear layer predicts histograms of oriented gradients at the hidden ones. Agrees with timm's blocks
-//! and mmpretrain's histograms (`tests/method/maskfeat.rs`). Every sample hides the same number of tokens, our own
-//! choice.
+//! and histograms of torch's operations (`tests/method/maskfeat.rs`). Every sample hides the same number of tokens, our
+//! own choice; the paper's encoder of clips, MViT, is not here.
 
 use super::prelude::*;
 use crate::part::objective::draw_hog::draw_hog;

@@ -3,7 +3,7 @@
 //! its front.
 //!
 //! Compute weights and gradients are full on every rank, shape `[L]`. Master weights, moments and the reduced gradient
-//! have shape [K]: all L elements, or this rank's shard where the optimizer is sharded.
+//! have shape `[K]`: all L elements, or this rank's shard where the optimizer is sharded.
 
 use super::layout::{ALIGN, Sharding, compute_layout};
 use crate::bridge;
@@ -134,7 +134,7 @@ impl FlatParams {
         view(buffer, &self.ranges[index], &self.specs[index].shape)
     }
 
-    /// Returns the view of this rank's part of tensor `index` in a buffer [K]: one dimension, perhaps empty.
+    /// Returns the view of this rank's part of tensor `index` in a buffer `[K]`: one dimension, perhaps empty.
     pub fn shard_of(&self, buffer: &Tensor, index: usize) -> Tensor {
         let Range { start, end } = self.shard_ranges[index];
         buffer.narrow(0, start as i64, (end - start) as i64)
