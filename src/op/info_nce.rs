@@ -143,8 +143,10 @@ impl Strips {
         let SavedForward { queries, keys, scale, normalizers } = saved;
         let batch = queries.size()[0];
         let g_scale_parts = Tensor::empty([batch], (Kind::Float, queries.device()));
-        let mut g_queries = Vec::new();
-        let mut g_keys = None::<Tensor>;
+        // Allocated before the strips: small tensors that outlive them would leave holes between their logits, which the
+        // allocator cannot fill with the next strip's.
+        let g_queries = Tensor::empty(queries.size(), (Kind::Float, queries.device()));
+        let g_keys = needs_keys.then(|| Tensor::zeros(keys.size(), (Kind::Float, keys.device())));
         for (begin, rows) in self.ranges(batch) {
             let strip_queries = queries.narrow(0, begin, rows);
             let dots = product(&strip_queries, &keys.transpose(0, 1));
@@ -152,13 +154,12 @@ impl Strips {
             let normalizers = normalizers.narrow(0, begin, rows);
             let g_scale_part = g_scale_parts.narrow(0, begin, rows);
             let g_dots = self.backend.gradients(strip, &normalizers, upstream, &g_scale_part)?;
-            g_queries.push(product(&g_dots, keys));
-            if needs_keys {
-                let part = product(&g_dots.transpose(0, 1), &strip_queries);
-                g_keys = Some(g_keys.map_or_else(|| part.shallow_clone(), |mut sum| sum.g_add_(&part)));
+            g_queries.narrow(0, begin, rows).copy_(&product(&g_dots, keys));
+            if let Some(g_keys) = &g_keys {
+                let _ = g_keys.shallow_clone().g_add_(&product(&g_dots.transpose(0, 1), &strip_queries));
             }
         }
-        let g_queries = Tensor::cat(&g_queries, 0).to_kind(queries.kind());
+        let g_queries = g_queries.to_kind(queries.kind());
         let g_keys = g_keys.map(|g_keys| g_keys.to_kind(keys.kind()));
         Ok([Some(g_queries), g_keys, Some(g_scale_parts.sum(Kind::Float))])
     }
