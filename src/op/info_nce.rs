@@ -146,7 +146,7 @@ impl Strips {
         // Allocated before the strips: small tensors that outlive them would leave holes between their logits, which the
         // allocator cannot fill with the next strip's.
         let g_queries = Tensor::empty(queries.size(), (Kind::Float, queries.device()));
-        let g_keys = needs_keys.then(|| Tensor::zeros(keys.size(), (Kind::Float, keys.device())));
+        let g_keys = needs_keys.then(|| keys.new_zeros(keys.size(), (Kind::Float, keys.device())));
         for (begin, rows) in self.ranges(batch) {
             let strip_queries = queries.narrow(0, begin, rows);
             let dots = product(&strip_queries, &keys.transpose(0, 1));
