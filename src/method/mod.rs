@@ -45,7 +45,7 @@ pub mod prelude {
         encoder::vit::{LearnedPositions, PositionTable, Shape, VitOptions},
         encoder::{Features, block::BlockInit, block::QkvBias, block::StackOptions, position},
         encoder_with_head::EncoderWithHead,
-        head::{Head, HeadActivation, HeadOptions},
+        head::{Head, HeadOptions},
         loss::{LossDenominators, LossOutput, LossTerm, Per, cross_entropy, masked_mse, mse_between},
         mask::{BlockMask, Mask, MaskPolicy, NoMask, RandomMask, Ratio},
         model::{ImageText, Model, Reconstruct},

@@ -96,8 +96,7 @@ impl Method for RMae {
         let visible = self.visible(grid);
         let hidden = grid.tokens() - visible;
         let mut cost = self.model.cost(grid, visible);
-        let [encoder, ..] = &self.model.cost(grid, hidden).parts[..] else { unreachable!("an encoder") };
-        cost.parts.push(("second encoder", encoder.1.clone()));
+        cost.parts.push(("second encoder", self.model.encoder_cost(grid, hidden)));
         cost.parts.push(("anchor decoder", self.anchor_decoder.cost(hidden, visible, 1)));
         cost
     }

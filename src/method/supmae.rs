@@ -77,8 +77,7 @@ impl SupMae {
         let target = config.target.patch_target();
         let mut model = Autoencoder::new(patchify, &config.encoder, encoder, &config.decoder, decoder, target);
         let mut buffers = BufferSpecs::default();
-        let activation = HeadActivation::BatchNormRelu;
-        let head = HeadOptions { inputs: width, hidden: 4 * width, outputs: config.classes, layers: 2, activation };
+        let head = HeadOptions { inputs: width, hidden: 4 * width, outputs: config.classes };
         let head = Head::new(&mut model.params, &mut buffers, "head", head);
         let mask = RandomMask { ratio: config.mask.ratio, truncate_hidden: false };
         Ok(SupMae { model, mask, head, buffers, config: config.clone() })

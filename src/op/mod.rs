@@ -15,7 +15,6 @@ pub mod linear;
 pub mod masked_mse;
 pub mod noise;
 pub mod patch;
-pub mod rms_norm;
 pub mod scale;
 pub mod shuffle;
 pub mod spectrum;

@@ -91,6 +91,17 @@ impl<D: Decode> Autoencoder<D> {
         self.target.target(&self.patchify, x, &mask.drop)
     }
 
+    /// Returns the operations of the encoder on one sample of which `visible` tokens are visible.
+    pub fn encoder_cost(&self, grid: &Grid, visible: i64) -> Vec<OpCost> {
+        let tokens = if self.mask_tokens_in_encoder { grid.tokens() } else { visible };
+        let sequence = tokens + i64::from(self.class_token);
+        let width = self.encoder_shape.width;
+        let mut ops: Vec<OpCost> = cost::patch_embed(visible, grid.patch_values(), width).into();
+        ops.push(cost::assemble_tokens(visible, sequence, width));
+        ops.extend(self.encoder_shape.cost(sequence, sequence));
+        ops
+    }
+
     fn draw(&self, w: &Weights, x: &Tensor, mask: &Mask) -> Result<Reconstruction> {
         let visible = self.patchify.patches_at(x, &mask.keep, Kind::Float)?;
         let pred = self.target.denormalize(&self.patchify, &self.predict(w, x, mask)?, &visible);
@@ -106,15 +117,9 @@ impl<D: Decode> Model for Autoencoder<D> {
         &self.params
     }
     fn cost(&self, grid: &Grid, visible: i64) -> ModelCost {
-        let tokens = grid.tokens();
-        let hidden = tokens - visible;
-        let class = i64::from(self.class_token);
-        let sequence = if self.mask_tokens_in_encoder { tokens } else { visible } + class;
-        let width = self.encoder_shape.width;
-        let mut encoder: Vec<OpCost> = cost::patch_embed(visible, grid.patch_values(), width).into();
-        encoder.push(cost::assemble_tokens(visible, sequence, width));
-        encoder.extend(self.encoder_shape.cost(sequence, sequence));
-        let decoder = self.decoder.cost(visible, hidden, class);
+        let hidden = grid.tokens() - visible;
+        let encoder = self.encoder_cost(grid, visible);
+        let decoder = self.decoder.cost(visible, hidden, i64::from(self.class_token));
         let loss = vec![cost::pixel_loss(hidden, grid.patch_values())];
         ModelCost { parts: vec![("encoder", encoder), ("decoder", decoder), ("loss", loss)] }
     }

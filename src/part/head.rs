@@ -1,7 +1,6 @@
-//! Heads: small multi-layer perceptrons on pooled features, for classes and for embeddings.
+//! Heads of classes: small perceptrons on pooled features.
 
 use crate::error::Result;
-use crate::op::bias_gelu::Gelu;
 use crate::part::batch_norm::SyncBatchNorm;
 use crate::part::buffers::BufferSpecs;
 use crate::part::cost::{self, OpCost};
@@ -10,92 +9,45 @@ use crate::part::params::{Linear, ParamSpecs};
 use crate::part::step::Step;
 use tch::Tensor;
 
-/// Activation between the layers of a head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeadActivation {
-    /// Batch normalization over all ranks, then ReLU.
-    BatchNormRelu,
-    /// Exact GELU.
-    Gelu,
-}
-
-/// Sizes of a head.
+/// Widths of a head.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadOptions {
     /// Width of the features.
     pub inputs: i64,
-    /// Width of the layers between.
     pub hidden: i64,
     pub outputs: i64,
-    /// Linear layers, at least one.
-    pub layers: usize,
-    pub activation: HeadActivation,
 }
 
-/// Linear layers with an activation between each two.
+/// A linear layer, batch normalization over all ranks, ReLU, and a linear layer.
 pub struct Head {
-    layers: Vec<Linear>,
-    norms: Vec<SyncBatchNorm>,
+    fc1: Linear,
+    norm: SyncBatchNorm,
+    fc2: Linear,
     options: HeadOptions,
 }
 
 impl Head {
-    /// Declares `<name>.<i>`, and `<name>.norm.<i>` where layers are normalized.
+    /// Declares `<name>.fc1`, `<name>.norm` and `<name>.fc2`.
     pub fn new(params: &mut ParamSpecs, buffers: &mut BufferSpecs, name: &str, options: HeadOptions) -> Head {
-        let HeadOptions { inputs, hidden, outputs, layers, activation } = options;
-        let width = |end: usize| {
-            if end == 0 {
-                inputs
-            } else if end == layers {
-                outputs
-            } else {
-                hidden
-            }
-        };
-        let mut head = Head { layers: Vec::new(), norms: Vec::new(), options };
-        for layer in 0..layers {
-            head.layers.push(Linear::new(params, &format!("{name}.{layer}"), width(layer), width(layer + 1)));
-            if activation == HeadActivation::BatchNormRelu && layer + 1 < layers {
-                head.norms.push(SyncBatchNorm::new(params, buffers, &format!("{name}.norm.{layer}"), hidden));
-            }
+        let HeadOptions { inputs, hidden, outputs } = options;
+        Head {
+            fc1: Linear::new(params, &format!("{name}.fc1"), inputs, hidden),
+            norm: SyncBatchNorm::new(params, buffers, &format!("{name}.norm"), hidden),
+            fc2: Linear::new(params, &format!("{name}.fc2"), hidden, outputs),
+            options,
         }
-        head
     }
 
-    /// x [B, D] → [B, outputs]. Adds the updates of running statistics.
+    /// x [B, D] → [B, outputs]. Adds the updates of the running statistics.
     pub fn forward(&self, step: &Step, x: &Tensor, updates: &mut Vec<BufferUpdate>) -> Result<Tensor> {
-        let (last, inner) = self.layers.split_last().expect("a layer");
-        let mut x = x.shallow_clone();
-        for (index, layer) in inner.iter().enumerate() {
-            x = match self.options.activation {
-                HeadActivation::BatchNormRelu => {
-                    self.norms[index].forward(step, &layer.forward(step.weights, &x)?, updates)?.relu()
-                }
-                HeadActivation::Gelu => layer.forward_gelu(step.weights, &x, Gelu::Exact)?,
-            };
-        }
-        last.forward(step.weights, &x)
+        let hidden = self.fc1.forward(step.weights, x)?; // [B, hidden]
+        let hidden = self.norm.forward(step, &hidden, updates)?.relu();
+        self.fc2.forward(step.weights, &hidden)
     }
 
     /// Returns the operations on one sample.
     pub fn cost(&self) -> Vec<OpCost> {
-        let HeadOptions { inputs, hidden, outputs, layers, .. } = self.options;
-        let width = |end: usize| {
-            if end == 0 {
-                inputs
-            } else if end == layers {
-                outputs
-            } else {
-                hidden
-            }
-        };
-        let mut ops = Vec::new();
-        for layer in 0..layers {
-            ops.push(cost::linear(1, width(layer), width(layer + 1)));
-            if layer + 1 < layers {
-                ops.push(cost::layer_norm(1, hidden));
-            }
-        }
-        ops
+        let HeadOptions { inputs, hidden, outputs } = self.options;
+        vec![cost::linear(1, inputs, hidden), cost::layer_norm(1, hidden), cost::linear(1, hidden, outputs)]
     }
 }

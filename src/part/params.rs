@@ -5,7 +5,6 @@
 use crate::error::Result;
 use crate::op::bias_gelu::{Gelu, bias_gelu};
 use crate::op::layer_norm::{add_layer_norm, layer_norm};
-use crate::op::rms_norm::rms_norm;
 use crate::rng::{self, Philox, Purpose};
 use std::ops::Index;
 use tch::{Device, Kind, Tensor};
@@ -216,12 +215,11 @@ impl Linear {
     }
 }
 
-/// Layer normalization, `<name>.weight` and `<name>.bias` `[D]`; or by the root mean square alone, without bias.
+/// Layer normalization: `<name>.weight` and `<name>.bias` `[D]`.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm {
     scale: ParamId,
-    /// None normalizes by the root mean square (Zhang and Sennrich, 2019).
-    shift: Option<ParamId>,
+    shift: ParamId,
 }
 
 impl LayerNorm {
@@ -232,28 +230,14 @@ impl LayerNorm {
     /// Declares scale 1 and a shift of this initializer.
     pub fn with_shift(params: &mut ParamSpecs, name: &str, width: i64, shift_init: Init) -> Self {
         let scale = params.add(format!("{name}.weight"), &[width], Init::One);
-        LayerNorm { scale, shift: Some(params.add(format!("{name}.bias"), &[width], shift_init)) }
-    }
-    /// Declares scale 1 alone: normalization by the root mean square.
-    pub fn root_mean_square(params: &mut ParamSpecs, name: &str, width: i64) -> Self {
-        LayerNorm { scale: params.add(format!("{name}.weight"), &[width], Init::One), shift: None }
+        LayerNorm { scale, shift: params.add(format!("{name}.bias"), &[width], shift_init) }
     }
     /// x [.., D] → [.., D].
     pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
-        match self.shift {
-            Some(shift) => layer_norm(x, &w[self.scale], &w[shift]),
-            None => Ok(rms_norm(x, &w[self.scale])),
-        }
+        layer_norm(x, &w[self.scale], &w[self.shift])
     }
     /// x and r [.., D] → x + r, and its normalization.
     pub fn forward_add(&self, w: &Weights, x: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-        match self.shift {
-            Some(shift) => add_layer_norm(x, r, &w[self.scale], &w[shift]),
-            None => {
-                let sum = x + r;
-                let normalized = rms_norm(&sum, &w[self.scale]);
-                Ok((sum, normalized))
-            }
-        }
+        add_layer_norm(x, r, &w[self.scale], &w[self.shift])
     }
 }

@@ -25,6 +25,7 @@ crate::trials![
     bytes_in_flight_stay_within_the_limit,
     a_loader_resumes_where_another_stopped,
     a_sequential_pass_reads_every_sample_once,
+    labels_are_read_where_they_are_wanted_and_checked,
     blocks_of_an_update_are_equal_on_any_number_of_ranks,
     a_corrupt_sample_is_replaced_identically_on_all_ranks,
     too_many_corrupt_samples_stop_the_loader,
@@ -222,6 +223,21 @@ fn flip_bytes(set: &Mixture, count: u64) -> Outcome {
         bytes[member.offset as usize + 30] ^= 1;
         fs::write(shard.name(), bytes)?;
     }
+    Ok(())
+}
+
+fn labels_are_read_where_they_are_wanted_and_checked() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let set = small_set(folder.path())?;
+    let first = |labels: Labels| {
+        let options = LoaderOptions { labels, ..source(&set) };
+        DataLoader::sequential(options, 30, 0, 1).and_then(|mut loader| loader.next().expect("a step"))
+    };
+    assert!(first(Labels::Ignored)?.side.labels.is_none());
+    let optional = first(Labels::Optional { classes: 2 })?.side.labels.expect("labels");
+    assert!(optional == first(Labels::Required)?.side.labels.expect("labels"));
+    let error = first(Labels::Optional { classes: 1 }).expect_err("a label of 1");
+    assert!(error.code == ExitCode::Usage && error.message.contains("its label is 1"), "{error}");
     Ok(())
 }
 

@@ -118,10 +118,19 @@ fn take(config: &Config, stepper: &mut Stepper, step: u64, world: &dyn World) ->
     outcome.loss
 }
 
+/// Returns the losses of `steps` steps, and the buffers after the first three: rounding that Adam enlarges step by step
+/// has not yet reached them.
 fn train(config: &Config, world: &Arc<dyn World>, steps: u64) -> (Vec<f64>, Vec<Tensor>) {
     let mut stepper = stepper(config, world);
-    let losses = (0..steps).map(|step| take(config, &mut stepper, step, world.as_ref())).collect();
-    (losses, stepper.buffers.iter().map(|(_, value)| value.copy()).collect())
+    let mut buffers = Vec::new();
+    let losses = (0..steps).map(|step| {
+        let loss = take(config, &mut stepper, step, world.as_ref());
+        if step == 2 {
+            buffers = stepper.buffers.iter().map(|(_, value)| value.copy()).collect();
+        }
+        loss
+    });
+    (losses.collect(), buffers)
 }
 
 fn one_to_four_ranks_train_alike() -> Outcome {
@@ -138,7 +147,7 @@ fn one_to_four_ranks_train_alike() -> Outcome {
                 }
                 for (ours, buffer) in others.iter().zip(&buffers) {
                     let difference = (ours - buffer).abs().max().double_value(&[]);
-                    let limit = 1e-4 * buffer.abs().max().double_value(&[]);
+                    let limit = 1e-5 * buffer.abs().max().double_value(&[]);
                     assert!(difference <= limit, "{name}, {size} ranks: a buffer is off by {difference:e}");
                 }
             }

@@ -3,13 +3,11 @@
 
 use crate::support::method_ext::MethodExt;
 use crate::support::parity;
-use crate::support::{Outcome, normal};
-use occlude::config::Config;
-use occlude::error::ExitCode;
+use crate::support::vit_mae::{input, keys, shape};
+use crate::support::{Outcome, assert_lines_rejected, normal};
 use occlude::grid::InputConfig;
 use occlude::interop;
 use occlude::method::{Batch, maskfeat};
-use occlude::op::shuffle::SampleKey;
 use occlude::part::encoder::vit::Shape;
 use occlude::part::mask::BlockMask;
 use occlude::part::objective::draw_hog::draw_hog;
@@ -34,7 +32,7 @@ struct Case {
     channels: i64,
     frames: i64,
     patch_frames: i64,
-    size: (i64, i64),
+    size: [i64; 2],
     patch: i64,
     encoder: Shape,
     mask: BlockMask,
@@ -50,9 +48,9 @@ fn image() -> Case {
         channels: 1,
         frames: 1,
         patch_frames: 1,
-        size: (40, 40),
+        size: [40, 40],
         patch: 8,
-        encoder: Shape { width: 24, depth: 2, heads: 3, mlp_ratio: 4 },
+        encoder: shape(24, 2, 3),
         mask: blocks(0.4),
     }
 }
@@ -62,34 +60,27 @@ fn a_grayscale_image_matches_timm() -> Outcome {
 }
 
 fn an_odd_color_image_matches_timm() -> Outcome {
-    let encoder = Shape { width: 60, depth: 3, heads: 5, mlp_ratio: 4 };
-    Case { batch: 2, channels: 3, size: (64, 48), patch: 16, encoder, mask: blocks(0.5), ..image() }.check()
+    let encoder = shape(60, 3, 5);
+    Case { batch: 2, channels: 3, size: [64, 48], patch: 16, encoder, mask: blocks(0.5), ..image() }.check()
 }
 
 fn a_clip_of_cubes_matches_timm() -> Outcome {
-    let encoder = Shape { width: 28, depth: 2, heads: 7, mlp_ratio: 4 };
+    let encoder = shape(28, 2, 7);
     let mask = BlockMask { unit: [1, 2, 2], max_tries: 100, ..blocks(0.4) };
-    Case { batch: 2, channels: 3, frames: 6, patch_frames: 2, size: (32, 48), encoder, mask, ..image() }.check()
+    Case { batch: 2, channels: 3, frames: 6, patch_frames: 2, size: [32, 48], encoder, mask, ..image() }.check()
 }
 
 impl Case {
     fn method(&self) -> Result<maskfeat::MaskFeat, occlude::error::Error> {
-        let input = InputConfig {
-            channels: self.channels,
-            frames: self.frames,
-            height: self.size.0,
-            width: self.size.1,
-            patch: self.patch,
-            patch_frames: self.patch_frames,
-            mean: vec![],
-            std: vec![],
-        };
+        let Case { frames, patch_frames, .. } = *self;
+        let input = InputConfig { frames, patch_frames, ..input(self.channels, self.size, self.patch) };
         maskfeat::MaskFeat::new(&maskfeat::Config { encoder: self.encoder, mask: self.mask }, &input)
     }
 
     fn batch(&self, step: u64) -> Batch {
-        let keys: Vec<SampleKey> = (0..self.batch as u64).map(|id| SampleKey { id, epoch: step, repeat: 0 }).collect();
-        Batch::new(normal(step, &[self.batch, self.channels, self.frames, self.size.0, self.size.1]), &keys, 9)
+        let [height, width] = self.size;
+        let pixels = normal(step, &[self.batch, self.channels, self.frames, height, width]);
+        Batch::new(pixels, &keys(self.batch, step), 9)
     }
 
     fn check(&self) -> Outcome {
@@ -140,7 +131,7 @@ fn histograms_do_not_depend_on_brightness_and_contrast() -> Outcome {
 }
 
 fn every_sample_hides_the_same_number_in_blocks() -> Outcome {
-    let case = Case { batch: 50, size: (112, 112), ..image() };
+    let case = Case { batch: 50, size: [112, 112], ..image() };
     let method = case.method()?;
     let mask = method.sample_mask(&case.batch(1));
     assert_eq!((mask.keep.size(), mask.drop.size()), (vec![50, 118], vec![50, 78]), "round(0.4 · 196) hidden");
@@ -157,12 +148,11 @@ fn every_sample_hides_the_same_number_in_blocks() -> Outcome {
 
 fn an_edge_is_drawn_along_itself() -> Outcome {
     // A vertical edge inside a cell: dark left, bright right.
-    let case = Case { batch: 1, size: (24, 24), ..image() };
+    let case = Case { batch: 1, size: [24, 24], ..image() };
     let method = case.method()?;
     let pixels = Tensor::zeros([1, 1, 1, 24, 24], (Kind::Float, tch::Device::Cpu));
     let _ = pixels.narrow(4, 12, 12).fill_(1.0);
-    let keys = [SampleKey { id: 0, epoch: 0, repeat: 0 }];
-    let batch = Batch::new(pixels, &keys, 9);
+    let batch = Batch::new(pixels, &keys(1, 0), 9);
     let mask = method.sample_mask(&batch);
     let pred = hog_target(&method.model.patchify, batch.view())?;
     let pred = occlude::op::patch::gather(&pred, &mask.drop);
@@ -177,16 +167,16 @@ fn an_edge_is_drawn_along_itself() -> Outcome {
 }
 
 fn an_invalid_config_is_rejected() -> Outcome {
-    let path = crate::support::root().join("configs/tiny/maskfeat.json");
-    for (line, words) in [
-        ("input.patch=4", "input.patch is 4; method.maskfeat predicts histograms of cells of 8 pixels"),
-        ("method.maskfeat.mask.ratio=1", "the share hidden must lie in (0, 1)"),
-        ("method.maskfeat.mask.ratio=0.99", "at least one must be kept and one hidden"),
-        ("method.maskfeat.mask.unit=[1,4,4]", "do not divide"),
-        ("method.maskfeat.mask.rato=1", "did you mean `ratio`?"),
-    ] {
-        let error = Config::read(&path, &[line.to_owned()]).expect_err(line);
-        assert!(error.code == ExitCode::Usage && error.message.contains(words), "{line}: {error}");
-    }
-    Ok(())
+    assert_lines_rejected(
+        "maskfeat",
+        &[
+            ("input.patch=4", "input.patch is 4; method.maskfeat predicts histograms of cells of 8 pixels"),
+            ("method.maskfeat.mask.ratio=1", "the share hidden must lie in (0, 1)"),
+            ("method.maskfeat.mask.ratio=0.99", "at least one must be kept and one hidden"),
+            ("method.maskfeat.mask.unit=[1,4,4]", "does not divide the [1, 6, 6] tokens"),
+            ("method.maskfeat.mask.unit=[1,0,1]", "does not divide the [1, 6, 6] tokens"),
+            ("method.maskfeat.mask.max_tries=0", "max_tries"),
+            ("method.maskfeat.mask.rato=1", "did you mean `ratio`?"),
+        ],
+    )
 }

@@ -3,12 +3,9 @@
 
 use crate::support::method_ext::MethodExt;
 use crate::support::parity;
-use crate::support::{Outcome, normal};
-use occlude::config::Config;
-use occlude::error::ExitCode;
-use occlude::grid::InputConfig;
+use crate::support::vit_mae::{input, keys, shape};
+use crate::support::{Outcome, assert_lines_rejected, normal};
 use occlude::method::{Batch, Method, mfm};
-use occlude::op::shuffle::SampleKey;
 use occlude::op::spectrum::spectrum;
 use occlude::part::encoder::vit::Shape;
 use occlude::part::frequency::FrequencyFilter;
@@ -33,7 +30,7 @@ const STEPS: usize = 3;
 struct Case {
     batch: i64,
     channels: i64,
-    size: (i64, i64),
+    size: [i64; 2],
     patch: i64,
     encoder: Shape,
     radius: f64,
@@ -44,9 +41,9 @@ fn gray() -> Case {
     Case {
         batch: 5,
         channels: 1,
-        size: (20, 20),
+        size: [20, 20],
         patch: 4,
-        encoder: Shape { width: 24, depth: 2, heads: 3, mlp_ratio: 4 },
+        encoder: shape(24, 2, 3),
         radius: 3.0,
         average: SpectrumAverage::Batch,
     }
@@ -57,37 +54,27 @@ fn a_grayscale_image_matches_timm() -> Outcome {
 }
 
 fn an_odd_color_image_matches_timm() -> Outcome {
-    let encoder = Shape { width: 60, depth: 3, heads: 5, mlp_ratio: 4 };
-    Case { batch: 4, channels: 3, size: (35, 28), patch: 7, encoder, radius: 5.0, ..gray() }.check()
+    let encoder = shape(60, 3, 5);
+    Case { batch: 4, channels: 3, size: [35, 28], patch: 7, encoder, radius: 5.0, ..gray() }.check()
 }
 
 fn a_mean_of_each_sample_matches_timm() -> Outcome {
-    let encoder = Shape { width: 44, depth: 2, heads: 11, mlp_ratio: 4 };
-    Case { batch: 6, channels: 3, size: (24, 24), patch: 6, encoder, average: SpectrumAverage::Sample, ..gray() }
+    let encoder = shape(44, 2, 11);
+    Case { batch: 6, channels: 3, size: [24, 24], patch: 6, encoder, average: SpectrumAverage::Sample, ..gray() }
         .check()
 }
 
 impl Case {
     fn method(&self) -> Result<mfm::Mfm, occlude::error::Error> {
-        let input = InputConfig {
-            channels: self.channels,
-            frames: 1,
-            height: self.size.0,
-            width: self.size.1,
-            patch: self.patch,
-            patch_frames: 1,
-            mean: vec![],
-            std: vec![],
-        };
+        let input = input(self.channels, self.size, self.patch);
         let Case { encoder, radius, average, .. } = *self;
         mfm::Mfm::new(&mfm::Config { encoder, radius, low_ratio: 0.5, average }, &input)
     }
 
     /// Pixels as 0..255, so that the filters see an image.
     fn batch(&self, step: u64) -> Batch {
-        let keys: Vec<SampleKey> = (0..self.batch as u64).map(|id| SampleKey { id, epoch: step, repeat: 0 }).collect();
-        let pixels = normal(step, &[self.batch, self.channels, 1, self.size.0, self.size.1]) * 60.0 + 128.0;
-        Batch::new(pixels.clamp(0.0, 255.0).to_kind(Kind::Uint8), &keys, 9)
+        let pixels = normal(step, &[self.batch, self.channels, 1, self.size[0], self.size[1]]) * 60.0 + 128.0;
+        Batch::new(pixels.clamp(0.0, 255.0).to_kind(Kind::Uint8), &keys(self.batch, step), 9)
     }
 
     fn check(&self) -> Outcome {
@@ -101,7 +88,6 @@ impl Case {
             let low = method.filter.sample_low_pass(batch)?.view(-1);
             kinds += low.sum(Kind::Int64).int64_value(&[]);
             request.push((format!("input.{step}"), batch.view().squeeze_dim(2).to_kind(Kind::Float) / 255.0));
-            request.push((format!("target.{step}"), method.normalize(batch)?.squeeze_dim(2)));
             request.push((format!("low.{step}"), low.to_kind(Kind::Uint8)));
         }
         assert!(kinds > 0 && kinds < STEPS as i64 * self.batch, "both filters occur: {kinds}");
@@ -117,8 +103,9 @@ impl Case {
                 rest => (rest.to_owned(), tensor.shallow_clone()),
             }
         };
+        let (mean, std) = input(self.channels, self.size, self.patch).mean_std()?;
         let numbers = json!({
-            "patch": self.patch, "width": self.encoder.width, "depth": self.encoder.depth, "heads": self.encoder.heads,
+            "mean": mean, "std": std, "patch": self.patch, "width": self.encoder.width, "depth": self.encoder.depth, "heads": self.encoder.heads,
             "radius": self.radius, "by_sample": self.average == SpectrumAverage::Sample,
         });
         let numbers = parity::training_numbers(STEPS, numbers);
@@ -193,15 +180,13 @@ fn hidden_frequencies_are_counted() -> Outcome {
 }
 
 fn an_invalid_config_is_rejected() -> Outcome {
-    let path = crate::support::root().join("configs/tiny/mfm.json");
-    for (line, words) in [
-        ("method.mfm.radius=0", "method.mfm.radius is 0; it must lie in 1 to 14"),
-        ("method.mfm.low_ratio=1.5", "method.mfm.low_ratio is 1.5; it must lie in 0 to 1"),
-        ("method.mfm.average=row", "unknown value `row`"),
-        ("input.frames=2", "set it to 1, or choose a method for video"),
-    ] {
-        let error = Config::read(&path, &[line.to_owned()]).expect_err(line);
-        assert!(error.code == ExitCode::Usage && error.message.contains(words), "{line}: {error}");
-    }
-    Ok(())
+    assert_lines_rejected(
+        "mfm",
+        &[
+            ("method.mfm.radius=0", "method.mfm.radius is 0; it must lie in 1 to 14"),
+            ("method.mfm.low_ratio=1.5", "method.mfm.low_ratio is 1.5; it must lie in 0 to 1"),
+            ("method.mfm.average=row", "unknown value `row`"),
+            ("input.frames=2", "set it to 1, or choose a method for video"),
+        ],
+    )
 }

@@ -4,12 +4,10 @@
 
 use crate::support::method_ext::MethodExt;
 use crate::support::parity;
+use crate::support::vit_mae::{Question, VitMaeCase, shape};
 use crate::support::{Outcome, normal};
-use occlude::grid::InputConfig;
 use occlude::interop;
-use occlude::method::{Batch, rmae};
-use occlude::op::shuffle::SampleKey;
-use occlude::part::encoder::vit::Shape;
+use occlude::method::rmae;
 use occlude::part::loss::{masked_mse, mse_between};
 use occlude::part::mask::Ratio;
 use occlude::part::objective::pixel;
@@ -25,36 +23,17 @@ crate::trials![
     without_an_anchor_constant_predictions_are_a_solution,
 ];
 
-const STEPS: usize = 3;
+const STEPS: u64 = 3;
 
+#[derive(Clone, Copy)]
 struct Case {
-    batch: i64,
-    channels: i64,
-    side: i64,
-    patch: i64,
-    encoder: Shape,
-    decoder: Shape,
-    ratio: f64,
+    model: VitMaeCase,
     anchor: f64,
     stop_gradient: bool,
 }
 
-fn shape(width: i64, depth: i64, heads: i64) -> Shape {
-    Shape { width, depth, heads, mlp_ratio: 4 }
-}
-
 fn gray() -> Case {
-    Case {
-        batch: 5,
-        channels: 1,
-        side: 20,
-        patch: 4,
-        encoder: shape(24, 1, 3),
-        decoder: shape(16, 1, 2),
-        ratio: 0.6,
-        anchor: 1.0,
-        stop_gradient: false,
-    }
+    Case { model: VitMaeCase::gray(), anchor: 1.0, stop_gradient: false }
 }
 
 fn a_grayscale_image_matches_transformers() -> Outcome {
@@ -62,54 +41,35 @@ fn a_grayscale_image_matches_transformers() -> Outcome {
 }
 
 fn an_odd_color_image_matches_transformers() -> Outcome {
-    let shapes = Case { encoder: shape(60, 2, 5), decoder: shape(36, 2, 3), ..gray() };
-    Case { batch: 3, channels: 3, side: 24, patch: 6, ratio: 0.75, anchor: 0.4, ..shapes }.check()
+    let shapes = VitMaeCase { encoder: shape(60, 2, 5), decoder: shape(36, 2, 3), ..VitMaeCase::gray() };
+    let model = VitMaeCase { batch: 3, channels: 3, side: 24, patch: 6, ratio: 0.75, ..shapes };
+    Case { model, anchor: 0.4, ..gray() }.check()
 }
 
 fn a_stopped_gradient_matches_transformers() -> Outcome {
-    let shapes = Case { encoder: shape(44, 2, 11), decoder: shape(28, 3, 7), ..gray() };
-    Case { batch: 2, channels: 3, side: 32, patch: 8, ratio: 0.5, stop_gradient: true, ..shapes }.check()
+    let shapes = VitMaeCase { encoder: shape(44, 2, 11), decoder: shape(28, 3, 7), ..VitMaeCase::gray() };
+    let model = VitMaeCase { batch: 2, channels: 3, side: 32, patch: 8, ratio: 0.5, ..shapes };
+    Case { model, stop_gradient: true, ..gray() }.check()
 }
 
 impl Case {
     fn method(&self) -> Result<rmae::RMae, occlude::error::Error> {
-        let input = InputConfig {
-            channels: self.channels,
-            frames: 1,
-            height: self.side,
-            width: self.side,
-            patch: self.patch,
-            patch_frames: 1,
-            mean: vec![],
-            std: vec![],
-        };
         let config = rmae::Config {
-            encoder: self.encoder,
-            decoder: self.decoder,
-            mask: Ratio { ratio: self.ratio },
+            encoder: self.model.encoder,
+            decoder: self.model.decoder,
+            mask: Ratio { ratio: self.model.ratio },
             target: pixel::Config { normalize: true },
             anchor: self.anchor,
             stop_gradient: self.stop_gradient,
         };
-        rmae::RMae::new(&config, &input)
-    }
-
-    fn batch(&self, step: u64) -> Batch {
-        let keys: Vec<SampleKey> = (0..self.batch as u64).map(|id| SampleKey { id, epoch: step, repeat: 0 }).collect();
-        Batch::new(normal(step, &[self.batch, self.channels, 1, self.side, self.side]), &keys, 9)
+        rmae::RMae::new(&config, &self.model.input())
     }
 
     fn check(&self) -> Outcome {
         let mut method = self.method()?;
         let grid = method.grid();
         let flat = parity::perturbed_weights(&method)?;
-        let batches: Vec<Batch> = (0..STEPS).map(|step| self.batch(step as u64)).collect();
-        let mut request = Vec::new();
-        for (step, batch) in batches.iter().enumerate() {
-            request.push((format!("input.{step}"), batch.view().squeeze_dim(2)));
-            let order = method.sample_mask(batch).restore().to_kind(Kind::Float);
-            request.push((format!("noise.{step}"), order / grid.tokens()));
-        }
+        let batches: Vec<_> = (0..STEPS).map(|step| self.model.batch(step)).collect();
         let official = |name: &str, tensor: &Tensor| match name.strip_prefix("anchor_") {
             Some(decoder) => {
                 let (name, tensor) = interop::to_official("mae", decoder, tensor, &grid);
@@ -117,24 +77,14 @@ impl Case {
             }
             None => interop::to_official("mae", name, tensor, &grid),
         };
-        let reply = parity::oracle_reply(&["rmae.py"], &flat, &official, request, &self.reference_config())?;
+        let numbers = json!({"anchor": self.anchor, "stop_gradient": self.stop_gradient});
+        let question = Question { batches: &batches, numbers };
+        let reply = self.model.oracle_reply("rmae.py", &method, &flat, &official, question)?;
         let decoder_positions = &reply["fp32.decoder_positions"];
         method.model.encoder.set_positions(reply["fp32.positions"].shallow_clone());
         method.model.decoder.positions = decoder_positions.shallow_clone().into();
         method.anchor_decoder.positions = decoder_positions.shallow_clone().into();
         parity::assert_training_matches(Box::new(method), flat, batches, &reply, &official)
-    }
-
-    fn reference_config(&self) -> serde_json::Value {
-        let numbers = json!({
-            "image_size": self.side, "patch_size": self.patch, "num_channels": self.channels,
-            "hidden_size": self.encoder.width, "num_hidden_layers": self.encoder.depth,
-            "num_attention_heads": self.encoder.heads, "intermediate_size": 4 * self.encoder.width,
-            "decoder_hidden_size": self.decoder.width, "decoder_num_hidden_layers": self.decoder.depth,
-            "decoder_num_attention_heads": self.decoder.heads, "decoder_intermediate_size": 4 * self.decoder.width,
-            "mask_ratio": self.ratio, "norm_pix_loss": true, "anchor": self.anchor, "stop_gradient": self.stop_gradient,
-        });
-        parity::training_numbers(STEPS, numbers)
     }
 }
 
@@ -190,7 +140,7 @@ fn without_an_anchor_constant_predictions_are_a_solution() -> Outcome {
             _ => {}
         }
     }
-    let batch = gray().batch(0);
+    let batch = gray().model.batch(0);
     let sums: Vec<f64> = method.terms(&flat.leaves, &batch)?.iter().map(|term| term.sum.double_value(&[])).collect();
     assert_eq!(sums, [0.0, 0.0]);
     let anchored = gray().method()?;

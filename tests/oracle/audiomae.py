@@ -22,6 +22,7 @@ from timm.models.vision_transformer import Block
 from torch.nn import functional as F
 
 from precision import cast, in_both_dtypes
+from training import adamw
 
 NORM = functools.partial(torch.nn.LayerNorm, eps=1e-6)
 
@@ -117,10 +118,7 @@ def steps(request, reply, text):
 
 def train(inputs, numbers):
     w = {name: value.clone().requires_grad_() for name, value in part(inputs, "weight.").items()}
-    optimizer = torch.optim.AdamW([
-        {"params": [v for v in w.values() if v.ndim > 1], "weight_decay": numbers["weight_decay"]},
-        {"params": [v for v in w.values() if v.ndim <= 1], "weight_decay": 0.0},
-    ], lr=numbers["lr"], betas=(0.9, 0.95))
+    optimizer = adamw(w.items(), numbers["lr"], numbers["weight_decay"])
     out = {}
     for step in range(numbers["steps"]):
         optimizer.zero_grad()

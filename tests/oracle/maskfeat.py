@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from precision import cast, in_both_dtypes
+from training import adamw
 
 request, reply, text = sys.argv[1:4]
 given, numbers = load_file(request), json.loads(text)
@@ -58,10 +59,7 @@ def compute(dtype):
     with torch.no_grad():
         for name, value in trained:
             value.copy_(inputs[f"weight.{name}"].reshape(value.shape))
-    optimizer = torch.optim.AdamW([
-        {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": numbers["weight_decay"]},
-        {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ], lr=numbers["lr"], betas=(0.9, 0.95))
+    optimizer = adamw(trained, numbers["lr"], numbers["weight_decay"])
     out = {}
     for step in range(numbers["steps"]):
         optimizer.zero_grad()

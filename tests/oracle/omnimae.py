@@ -16,6 +16,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
 from precision import cast, in_both_dtypes
+from training import adamw
 
 BLOCK = (
     ("norm1", "layernorm_before"), ("norm2", "layernorm_after"), ("attn.proj", "attention.output.dense"),
@@ -126,11 +127,7 @@ def train(inputs, numbers, steps, lr, weight_decay, dtype):
                 d, c, f, p, _ = value.shape
                 weight = weight.view(d, f, p, p, c).permute(0, 4, 1, 2, 3)
             value.copy_((weight if part is None else weight.chunk(3)[part]).reshape(value.shape))
-    trained = [value for _, value, _ in named(model)]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ], lr=lr, betas=(0.9, 0.95))
+    optimizer = adamw([(name, value) for name, value, _ in named(model)], lr, weight_decay)
     out = {}
     for step in range(steps):
         optimizer.zero_grad()

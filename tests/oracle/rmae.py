@@ -16,6 +16,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from official import load, official
 from precision import cast, in_both_dtypes
+from training import adamw
 
 request, reply, text = sys.argv[1:4]
 given, numbers = load_file(request), json.loads(text)
@@ -37,11 +38,7 @@ def compute(dtype):
     }
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     anchors = [(n, p) for n, p in second.named_parameters() if p.requires_grad and n.startswith("decoder.")]
-    everything = [p for _, p in trained + anchors]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in everything if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0},
-    ], lr=lr, betas=(0.9, 0.95))
+    optimizer = adamw(trained + anchors, lr, weight_decay)
 
     def named(pairs, prefix):
         kind, rest = prefix.split(".", 1)

@@ -16,6 +16,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from official import load, official
 from precision import cast, in_both_dtypes
+from training import adamw
 
 request, reply, text = sys.argv[1:4]
 given, numbers = load_file(request), json.loads(text)
@@ -29,7 +30,7 @@ def compute(dtype):
     load(model, inputs)
     width = numbers["hidden_size"]
     head = nn.ModuleDict({
-        "0": nn.Linear(width, 4 * width), "norm": nn.ModuleDict({"0": nn.BatchNorm1d(4 * width)}), "1": nn.Linear(4 * width, classes),
+        "fc1": nn.Linear(width, 4 * width), "norm": nn.BatchNorm1d(4 * width), "fc2": nn.Linear(4 * width, classes),
     }).to(dtype).train()
     with torch.no_grad():
         for name, value in head.named_parameters():
@@ -40,11 +41,7 @@ def compute(dtype):
     }
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     heads = [(f"head.{n}", p) for n, p in head.named_parameters()]
-    everything = [p for _, p in trained + heads]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in everything if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0},
-    ], lr=lr, betas=(0.9, 0.95))
+    optimizer = adamw(trained + heads, lr, weight_decay)
     for step in range(steps):
         optimizer.zero_grad()
         pixels = inputs[f"input.{step}"]
@@ -52,7 +49,7 @@ def compute(dtype):
         decoded = model.decoder(encoded.last_hidden_state, encoded.ids_restore)
         pixel = model.forward_loss(pixels, decoded.logits, encoded.mask)
         pooled = encoded.last_hidden_state[:, 1:].mean(1)
-        logits = head["1"](torch.relu(head["norm"]["0"](head["0"](pooled))))
+        logits = head["fc2"](torch.relu(head["norm"](head["fc1"](pooled))))
         named = nn.functional.cross_entropy(logits / temperature, inputs[f"label.{step}"], ignore_index=-100)
         loss = pixel + class_weight * named
         loss.backward()
@@ -60,7 +57,7 @@ def compute(dtype):
         if step == 0:
             out |= official(((n, p.grad) for n, p in trained), "grad.0.") | {f"grad.0.{n}": p.grad.clone() for n, p in heads}
         optimizer.step()
-    norm = head["norm"]["0"]
+    norm = head["norm"]
     out |= {"running_mean": norm.running_mean.clone(), "running_var": norm.running_var.clone()}
     return out | official(trained, "weight.") | {f"weight.{n}": p.detach().clone() for n, p in heads}
 

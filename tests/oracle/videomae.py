@@ -23,6 +23,7 @@ from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding
 
 from official import LAYERS, load, official
 from precision import cast, in_both_dtypes
+from training import adamw
 
 TABLE = (
     ("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
@@ -60,11 +61,7 @@ def train(inputs, numbers, count, lr, weight_decay, dtype):
     model = build(numbers).to(dtype)
     load(model, inputs, TABLE)
     trained = list(model.named_parameters())
-    decays = lambda name, value: value.ndim > 1 and name != "mask_token"
-    optimizer = torch.optim.AdamW([
-        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
-    ], lr=lr, betas=(0.9, 0.95))
+    optimizer = adamw(trained, lr, weight_decay, exempt=("mask_token",))
     out = {}
     for step in range(count):
         optimizer.zero_grad()

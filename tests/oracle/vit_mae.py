@@ -15,6 +15,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from official import load, official
 from precision import cast, in_both_dtypes
+from training import adamw
 
 request, reply, text = sys.argv[1:4]
 given, numbers = load_file(request), json.loads(text)
@@ -41,11 +42,7 @@ def compute(dtype):
     out = {"positions": positions[0, -rows * cols:].clone(), "decoder_positions": decoder_positions[0, -rows * cols:].clone()}
 
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    optimizer = adamw(trained, lr, weight_decay)
     for step in range(steps):
         optimizer.zero_grad()
         result = model(inputs[f"input.{step}"], noise=inputs[f"noise.{step}"], interpolate_pos_encoding=interpolate)

@@ -7,11 +7,23 @@ pub mod object_store;
 pub mod parity;
 pub mod tolerance;
 pub mod training_job;
+pub mod vit_mae;
 
 use libtest_mimic::{Failed, Trial};
+use occlude::error::ExitCode;
 use std::path::{Path, PathBuf};
 
 pub type Outcome = Result<(), Failed>;
+
+/// Asserts that each line, set on a tiny config, is refused with these words.
+pub fn assert_lines_rejected(tiny: &str, lines: &[(&str, &str)]) -> Outcome {
+    let path = root().join(format!("configs/tiny/{tiny}.json"));
+    for (line, words) in lines {
+        let error = occlude::config::Config::read(&path, &[(*line).to_owned()]).expect_err(line);
+        assert!(error.code == ExitCode::Usage && error.message.contains(words), "{line}: {error}");
+    }
+    Ok(())
+}
 
 /// A test as a function.
 pub type Case = fn() -> Outcome;

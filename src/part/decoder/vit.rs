@@ -20,8 +20,6 @@ use tch::Tensor;
 pub enum OutputTokens {
     Hidden,
     Visible,
-    /// Visible, then hidden.
-    All,
 }
 
 impl OutputTokens {
@@ -31,7 +29,6 @@ impl OutputTokens {
         match self {
             OutputTokens::Hidden => first_hidden..first_hidden + hidden,
             OutputTokens::Visible => class_tokens..first_hidden,
-            OutputTokens::All => class_tokens..first_hidden + hidden,
         }
     }
 }
@@ -46,8 +43,6 @@ pub struct DecoderOptions {
     pub mask_before_embed: bool,
     /// Initializer of the weight of the prediction layer.
     pub head_init: Init,
-    /// Values predicted for each token; by default those of a patch.
-    pub values: Option<i64>,
     pub blocks: StackOptions,
     /// Which tokens the decoder predicts for.
     pub outputs: OutputTokens,
@@ -63,7 +58,6 @@ impl DecoderOptions {
             embed_bias: true,
             mask_before_embed: false,
             head_init: Init::Xavier,
-            values: None,
             blocks: StackOptions::default(),
             outputs: OutputTokens::Hidden,
             positions,
@@ -100,7 +94,7 @@ impl VitDecoder {
         options: DecoderOptions,
     ) -> Self {
         let width = shape.width;
-        let values = options.values.unwrap_or(grid.patch_values());
+        let values = grid.patch_values();
         let new_embed = if options.embed_bias { Linear::new } else { Linear::without_bias };
         let token_size = [1, 1, if options.mask_before_embed { inputs } else { width }];
         VitDecoder {

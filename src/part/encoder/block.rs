@@ -26,9 +26,6 @@ pub enum BlockInit {
     /// Truncated normal weights; those that end a residual branch are divided by √(2 · layer), layers counted from 1
     /// (official BEiT code).
     ByDepth { std: f64 },
-    /// Normal weights with deviation 1/√D for queries, keys and values, 1/√(D · depth) for the projection after
-    /// attention, and 0.02 in the MLP (official iGPT code).
-    Gpt,
 }
 
 /// Initializers of one block.
@@ -41,7 +38,7 @@ struct InitValues {
 }
 
 impl BlockInit {
-    fn values(self, layer: i64, shape: &Shape) -> InitValues {
+    fn values(self, layer: i64) -> InitValues {
         let same = |weight: Init, bias: Init| InitValues { qkv: weight, proj: weight, fc1: weight, fc2: weight, bias };
         match self {
             BlockInit::Xavier => same(Init::Xavier, Init::Zero),
@@ -49,12 +46,6 @@ impl BlockInit {
             BlockInit::ByDepth { std } => {
                 let last = Init::TruncatedNormal(std / (2.0 * (layer + 1) as f64).sqrt());
                 InitValues { proj: last, fc2: last, ..same(Init::TruncatedNormal(std), Init::Zero) }
-            }
-            BlockInit::Gpt => {
-                let width = shape.width as f64;
-                let qkv = Init::Normal(width.powf(-0.5));
-                let proj = Init::Normal((width * shape.depth as f64).powf(-0.5));
-                InitValues { qkv, proj, ..same(Init::Normal(0.02), Init::Zero) }
             }
         }
     }
@@ -67,38 +58,27 @@ pub struct StackOptions {
     pub activation: Gelu,
     /// A token attends to itself and to those before it.
     pub causal: bool,
-    /// Normalizations by the root mean square, and no bias anywhere (iGPT).
-    pub without_bias: bool,
     pub init: BlockInit,
 }
 
 impl Default for StackOptions {
     /// All biases, exact GELU, attention to all tokens, Xavier-uniform weights.
     fn default() -> StackOptions {
-        StackOptions {
-            qkv_bias: QkvBias::All,
-            activation: Gelu::Exact,
-            causal: false,
-            without_bias: false,
-            init: BlockInit::Xavier,
-        }
+        StackOptions { qkv_bias: QkvBias::All, activation: Gelu::Exact, causal: false, init: BlockInit::Xavier }
     }
 }
 
 impl StackOptions {
     /// Declares a normalization as these blocks have it.
-    pub fn declare_norm(&self, params: &mut ParamSpecs, name: &str, shape: &Shape) -> LayerNorm {
-        if self.without_bias {
-            return LayerNorm::root_mean_square(params, name, shape.width);
-        }
-        LayerNorm::with_shift(params, name, shape.width, self.init.values(0, shape).bias)
+    pub fn declare_norm(&self, params: &mut ParamSpecs, name: &str, width: i64) -> LayerNorm {
+        LayerNorm::with_shift(params, name, width, self.init.values(0).bias)
     }
 }
 
 /// A transformer block: attention and MLP, each with pre-normalization and a residual connection.
 #[derive(Clone, Copy)]
 pub struct Block {
-    pub norm1: LayerNorm,
+    norm1: LayerNorm,
     qkv: Linear,
     proj: Linear,
     norm2: LayerNorm,
@@ -113,9 +93,9 @@ impl Block {
     /// Declares the tensors of block `layer`, named as in timm: `<name>.norm1.weight` and so on.
     pub fn new(params: &mut ParamSpecs, name: &str, shape: &Shape, options: &StackOptions, layer: i64) -> Self {
         let Shape { width, heads, mlp_ratio, .. } = *shape;
-        let init = options.init.values(layer, shape);
-        let bias = (!options.without_bias).then_some(init.bias);
-        let norm1 = options.declare_norm(params, &format!("{name}.norm1"), shape);
+        let init = options.init.values(layer);
+        let bias = init.bias;
+        let norm1 = options.declare_norm(params, &format!("{name}.norm1"), width);
         let attention = format!("{name}.attn");
         let qkv = match options.qkv_bias {
             QkvBias::All => Linear::with_init(params, &format!("{attention}.qkv"), width, 3 * width, init.qkv, bias),
@@ -125,7 +105,7 @@ impl Block {
             norm1,
             qkv,
             proj: Linear::with_init(params, &format!("{attention}.proj"), width, width, init.proj, bias),
-            norm2: options.declare_norm(params, &format!("{name}.norm2"), shape),
+            norm2: options.declare_norm(params, &format!("{name}.norm2"), width),
             fc1: Linear::with_init(params, &format!("{name}.mlp.fc1"), width, mlp_ratio * width, init.fc1, bias),
             fc2: Linear::with_init(params, &format!("{name}.mlp.fc2"), mlp_ratio * width, width, init.fc2, bias),
             heads,

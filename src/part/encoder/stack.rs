@@ -21,7 +21,7 @@ impl Stack {
     pub fn new(params: &mut ParamSpecs, name: &str, shape: &Shape, options: &StackOptions) -> Self {
         let mut block = |i| Block::new(params, &format!("{name}.blocks.{i}"), shape, options, i);
         let blocks = (0..shape.depth).map(&mut block).collect();
-        Stack { blocks, norm: options.declare_norm(params, &format!("{name}.norm"), shape), recompute: false }
+        Stack { blocks, norm: options.declare_norm(params, &format!("{name}.norm"), shape.width), recompute: false }
     }
 
     /// x [B, S, D] → [B, outputs, D] after the final normalization. The last block computes only the tokens in
@@ -38,19 +38,6 @@ impl Stack {
             };
         }
         let (_, normalized) = residual.add_and_normalize(w, &self.norm)?;
-        Ok(normalized)
-    }
-
-    /// x [B, S, D] → the input of block `layer` after the block's first normalization [B, S, D]; that of the final
-    /// normalization if `layer` is the depth.
-    pub fn forward_to(&self, w: &Weights, x: Tensor, layer: usize) -> Result<Tensor> {
-        let tokens = x.size()[1];
-        let mut residual = Residual { x, pending: None };
-        for block in &self.blocks[..layer] {
-            residual = block.forward(w, &residual, 0..tokens)?;
-        }
-        let norm = self.blocks.get(layer).map_or(self.norm, |block| block.norm1);
-        let (_, normalized) = residual.add_and_normalize(w, &norm)?;
         Ok(normalized)
     }
 }

@@ -119,9 +119,7 @@ impl Vit {
     /// patches [B, K, P] of the visible tokens → features, the class token first if there is one: [B, 1+K, D], or with
     /// mask tokens at hidden positions [B, 1+N, D], in the order class, visible, hidden.
     pub fn forward(&self, w: &Weights, patches: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let tokens = self.assemble(w, patches, mask)?;
-        let count = tokens.size()[1];
-        self.stack.forward(w, tokens, 0..count)
+        self.forward_from(w, patches, mask, 0)
     }
 
     /// The same for the tokens from `from` on; the last block computes no others.

@@ -65,6 +65,13 @@ impl BlockMask {
                 self.ratio, self.min_block
             )));
         }
+        let tokens = [grid.frames, grid.rows, grid.cols];
+        if self.unit.iter().zip(tokens).any(|(&unit, tokens)| unit < 1 || tokens % unit != 0) {
+            return Err(Error::usage(format!(
+                "{at}.unit is {:?} (frames, rows, columns), which does not divide the {tokens:?} tokens; choose divisors",
+                self.unit
+            )));
+        }
         let plan = self.plan(grid).map_err(|error| error.with_context(at))?;
         let visible = plan.visible_tokens();
         if visible == 0 || visible == grid.tokens() {
