@@ -22,6 +22,7 @@ pub mod checkpoint; // manifest, parts, lease, retention
 pub mod interop; // import and export under other people's names
 pub mod setup; // from a config: data set, tokenizer, sample order, model
 pub mod reconstruct; // pictures of predictions
+pub mod sample; // images sampled from a model
 pub mod train; // the gradient step and the loop around it
 pub mod evaluate; // frozen features: probes, zero-shot, retrieval
 pub mod bench; // speed: a step, the loader, single operations

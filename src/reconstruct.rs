@@ -14,6 +14,7 @@ use crate::log::image_grid::{self, Tile};
 use crate::method::{Batch, MaskPolicy, Method, Reconstruct, Reconstruction, Step};
 use crate::op::shuffle::SampleKey;
 use crate::part::batch::Side;
+use crate::part::buffers::Buffers;
 use crate::part::params::Weights;
 use crate::rng;
 use crate::view::View;
@@ -32,6 +33,7 @@ const HEADINGS: [&str; 3] = ["masked", "reconstructed", "original"];
 pub struct Subject<'a> {
     pub method: &'a dyn Method,
     pub weights: &'a Weights,
+    pub buffers: &'a Buffers,
     /// Makes spectrograms of waveforms, where the loader's samples are waveforms.
     pub log_mel: Option<&'a LogMel>,
 }
@@ -95,8 +97,8 @@ fn sample_ranges(options: &LoaderOptions) -> Vec<Range<u64>> {
 /// into `out` and returns their paths. All files are read before the first sheet is written.
 pub fn reconstruct_files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>> {
     let loaded = checkpoint::load_from_url(checkpoint)?;
-    let SavedModel { config, method, flat } = load_model(&loaded, Device::Cpu)?;
-    let subject = Subject { method: method.as_ref(), weights: &flat.leaves, log_mel: None };
+    let SavedModel { config, method, flat, buffers } = load_model(&loaded, Device::Cpu)?;
+    let subject = Subject { method: method.as_ref(), weights: &flat.leaves, buffers: &buffers, log_mel: None };
     let model = SheetModel::new(&config, &subject)?;
     let grid = method.model().patchify().grid;
     let mut decoder = SampleDecoder::new(ImageLimits::default());
@@ -117,7 +119,7 @@ pub fn reconstruct_files(checkpoint: &str, inputs: &[PathBuf], out: &Path) -> Re
 }
 
 /// Reads a user's file as the model's input, with its shape [C, T, Y, X].
-fn read_sample(
+pub fn read_sample(
     path: &Path,
     config: &Config,
     grid: &Grid,
@@ -138,12 +140,12 @@ fn read_sample(
 }
 
 /// One sample of a sheet.
-struct SheetSample {
-    id: u64,
+pub struct SheetSample {
+    pub id: u64,
     /// The model's input [C, T, Y, X] as bytes.
-    pixels: Vec<u8>,
+    pub pixels: Vec<u8>,
     /// Number of rows that are not padding.
-    valid: u32,
+    pub valid: u32,
 }
 
 /// A subject that can reconstruct, and what its inputs have in common.
@@ -151,6 +153,7 @@ struct SheetModel<'a> {
     reconstruct: &'a dyn Reconstruct,
     mask: &'a dyn MaskPolicy,
     weights: &'a Weights,
+    buffers: &'a Buffers,
     log_mel: Option<&'a LogMel>,
     modality: Modality,
     seed: u64,
@@ -166,6 +169,7 @@ impl<'a> SheetModel<'a> {
             reconstruct,
             mask,
             weights: subject.weights,
+            buffers: subject.buffers,
             log_mel: subject.log_mel,
             modality: config.view.modality(),
             seed: config.train.seed,
@@ -186,7 +190,7 @@ impl<'a> SheetModel<'a> {
         let valid = samples.iter().map(|sample| sample.valid).collect();
         let side = Side { valid: Some(valid), ..Side::default() };
         let batch = Batch::new(pixels, &keys, self.seed).with_side(side).with_spectrograms(self.log_mel)?;
-        let step = Step::with_weights(self.weights);
+        let step = Step::with_buffers(self.weights, self.buffers);
         let Reconstruction { masked, predicted, original } =
             no_grad(|| self.reconstruct.reconstruct(&step, &batch, self.mask))?;
         let row = |index: i64| {
@@ -202,7 +206,7 @@ const MAX_FRAMES: i64 = 4;
 
 /// Converts [C, T, Y, X] in 0..1 to a tile with evenly spaced frames side by side. A spectrogram is rotated, so that
 /// time runs to the right and high frequencies are at the top.
-fn tile(x: &Tensor, modality: Modality) -> Tile {
+pub fn tile(x: &Tensor, modality: Modality) -> Tile {
     let x = match modality {
         Modality::Image => x.shallow_clone(),
         Modality::Audio => x.transpose(2, 3).flip([2]),

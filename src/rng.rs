@@ -25,6 +25,9 @@ pub enum Purpose {
     Mixup = 13,
     Mixture = 14,
     Filter = 15,
+    Token = 16,
+    Cluster = 17,
+    Generate = 18,
     Clip = 20,
 }
 

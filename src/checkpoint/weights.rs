@@ -6,6 +6,7 @@ use crate::config::{Config, differences};
 use crate::error::{Error, Result};
 use crate::method::Method;
 use crate::optim::flat::FlatParams;
+use crate::part::buffers::Buffers;
 use safetensors::Dtype;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -116,6 +117,7 @@ pub struct SavedModel {
     pub config: Config,
     pub method: Box<dyn Method>,
     pub flat: FlatParams,
+    pub buffers: Buffers,
 }
 
 /// Loads the model of a checkpoint with the weights to evaluate with.
@@ -129,5 +131,13 @@ pub fn load_model(loaded: &LoadedCheckpoint, device: Device) -> Result<SavedMode
         flat.param_view(&flat.master, index).copy_(&value);
     }
     flat.sync_compute_weights();
-    Ok(SavedModel { config, method, flat })
+    let buffers = Buffers::new(&method.buffers(), config.train.seed, device);
+    for (index, spec) in buffers.specs.iter().enumerate() {
+        let name = format!("buffer.{}", spec.name);
+        // Imported weights have none.
+        if loaded.tensors.contains_key(&name) {
+            buffers.set(index, &checked_tensor(loaded, &name, &spec.shape)?);
+        }
+    }
+    Ok(SavedModel { config, method, flat, buffers })
 }

@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::data::modality::Modality;
 use crate::data::pack;
 use crate::error::{Error, Result};
+use crate::sample::SampleOptions;
 use crate::train::session::Resume;
 use crate::{bench, interop};
 use clap::{Parser, Subcommand};
@@ -31,6 +32,8 @@ pub enum Verb {
     Evaluate(EvaluateArguments),
     /// Draw a checkpoint's reconstructions of your own files
     Reconstruct(ReconstructArguments),
+    /// Sample images from a checkpoint that generates them, or complete the lower half of your own
+    Sample(SampleArguments),
     /// Convert weights from the MAE repository, timm or transformers to a checkpoint
     Import(ImportArguments),
     /// Convert a checkpoint's weights for the MAE repository, timm or transformers
@@ -234,6 +237,35 @@ pub struct ImportArguments {
     /// Override a key of the config: --set method.mae.encoder.heads=16
     #[arg(long, value_name = "PATH=VALUE")]
     pub set: Vec<String>,
+}
+
+#[derive(clap::Args)]
+pub struct SampleArguments {
+    /// A run or a checkpoint of an autoregressive method
+    #[arg(long)]
+    pub checkpoint: String,
+    /// The PNG to write
+    #[arg(long, value_name = "FILE.png")]
+    pub out: PathBuf,
+    /// Number of images, or of completions of each file
+    #[arg(long, default_value_t = 8)]
+    pub count: i64,
+    /// Divides logits: below 1, images are more alike
+    #[arg(long, default_value_t = 1.0)]
+    pub temperature: f64,
+    /// Seed of the samples
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Files whose upper half is kept and whose lower half is sampled
+    pub input: Vec<PathBuf>,
+}
+
+impl SampleArguments {
+    /// Converts to the options of `occlude sample`.
+    pub fn options(self) -> SampleOptions {
+        let SampleArguments { checkpoint, out, count, temperature, seed, input: inputs } = self;
+        SampleOptions { checkpoint, out, count, temperature, seed, inputs }
+    }
 }
 
 #[derive(clap::Args)]

@@ -1,7 +1,9 @@
 //! The command line of `occlude evaluate`.
 
 use crate::error::{Error, Result};
+use crate::evaluate::cka::CkaOptions;
 use crate::evaluate::knn::KnnOptions;
+use crate::evaluate::layer::ProbeLayer;
 use crate::evaluate::linear_paper::Paper;
 use crate::evaluate::model_source::ModelSource;
 use crate::evaluate::samples::Augmentation;
@@ -24,6 +26,13 @@ pub struct EvaluateArguments {
     /// The features [default: the class token where the model has one, otherwise the mean]
     #[arg(long, value_enum)]
     pub feature: Option<Feature>,
+    /// knn, linear: the block whose input the features are, counted from 0, or for linear `search`: the one whose
+    /// features classify a tenth of the training samples best [default: after the last block; iGPT: the middle one]
+    #[arg(long, value_name = "BLOCK")]
+    pub layer: Option<ProbeLayer>,
+    /// cka: the SVG to draw, similarity over the share of hidden patches
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
     /// Evaluate the same encoder with random weights instead
     #[arg(long)]
     pub random_init: bool,
@@ -77,6 +86,7 @@ impl EvaluateArguments {
         match self.protocol {
             Protocol::Knn | Protocol::Linear => Ok(EvalKind::Probe(self.probe_options()?)),
             Protocol::ZeroShot | Protocol::Retrieval => Ok(EvalKind::Captions(self.caption_options()?)),
+            Protocol::Cka => Ok(EvalKind::Cka(self.cka_options()?)),
         }
     }
 
@@ -84,6 +94,7 @@ impl EvaluateArguments {
     fn probe_options(self) -> Result<EvalOptions> {
         refuse(&self.zero_shot_options(), "--protocol zero-shot")?;
         refuse(&[("--tokenizer", self.tokenizer.is_some())], "--protocol zero-shot or retrieval")?;
+        refuse(&[("--plot", self.plot.is_some())], "--protocol cka")?;
         let probe = match (self.protocol, self.recipe.unwrap_or(Recipe::Fast)) {
             (Protocol::Linear, Recipe::Fast) => {
                 refuse(&self.knn_options(), "--protocol knn")?;
@@ -103,6 +114,7 @@ impl EvaluateArguments {
             }
             _ => {
                 refuse(&[("--recipe", self.recipe.is_some())], "--protocol linear")?;
+                refuse(&[("--layer search", self.layer == Some(ProbeLayer::Search))], "--protocol linear")?;
                 refuse(&self.paper_options(), "--protocol linear --recipe paper")?;
                 let default = KnnOptions::default();
                 let temperature = self.temperature.unwrap_or(default.temperature);
@@ -110,9 +122,9 @@ impl EvaluateArguments {
             }
         };
         let model = self.model();
-        let EvaluateArguments { train, test, feature, .. } = self;
+        let EvaluateArguments { train, test, feature, layer, .. } = self;
         let train = train.ok_or_else(|| Error::usage("--train is missing: labeled shards for training the probe"))?;
-        Ok(EvalOptions { model, train, test, probe, feature })
+        Ok(EvalOptions { model, train, test, probe, feature, layer: layer.unwrap_or(ProbeLayer::Default) })
     }
 
     /// Returns the options of a protocol that compares images with captions.
@@ -121,9 +133,11 @@ impl EvaluateArguments {
             ("--train", self.train.is_some()),
             ("--recipe", self.recipe.is_some()),
             ("--feature", self.feature.is_some()),
+            ("--layer", self.layer.is_some()),
         ];
         let probe_options = [probe_options, self.knn_options(), self.paper_options()].concat();
         refuse(&probe_options, "--protocol knn or linear")?;
+        refuse(&[("--plot", self.plot.is_some())], "--protocol cka")?;
         if self.protocol == Protocol::Retrieval {
             refuse(&self.zero_shot_options(), "--protocol zero-shot")?;
         }
@@ -134,6 +148,19 @@ impl EvaluateArguments {
             _ => captions::Task::ZeroShot { classes, templates },
         };
         Ok(captions::CaptionEvalOptions { model, test, task, tokenizer })
+    }
+
+    /// Returns the options of the comparison of whole and masked samples.
+    fn cka_options(self) -> Result<CkaOptions> {
+        let probe_options: GivenOptions = vec![("--train", self.train.is_some()), ("--recipe", self.recipe.is_some())];
+        refuse(&[probe_options, self.knn_options(), self.paper_options()].concat(), "--protocol knn or linear")?;
+        let caption_options = [self.zero_shot_options(), vec![("--tokenizer", self.tokenizer.is_some())]].concat();
+        refuse(&caption_options, "--protocol zero-shot or retrieval")?;
+        refuse(&[("--layer search", self.layer == Some(ProbeLayer::Search))], "--protocol linear")?;
+        let layer = self.layer.and_then(ProbeLayer::fixed);
+        let model = self.model();
+        let EvaluateArguments { test, feature, plot, .. } = self;
+        Ok(CkaOptions { model, test, feature, layer, plot })
     }
 
     fn model(&self) -> ModelSource {
@@ -159,10 +186,11 @@ impl EvaluateArguments {
     }
 }
 
-/// The kind of an evaluation: with a probe on features, or of images against captions.
+/// The kind of an evaluation: with a probe on features, of images against captions, or of whole against masked samples.
 pub enum EvalKind {
     Probe(EvalOptions),
     Captions(captions::CaptionEvalOptions),
+    Cka(CkaOptions),
 }
 
 /// Refuses the first option that was given and belongs to something else.

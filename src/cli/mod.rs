@@ -7,9 +7,9 @@ use crate::config;
 use crate::data::pack;
 use crate::dist::{self, SignalRequests};
 use crate::error::{Error, Result};
-use crate::evaluate::{self, captions};
+use crate::evaluate::{self, captions, cka};
 use crate::train::session::Resume;
-use crate::{bench, doctor, inspect, interop, reconstruct, report, train};
+use crate::{bench, doctor, inspect, interop, reconstruct, report, sample, train};
 use arguments::{BenchArguments, BenchTarget, ImportArguments, InspectArguments, PackArguments, TrainArguments, Verb};
 use evaluate_arguments::{EvalKind, EvaluateArguments};
 use std::io::Write;
@@ -24,6 +24,12 @@ pub fn run(verb: Verb) -> Result<()> {
         Verb::Reconstruct(arguments) => {
             let files = reconstruct::reconstruct_files(&arguments.checkpoint, &arguments.input, &arguments.out)?;
             files.iter().for_each(|path| println!("{}", path.display()));
+            Ok(())
+        }
+        Verb::Sample(arguments) => {
+            let options = arguments.options();
+            sample::sample(&options)?;
+            println!("{}", options.out.display());
             Ok(())
         }
         Verb::Import(arguments) => run_import(arguments),
@@ -95,6 +101,7 @@ fn run_evaluate(arguments: EvaluateArguments) -> Result<()> {
         let report = match options? {
             EvalKind::Probe(options) => serde_json::to_string(&evaluate::evaluate(&options, &world)?),
             EvalKind::Captions(options) => serde_json::to_string(&captions::evaluate(&options, &world)?),
+            EvalKind::Cka(options) => serde_json::to_string(&cka::evaluate(&options, &world)?),
         };
         if world.rank() == 0 {
             println!("{}", report.expect("a report is JSON"));

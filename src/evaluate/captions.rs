@@ -7,6 +7,7 @@ use super::model_source::{LoadedModel, ModelSource};
 use super::progress::ProgressReporter;
 use super::ranks::{self, Ranks};
 use super::samples::{self, ENCODER_BATCH};
+use crate::checkpoint::weights::SavedModel;
 use crate::config::Config;
 use crate::data::caption::Tokenizer;
 use crate::data::mixture::Mixture;
@@ -146,7 +147,8 @@ struct Prompts {
 /// needs; [`ExitCode::RankMismatch`](crate::error::ExitCode::RankMismatch) if ranks have different options, weights or
 /// data; [`ExitCode::Corrupt`](crate::error::ExitCode::Corrupt) if too many samples cannot be decoded.
 pub fn evaluate(options: &CaptionEvalOptions, world: &Arc<dyn World>) -> Result<CaptionEvalReport> {
-    let LoadedModel { mut config, method, flat, step, .. } = options.model.load(world.device())?;
+    let LoadedModel { model, step, .. } = options.model.load(world.device())?;
+    let SavedModel { mut config, method, flat, .. } = model;
     if let (Some(caption), Some(file)) = (&mut config.view.caption, &options.tokenizer) {
         caption.tokenizer = file.clone();
     }

@@ -4,16 +4,20 @@ use super::Feature;
 use super::progress::ProgressReporter;
 use super::ranks::Ranks;
 use super::samples::{self, ENCODER_BATCH};
+use crate::checkpoint::weights::SavedModel;
 use crate::config::Config;
 use crate::data::mixture::Mixture;
 use crate::data::modality::Modality;
 use crate::error::{Error, ExitCode, Result};
 use crate::grid::Grid;
 use crate::loader::LoadedRows;
-use crate::method::{Batch, Features, Method};
+use crate::method::{Batch, Features, Method, Step};
 use crate::op::shuffle::SampleKey;
 use crate::optim::flat::FlatParams;
 use crate::part::batch::Side;
+use crate::part::buffers::Buffers;
+use crate::part::encoder::EncodeOptions;
+use crate::part::mask::MaskPolicy;
 use crate::view::log_mel::LogMel;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -23,7 +27,10 @@ pub struct FeatureExtractor {
     pub config: Config,
     pub method: Box<dyn Method>,
     pub flat: FlatParams,
+    pub buffers: Buffers,
     pub feature: Feature,
+    /// The block whose input the features are; the model's own choice without one.
+    pub layer: Option<usize>,
     /// Converts waveforms to spectrograms, if the view returns waveforms.
     log_mel: Option<LogMel>,
     /// Number of features D.
@@ -31,16 +38,21 @@ pub struct FeatureExtractor {
 }
 
 impl FeatureExtractor {
-    /// Creates an extractor of `requested`, else of the class token if the model has one, else of the mean.
+    /// Creates an extractor of `requested`, else of the class token if the model has one, else of the mean; at the input
+    /// of block `layer`, else where the model likes best (see [`Model::encode`]).
     ///
     /// # Errors
-    /// [`ExitCode::Usage`] if the model lacks the requested feature.
-    pub fn new(
-        mut config: Config,
-        method: Box<dyn Method>,
-        flat: FlatParams,
-        requested: Option<Feature>,
-    ) -> Result<FeatureExtractor> {
+    /// [`ExitCode::Usage`] if the model lacks the requested feature or the layer.
+    ///
+    /// [`Model::encode`]: crate::part::model::Model::encode
+    pub fn new(model: SavedModel, requested: Option<Feature>, layer: Option<usize>) -> Result<FeatureExtractor> {
+        let SavedModel { mut config, method, flat, buffers } = model;
+        let depth = method.model().depth();
+        if let Some(layer) = layer.filter(|&layer| layer > depth) {
+            return Err(Error::usage(format!(
+                "--layer is {layer}, and the encoder has {depth} blocks; give 0 to {depth}, where {depth} is after the last"
+            )));
+        }
         let grid = method.model().patchify().grid;
         let device = flat.master.device();
         config.view = config.view.for_device(device);
@@ -49,9 +61,10 @@ impl FeatureExtractor {
         let bands = config.input.width;
         let shape = [&[1][..], &config.view.shape(&grid)].concat();
         let dummy = Tensor::f_zeros(&shape, (modality.kind(), device))?;
-        let mut extractor = FeatureExtractor { config, method, flat, feature: Feature::Mean, log_mel, width: 0 };
+        let mut extractor =
+            FeatureExtractor { config, method, flat, buffers, feature: Feature::Mean, layer, log_mel, width: 0 };
         // The width must be known before the first sample, because a rank may have none.
-        let features = extractor.encode(&extractor.batch(dummy, &[0], None)?)?;
+        let features = extractor.encode(&extractor.batch(dummy, &[0], None)?, None)?;
         let has_class_token = features.class.is_some();
         extractor.width = features.mean.size()[1];
         extractor.feature = requested.unwrap_or(if has_class_token { Feature::Class } else { Feature::Mean });
@@ -70,8 +83,13 @@ impl FeatureExtractor {
         Ok(extractor)
     }
 
-    /// Returns the features of rows, fp32 [R, D] on the CPU.
+    /// Returns the features of whole rows, fp32 [R, D] on the CPU.
     pub fn features(&self, rows: &LoadedRows) -> Result<Tensor> {
+        self.masked_features(rows, None)
+    }
+
+    /// The same of what a policy shows of them.
+    pub fn masked_features(&self, rows: &LoadedRows, mask: Option<&dyn MaskPolicy>) -> Result<Tensor> {
         let device = self.flat.master.device();
         let mut parts = vec![self.empty_features()];
         for (index, ids) in rows.ids.chunks(ENCODER_BATCH as usize).enumerate() {
@@ -80,8 +98,8 @@ impl FeatureExtractor {
             let valid = rows.side.valid.as_ref().map(|valid| valid[range.clone()].to_vec());
             let batch = self.batch(rows.to_device(range, device)?, ids, valid)?;
             let features = match self.feature {
-                Feature::Class => self.encode(&batch)?.class.expect("checked in new"),
-                Feature::Mean => self.encode(&batch)?.mean,
+                Feature::Class => self.encode(&batch, mask)?.class.expect("checked in new"),
+                Feature::Mean => self.encode(&batch, mask)?.mean,
                 Feature::Statistics => {
                     band_statistics(batch.view(), batch.side.valid.as_deref().expect("valid lengths"))
                 }
@@ -109,8 +127,9 @@ impl FeatureExtractor {
         batch.with_spectrograms(self.log_mel.as_ref())
     }
 
-    fn encode(&self, batch: &Batch) -> Result<Features> {
-        no_grad(|| self.method.model().encode(&self.flat.leaves, batch))
+    fn encode(&self, batch: &Batch, mask: Option<&dyn MaskPolicy>) -> Result<Features> {
+        let step = Step::with_buffers(&self.flat.leaves, &self.buffers);
+        no_grad(|| self.method.model().encode(&step, batch, EncodeOptions { layer: self.layer, mask }))
     }
 }
 

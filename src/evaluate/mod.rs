@@ -5,11 +5,13 @@
 //! and the encoder takes one block at a time: with the same number of threads each, any number of ranks computes
 //! features that are equal to the bit.
 
+pub mod cka; // whole against masked samples
 pub mod captions; // zero-shot classification and retrieval
 pub mod linear_fast;
 pub mod features;
 pub mod head;
 pub mod knn;
+pub mod layer; // which block's features
 pub mod batch_norm;
 pub mod linear_paper;
 pub mod progress;
@@ -22,6 +24,7 @@ use crate::dist::World;
 use crate::error::Result;
 use features::{FeatureExtractor, FeatureSet, no_samples_error};
 use knn::KnnOptions;
+use layer::ProbeLayer;
 use linear_fast::LinearProbe;
 use linear_paper::Paper;
 use model_source::{LoadedModel, ModelSource};
@@ -41,6 +44,8 @@ pub enum Protocol {
     Linear,
     /// The class whose name, in several sentences, is the most similar caption; for models trained with captions
     ZeroShot,
+    /// How alike the features of whole and of masked samples are, by linear centered kernel alignment
+    Cka,
     /// The caption of each image among all captions, and the image of each caption; for models trained with captions
     Retrieval,
 }
@@ -86,6 +91,7 @@ pub struct EvalOptions {
     pub probe: Probe,
     /// Features to use; by default the class token if the model has one, else the mean.
     pub feature: Option<Feature>,
+    pub layer: ProbeLayer,
 }
 
 /// The result of an evaluation with labels: the last line of standard output.
@@ -99,6 +105,12 @@ pub struct EvalReport {
     #[serde(flatten)]
     pub settings: ProbeSettings,
     pub feature: Feature,
+    /// The block whose input the features are; left out where the model chose.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer: Option<usize>,
+    /// Accuracy of each block's features on held-out training samples, where the layer was searched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub searched: Option<Vec<f64>>,
     pub top1: f64,
     /// Only for the paper's recipe.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -154,20 +166,26 @@ struct ProbeCounts {
 /// weights or data; [`ExitCode::Corrupt`](crate::error::ExitCode::Corrupt) if too many samples cannot be decoded.
 pub fn evaluate(options: &EvalOptions, world: &Arc<dyn World>) -> Result<EvalReport> {
     options.probe.check()?;
-    let LoadedModel { config, method, flat, step, seed } = options.model.load(world.device())?;
+    let LoadedModel { model, step, seed } = options.model.load(world.device())?;
     let train = samples::open_labeled(&options.train)?;
     let test = samples::open_labeled(&options.test)?;
     let train_classes = train.sets()[0].classes.len();
     let texts = [
         ("probe", format!("{:?}", options.probe)),
         ("feature", format!("{:?}", options.feature)),
+        ("layer", format!("{:?}", options.layer)),
         ("seed", seed.to_string()),
         ("training set", format!("{}, {train_classes} classes named", ranks::short_hash(&train.digest()))),
         ("test set", ranks::short_hash(&test.digest())),
     ];
-    ranks::check_ranks_agree(world.as_ref(), &config, &flat.master, &texts)?;
-    let mut ranks = Ranks::join(world, config.world.heartbeat_timeout_s, config.world.collective_timeout_s)?;
-    let extractor = FeatureExtractor::new(config, method, flat, options.feature)?;
+    ranks::check_ranks_agree(world.as_ref(), &model.config, &model.flat.master, &texts)?;
+    let mut ranks =
+        Ranks::join(world, model.config.world.heartbeat_timeout_s, model.config.world.collective_timeout_s)?;
+    let mut extractor = FeatureExtractor::new(model, options.feature, options.layer.fixed())?;
+    let searched = match options.layer {
+        ProbeLayer::Search => Some(layer::search(&mut extractor, &train, &options.train, seed, &mut ranks)?),
+        _ => None,
+    };
 
     let result = run_probe(options, &extractor, [&train, &test], seed, &mut ranks)?;
     let counts = result.count(&mut ranks)?;
@@ -183,6 +201,8 @@ pub fn evaluate(options: &EvalOptions, world: &Arc<dyn World>) -> Result<EvalRep
         protocol: options.probe.protocol(),
         settings: options.probe.settings(train.len()),
         feature: extractor.feature,
+        layer: extractor.layer,
+        searched,
         top1: fraction(counts.correct_first),
         top5: matches!(options.probe, Probe::Paper(_)).then(|| fraction(counts.correct_any)),
         n_train: counts.train_used,

@@ -2,10 +2,10 @@
 
 use crate::checkpoint::load_from_url;
 use crate::checkpoint::weights::{SavedModel, load_model};
-use crate::config::Config;
 use crate::error::Result;
-use crate::method::Method;
 use crate::optim::flat::FlatParams;
+use crate::part::buffers::Buffers;
+use crate::part::params::Init;
 use tch::{Device, Kind};
 
 /// The checkpoint to load.
@@ -21,9 +21,7 @@ pub struct ModelSource {
 
 /// A model with frozen weights.
 pub struct LoadedModel {
-    pub config: Config,
-    pub method: Box<dyn Method>,
-    pub flat: FlatParams,
+    pub model: SavedModel,
     /// Number of training steps.
     pub step: u64,
     pub seed: u64,
@@ -33,13 +31,20 @@ impl ModelSource {
     /// Loads the model.
     pub fn load(&self, device: Device) -> Result<LoadedModel> {
         let loaded = load_from_url(&self.checkpoint)?;
-        let SavedModel { config, method, flat } = load_model(&loaded, device)?;
-        let seed = self.seed.unwrap_or(config.train.seed);
-        if self.random_init {
-            let flat = FlatParams::new(method.model().params(), seed, Kind::Float, device)?;
-            return Ok(LoadedModel { config, method, flat, step: 0, seed });
+        let mut model = load_model(&loaded, device)?;
+        let seed = self.seed.unwrap_or(model.config.train.seed);
+        if !self.random_init {
+            return Ok(LoadedModel { model, step: loaded.manifest.step, seed });
         }
-        Ok(LoadedModel { config, method, flat, step: loaded.manifest.step, seed })
+        model.flat = FlatParams::new(model.method.model().params(), seed, Kind::Float, device)?;
+        let initial = Buffers::new(&model.method.buffers(), seed, device);
+        for (index, spec) in initial.specs.iter().enumerate() {
+            // A palette is learned from the data, not by training.
+            if spec.init != Init::FromData {
+                model.buffers.set(index, initial.value(index));
+            }
+        }
+        Ok(LoadedModel { model, step: 0, seed })
     }
 
     /// Returns "pretrained" or "random".

@@ -19,7 +19,7 @@ use tch::{Device, Tensor};
 /// [`ExitCode::Usage`](crate::error::ExitCode::Usage) if the format cannot represent the model or the file exists.
 pub fn export(format: WeightFormat, from: &str, out: &Path) -> Result<Vec<String>> {
     let loaded = load_from_url(from)?;
-    let SavedModel { config, method, flat } = load_model(&loaded, Device::Cpu)?;
+    let SavedModel { config, method, flat, .. } = load_model(&loaded, Device::Cpu)?;
     let grid = &method.model().patchify().grid;
     let model = ModelSettings::from_method(&config.method)?;
     let names = name_map_for(format, &model)?;

@@ -3,6 +3,7 @@
 //! Only rank 0 has a log. Each step's line reaches the operating system in one write, so that a killed run leaves whole
 //! lines and at most one torn one, which the next start removes.
 
+pub mod chart; // curves as SVG
 pub mod image_grid; // grids of images with headings
 pub mod tensorboard; // event files
 pub mod upload; // background upload to an object store

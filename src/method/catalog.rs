@@ -1,6 +1,9 @@
 //! The only list of methods: one line each.
 
-use super::{Method, MethodConfig, Requirements, audiomae, flip, mae, maskfeat, mfm, omnimae, rmae, supmae, videomae};
+use super::{
+    Method, MethodConfig, Requirements, audiomae, contrastive_mae, flip, igpt, mae, maskfeat, mfm, omnimae, rmae,
+    supmae, videomae,
+};
 use crate::error::Result;
 use crate::grid::{Grid, InputConfig};
 use schemars::JsonSchema;
@@ -40,6 +43,8 @@ catalog! {
     MaskFeat = maskfeat, "maskfeat";
     Mfm = mfm, "mfm";
     RMae = rmae, "rmae";
+    Igpt = igpt, "igpt";
+    ContrastiveMae = contrastive_mae, "contrastive_mae";
 }
 
 impl Config {

@@ -18,7 +18,9 @@ macro_rules! model_and_mask {
 
 pub mod audiomae;
 pub mod catalog;
+pub mod contrastive_mae;
 pub mod flip;
+pub mod igpt;
 pub mod mae;
 pub mod maskfeat;
 pub mod mfm;
@@ -41,14 +43,15 @@ pub mod prelude {
         buffers::BufferSpecs,
         cost::ModelCost,
         decoder::Decode,
-        decoder::vit::{DecoderOptions, OutputTokens, VitDecoder},
+        decoder::options::{DecoderOptions, OutputTokens},
+        decoder::vit::VitDecoder,
         encoder::vit::{LearnedPositions, PositionTable, Shape, VitOptions},
-        encoder::{Features, block::BlockInit, block::QkvBias, block::StackOptions, position},
+        encoder::{EncodeOptions, Features, block::BlockInit, block::QkvBias, block::StackOptions, position},
         encoder_with_head::EncoderWithHead,
         head::{Head, HeadOptions},
         loss::{LossDenominators, LossOutput, LossTerm, Per, cross_entropy, masked_mse, mse_between},
         mask::{BlockMask, Mask, MaskPolicy, NoMask, RandomMask, Ratio},
-        model::{ImageText, Model, Reconstruct},
+        model::{Generate, ImageText, Model, Reconstruct},
         objective::pixel::{self, PixelTarget},
         params::Init,
         patchify::{Patchify, Reconstruction},
@@ -60,9 +63,11 @@ pub mod prelude {
 pub use prelude::*;
 
 use crate::part::batch::NO_LABEL;
+use crate::part::buffers::BufferId;
 use crate::part::encoder::text;
+use crate::part::training_samples::TrainingSamples;
 use std::ops::RangeInclusive;
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 /// A method's section of the config, `{"<NAME>": {..}}`.
 pub trait MethodConfig {
@@ -100,6 +105,8 @@ pub struct Requirements<'a> {
 pub struct Capabilities<'a> {
     /// Draws predictions of pixels.
     pub reconstruct: Option<&'a dyn Reconstruct>,
+    /// Samples images.
+    pub generate: Option<&'a dyn Generate>,
     /// Embeds images and captions into one space.
     pub image_text: Option<&'a dyn ImageText>,
     /// The loss reads rows of other ranks through [`Step::ranks`].
@@ -159,6 +166,14 @@ pub trait Method {
     /// Declares tensors without gradient that the loss reads and updates.
     fn buffers(&self) -> BufferSpecs {
         BufferSpecs::default()
+    }
+
+    /// Learns the buffers of [`Init::FromData`] from the training set, before the first step of a new training.
+    ///
+    /// # Errors
+    /// ExitCode::Usage if the set does not have what they need.
+    fn learn_buffers(&self, _samples: &mut TrainingSamples) -> Result<Vec<(BufferId, Tensor)>> {
+        Ok(Vec::new())
     }
 
     /// Returns loss weights, temperatures, momenta, ratios of a step: pure functions of the samples seen, always as

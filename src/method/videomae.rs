@@ -76,7 +76,7 @@ impl VideoMae {
         let target = if config.target.normalize { PixelTarget::PerChannel } else { PixelTarget::Raw01 };
         let mut model = Autoencoder::new(patchify, &config.encoder, encoder, &config.decoder, decoder, target);
         // Official `no_weight_decay`.
-        model.params.no_weight_decay(model.decoder.mask_token.expect("a mask token"));
+        model.params.no_weight_decay(model.decoder.filler.mask_token.expect("a mask token"));
         Ok(VideoMae { model, mask: TubeMask { ratio: config.mask.ratio } })
     }
 }

@@ -5,11 +5,13 @@ mod short; // kernels for short sequences: what they support, and their launches
 pub mod class_row; // attention probabilities of the class token
 pub mod cosine; // cosine attention within windows (Swin Transformer V2)
 pub mod cross; // cross attention
+mod next_token; // one token after the other, with the keys and values before it
 pub mod windows; // windows of a grid
 
 pub use class_row::class_token_attention;
 pub use cosine::cosine_attention;
 pub use cross::cross_attention;
+pub use next_token::KeyValueCache;
 pub use short::{BACKWARD, FORWARD, is_supported};
 pub use windows::Windows;
 

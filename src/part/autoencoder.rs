@@ -7,8 +7,9 @@ use crate::error::Result;
 use crate::grid::Grid;
 use crate::part::batch::Batch;
 use crate::part::cost::{self, ModelCost, OpCost};
-use crate::part::decoder::vit::{DecoderOptions, VitDecoder};
-use crate::part::encoder::Features;
+use crate::part::decoder::options::DecoderOptions;
+use crate::part::decoder::vit::VitDecoder;
+use crate::part::encoder::{EncodeOptions, Features};
 use crate::part::mask::{Mask, MaskPolicy};
 use crate::part::model::{Model, Reconstruct};
 use crate::part::objective::pixel::PixelTarget;
@@ -127,13 +128,11 @@ impl<D: Decode> Model for Autoencoder<D> {
         self.encoder.stack.recompute = on;
         self.decoder.set_recompute(on);
     }
-    fn encode(&self, w: &Weights, batch: &Batch) -> Result<Features> {
-        let groups = self.patchify.groups(batch)?;
-        let features = groups.iter().map(|group| {
-            let patches = self.patchify.first_patches(group.batch.view(), group.grid.tokens(), w.kind())?;
-            self.encoder.encode(w, &patches)
-        });
-        Ok(Features::from_groups(&groups, &features.collect::<Result<Vec<_>>>()?))
+    fn depth(&self) -> usize {
+        self.encoder.stack.depth()
+    }
+    fn encode(&self, step: &Step, batch: &Batch, options: EncodeOptions) -> Result<Features> {
+        self.encoder.encode(step, &self.patchify, batch, options)
     }
 }
 

@@ -10,6 +10,13 @@ use tch::{Device, Kind, Tensor, no_grad};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BufferId(usize);
 
+impl BufferId {
+    /// Returns its place among the declarations.
+    pub fn index(self) -> usize {
+        self.0
+    }
+}
+
 /// Declarations of a method's buffers.
 #[derive(Clone, Debug, Default)]
 pub struct BufferSpecs(Vec<ParamSpec>);
@@ -58,6 +65,11 @@ impl Buffers {
     /// Each buffer with its name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.specs.iter().map(|spec| spec.name.as_str()).zip(&self.values)
+    }
+
+    /// Returns the values of a buffer by its place among the declarations.
+    pub fn value(&self, index: usize) -> &Tensor {
+        &self.values[index]
     }
 
     /// Sets a buffer's values.

@@ -10,11 +10,12 @@ use crate::part::cost::{self, ModelCost, OpCost};
 use crate::part::encoder::shape::Shape;
 use crate::part::encoder::text::{self, TextEncoder, TextPooling};
 use crate::part::encoder::vit::{LearnedPositions, PositionTable, Vit, VitOptions};
-use crate::part::encoder::{Features, block::StackOptions, position};
+use crate::part::encoder::{EncodeOptions, Features, block::StackOptions, position};
 use crate::part::mask::Mask;
 use crate::part::model::{ImageText, Model};
 use crate::part::params::{Init, Linear, ParamId, ParamSpecs, Weights};
 use crate::part::patchify::Patchify;
+use crate::part::step::Step;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -89,7 +90,7 @@ impl DualEncoder {
 
     /// patches [B, K, P] of the visible tokens → images as unit vectors, fp32 [B, E].
     pub fn encode_images(&self, w: &Weights, patches: &Tensor, mask: &Mask) -> Result<Tensor> {
-        Ok(normalize(&self.image_projection.forward(w, &self.pool(w, patches, mask)?)?))
+        Ok(normalize(&self.image_projection.forward(w, &self.pool(&self.image.forward(w, patches, mask)?))?))
     }
 
     /// Samples the visible tokens of captions int64 [B, L], int64 [B, K]; none where all are visible.
@@ -117,18 +118,12 @@ impl DualEncoder {
         cost
     }
 
-    fn pool(&self, w: &Weights, patches: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let tokens = self.image.forward(w, patches, mask)?; // [B, 1+K, D]
-        Ok(match self.options.style {
+    /// tokens [B, 1+K, D] → [B, D].
+    fn pool(&self, tokens: &Tensor) -> Tensor {
+        match self.options.style {
             TowerStyle::Flip => tokens.mean_dim(1, false, tokens.kind()), // the class token too
             TowerStyle::Clip => tokens.select(1, 0),
-        })
-    }
-
-    fn all_patches(&self, w: &Weights, batch: &Batch) -> Result<(Tensor, Mask)> {
-        let patches = self.patchify.patchify(batch.view(), w.kind())?;
-        let mask = Mask::all_visible(patches.size()[0], patches.size()[1], patches.device());
-        Ok((patches, mask))
+        }
     }
 }
 
@@ -165,15 +160,22 @@ impl Model for DualEncoder {
         self.text.stack.recompute = on;
     }
     /// Pools before the projection: one vector, of which a class token is a part or which it is.
-    fn encode(&self, w: &Weights, batch: &Batch) -> Result<Features> {
-        let (patches, mask) = self.all_patches(w, batch)?;
-        Ok(Features { class: None, mean: self.pool(w, &patches, &mask)?.to_kind(Kind::Float) })
+    fn encode(&self, step: &Step, batch: &Batch, options: EncodeOptions) -> Result<Features> {
+        let w = step.weights;
+        let mask = options.sample_mask(step, &self.patchify.grid, batch)?;
+        let patches = self.patchify.patches_at(batch.view(), &mask.keep, w.kind())?;
+        let tokens = self.image.forward_to(w, &patches, &mask, options.layer)?;
+        Ok(Features { class: None, mean: self.pool(&tokens).to_kind(Kind::Float) })
+    }
+    fn depth(&self) -> usize {
+        self.image.stack.depth()
     }
 }
 
 impl ImageText for DualEncoder {
     fn encode_image(&self, w: &Weights, batch: &Batch) -> Result<Tensor> {
-        let (patches, mask) = self.all_patches(w, batch)?;
+        let patches = self.patchify.patchify(batch.view(), w.kind())?;
+        let mask = Mask::all_visible(patches.size()[0], patches.size()[1], patches.device());
         self.encode_images(w, &patches, &mask)
     }
     fn encode_text(&self, w: &Weights, ids: &Tensor) -> Result<Tensor> {

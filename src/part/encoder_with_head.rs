@@ -5,12 +5,13 @@ use crate::error::Result;
 use crate::grid::Grid;
 use crate::part::batch::Batch;
 use crate::part::cost::{self, ModelCost, OpCost};
-use crate::part::encoder::Features;
 use crate::part::encoder::vit::{Shape, Vit, VitOptions};
+use crate::part::encoder::{EncodeOptions, Features};
 use crate::part::mask::Mask;
 use crate::part::model::Model;
 use crate::part::params::{Init, Linear, ParamSpecs, Weights};
 use crate::part::patchify::Patchify;
+use crate::part::step::Step;
 use tch::Tensor;
 
 /// A vision transformer and a linear prediction at its output tokens.
@@ -66,7 +67,10 @@ impl Model for EncoderWithHead {
     fn set_recompute(&mut self, on: bool) {
         self.encoder.stack.recompute = on;
     }
-    fn encode(&self, w: &Weights, batch: &Batch) -> Result<Features> {
-        self.encoder.encode(w, &self.patchify.patchify(batch.view(), w.kind())?)
+    fn depth(&self) -> usize {
+        self.encoder.stack.depth()
+    }
+    fn encode(&self, step: &Step, batch: &Batch, options: EncodeOptions) -> Result<Features> {
+        self.encoder.encode(step, &self.patchify, batch, options)
     }
 }

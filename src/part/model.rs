@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::grid::Grid;
 use crate::part::batch::Batch;
 use crate::part::cost::ModelCost;
-use crate::part::encoder::Features;
+use crate::part::encoder::{EncodeOptions, Features};
 use crate::part::mask::MaskPolicy;
 use crate::part::params::{ParamSpecs, Weights};
 use crate::part::patchify::{Patchify, Reconstruction};
@@ -21,14 +21,26 @@ pub trait Model {
     fn cost(&self, grid: &Grid, visible: i64) -> ModelCost;
     /// Turns activation checkpointing of the blocks on or off: less memory, more time, the same numbers.
     fn set_recompute(&mut self, on: bool);
-    /// Encodes whole samples, nothing hidden.
-    fn encode(&self, w: &Weights, batch: &Batch) -> Result<Features>;
+    /// Returns the number of blocks of the encoder.
+    fn depth(&self) -> usize;
+    /// Encodes samples, by default whole ones.
+    ///
+    /// # Errors
+    /// ExitCode::Usage if the model cannot hide what the options hide.
+    fn encode(&self, step: &Step, batch: &Batch, options: EncodeOptions) -> Result<Features>;
 }
 
 /// Draws what a model predicts.
 pub trait Reconstruct {
     /// Returns pictures of the samples under the masks of a policy.
     fn reconstruct(&self, step: &Step, batch: &Batch, mask: &dyn MaskPolicy) -> Result<Reconstruction>;
+}
+
+/// Samples images.
+pub trait Generate {
+    /// Returns images of which the first `kept` pixels in row-major order are the batch's, and the others are sampled
+    /// by the noise of its keys: 0..1, fp32 [B, C, 1, Y, X]. A lower temperature makes them more alike.
+    fn generate(&self, step: &Step, batch: &Batch, kept: i64, temperature: f64) -> Result<Tensor>;
 }
 
 /// Embeds images and captions into one space.

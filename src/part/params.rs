@@ -5,6 +5,7 @@
 use crate::error::Result;
 use crate::op::bias_gelu::{Gelu, bias_gelu};
 use crate::op::layer_norm::{add_layer_norm, layer_norm};
+use crate::op::rms_norm::rms_norm;
 use crate::rng::{self, Philox, Purpose};
 use std::ops::Index;
 use tch::{Device, Kind, Tensor};
@@ -28,6 +29,8 @@ pub enum Init {
     Zero,
     One,
     Constant(f64),
+    /// Learned from the training set before the first step; until then uniform within ±1. Of buffers alone.
+    FromData,
 }
 
 /// Declaration of a parameter.
@@ -55,6 +58,7 @@ impl ParamSpec {
             Init::One => vec![1.0; n],
             Init::Constant(value) => vec![value as f32; n],
             Init::Uniform(bound) => uniform(&mut rng, n, bound),
+            Init::FromData => uniform(&mut rng, n, 1.0),
             Init::Xavier => {
                 let fan = self.shape[0] as f64 + (n as f64 / self.shape[0] as f64);
                 uniform(&mut rng, n, (6.0 / fan).sqrt())
@@ -215,11 +219,12 @@ impl Linear {
     }
 }
 
-/// Layer normalization: `<name>.weight` and `<name>.bias` `[D]`.
+/// Layer normalization, `<name>.weight` and `<name>.bias` `[D]`; or by the root mean square alone, without bias.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm {
     scale: ParamId,
-    shift: ParamId,
+    /// None normalizes by the root mean square (Zhang and Sennrich, 2019).
+    shift: Option<ParamId>,
 }
 
 impl LayerNorm {
@@ -230,14 +235,28 @@ impl LayerNorm {
     /// Declares scale 1 and a shift of this initializer.
     pub fn with_shift(params: &mut ParamSpecs, name: &str, width: i64, shift_init: Init) -> Self {
         let scale = params.add(format!("{name}.weight"), &[width], Init::One);
-        LayerNorm { scale, shift: params.add(format!("{name}.bias"), &[width], shift_init) }
+        LayerNorm { scale, shift: Some(params.add(format!("{name}.bias"), &[width], shift_init)) }
+    }
+    /// Declares scale 1 alone: normalization by the root mean square.
+    pub fn root_mean_square(params: &mut ParamSpecs, name: &str, width: i64) -> Self {
+        LayerNorm { scale: params.add(format!("{name}.weight"), &[width], Init::One), shift: None }
     }
     /// x [.., D] → [.., D].
     pub fn forward(&self, w: &Weights, x: &Tensor) -> Result<Tensor> {
-        layer_norm(x, &w[self.scale], &w[self.shift])
+        match self.shift {
+            Some(shift) => layer_norm(x, &w[self.scale], &w[shift]),
+            None => Ok(rms_norm(x, &w[self.scale])),
+        }
     }
     /// x and r [.., D] → x + r, and its normalization.
     pub fn forward_add(&self, w: &Weights, x: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-        add_layer_norm(x, r, &w[self.scale], &w[self.shift])
+        match self.shift {
+            Some(shift) => add_layer_norm(x, r, &w[self.scale], &w[shift]),
+            None => {
+                let sum = x + r;
+                let normalized = rms_norm(&sum, &w[self.scale]);
+                Ok((sum, normalized))
+            }
+        }
     }
 }

@@ -29,4 +29,9 @@ impl<'a> Step<'a> {
             ranks: AllGather::default(),
         }
     }
+
+    /// The same with the buffers of a checkpoint.
+    pub fn with_buffers(weights: &'a Weights, buffers: &Buffers) -> Step<'a> {
+        Step { buffers: buffers.clone(), ..Step::with_weights(weights) }
+    }
 }

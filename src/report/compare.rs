@@ -1,9 +1,9 @@
 //! The tables: key facts, differences between configs, probe results, and accuracy against the only key that differs.
 
-use super::chart::{self, LineStyle, Series};
 use super::page::{self, Section, escape};
 use super::read::{ProbeRecord, RunData};
 use crate::log::MetricsLine;
+use crate::log::chart::{self, LineStyle, Series};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -3,14 +3,13 @@
 //! The page opens offline and runs no script: curves are inline SVG, and images are embedded. The contents of a run
 //! folder are untrusted: all text is escaped, and the page's content security policy forbids everything but its styles.
 
-mod chart;
 mod compare;
 mod page;
 mod read;
 
 use crate::error::{Error, Result};
 use crate::log::MetricsLine;
-use chart::{LineStyle, Series};
+use crate::log::chart::{self, LineStyle, Series};
 use page::{Section, escape};
 use read::RunData;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! The HTML page: its frame, its elements, and the only function that turns text into HTML.
 
-use super::chart::PALETTE;
+use crate::log::chart::PALETTE;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use plotters::style::RGBColor;

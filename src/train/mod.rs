@@ -11,6 +11,7 @@ pub mod staging; // host to device, under the step before
 pub mod step_mode; // synchronous or pipelined
 pub mod tracker; // steps in flight and refused steps
 pub mod state; // snapshot and restore
+pub mod learned_buffers; // from the training set, before the first step
 pub mod dump; // a whole step on disk
 pub mod session; // everything before the first step
 
@@ -138,6 +139,7 @@ fn draw(done: u64, run: &mut Session, config: &Config) -> Result<()> {
     let subject = reconstruct::Subject {
         method: run.stepper.method.as_ref(),
         weights: &weights,
+        buffers: &run.stepper.buffers,
         log_mel: run.stepper.log_mel.as_ref(),
     };
     log.save_image(done, "reconstruction", &reconstruct::sheet(&subject, &run.loader, config)?)

@@ -1,5 +1,6 @@
 //! Everything that a training needs before its first step: a mistake of the user ends here, before any work.
 
+use super::learned_buffers;
 use super::state;
 use super::step::Stepper;
 use crate::checkpoint::lease::{Lease, TIME_TO_LIVE};
@@ -99,7 +100,15 @@ impl Session {
             lease = Some(Lease::acquire(&store, TIME_TO_LIVE).map_err(as_usage_error)?);
             loaded = find_checkpoint(config, &store, resume)?;
         }
-        let first_step = state::restore(&mut stepper, loaded.as_ref(), channel.as_mut())?;
+        let restored = state::restore(&mut stepper, loaded.as_ref(), channel.as_mut())?;
+        let first_step = restored.unwrap_or(0);
+        let grid = stepper.method.model().patchify().grid;
+        let loader = loader_options(config, mixture.clone(), tokenizer, world.as_ref(), grid)?;
+        if restored.is_none() {
+            heartbeat.progress_handle().report(0, Phase::Data);
+            let folder = (world.rank() == 0).then_some(folder.as_path());
+            learned_buffers::learn(&stepper, config, &loader, channel.as_mut(), folder)?;
+        }
         let batch = config.train.global_batch;
         let schedule = config.optim.schedule(mixture.len(), batch, total_steps * batch);
         let mut log = None;
@@ -108,7 +117,6 @@ impl Session {
         tracing::debug!("MFU is relative to {:.2} TFLOP/s a rank: {}", peak.flops / 1e12, peak.source);
         let peak_rate =
             |grid: &Grid| peak.samples_per_s(stepper.method.cost(grid, batch).training_flops(), world.size());
-        let grid = stepper.method.model().patchify().grid;
         let has_images = config.method.requirements().images_beside_video;
         let peak_images_per_s = has_images.then(|| peak_rate(&Grid { frames: 1, ..grid }));
         if world.rank() == 0 {
@@ -117,7 +125,7 @@ impl Session {
             log = Some(start_log(config, &folder, first_step, total_steps)?.with_peak_samples_per_s(peak_rate(&grid)));
         }
         Ok(Session {
-            loader: loader_options(config, mixture.clone(), tokenizer, world.as_ref(), grid)?,
+            loader,
             sample_order: Some(sample_order(config, &mixture)?),
             num_samples: mixture.len(),
             store,

@@ -6,6 +6,8 @@ use crate::checkpoint::{LoadedCheckpoint, NamedTensor, Snapshot, required_bytes}
 use crate::config::Config;
 use crate::dist::{Channel, World};
 use crate::error::Result;
+use crate::part::buffers::Buffers;
+use crate::part::params::{Init, ParamSpec};
 use serde_json::json;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -70,8 +72,12 @@ pub fn snapshot_tensors(stepper: &Stepper, world: &dyn World) -> Result<Option<V
 
 /// Brings rank 0's checkpoint, if there is one, into a fresh training on all ranks, tensor by tensor; each rank keeps
 /// its shard. Imported weights, and those of `--init`, begin a training: no moment, no step, a teacher that is a copy,
-/// fresh buffers. Collective; returns the first step.
-pub fn restore(stepper: &mut Stepper, loaded: Option<&LoadedCheckpoint>, channel: &mut dyn Channel) -> Result<u64> {
+/// fresh buffers but those learned from data. Collective; returns the first step, none if there is no checkpoint.
+pub fn restore(
+    stepper: &mut Stepper,
+    loaded: Option<&LoadedCheckpoint>,
+    channel: &mut dyn Channel,
+) -> Result<Option<u64>> {
     let message = [
         loaded.map_or(0, |loaded| loaded.manifest.step as i64),
         i64::from(loaded.is_some()),
@@ -80,7 +86,7 @@ pub fn restore(stepper: &mut Stepper, loaded: Option<&LoadedCheckpoint>, channel
     let message = channel.broadcast(&Tensor::from_slice(&message), 0).wait(stepper.timeout)?;
     let [first_step, is_there, is_import] = [0, 1, 2].map(|index| message.int64_value(&[index]));
     if is_there == 0 {
-        return Ok(first_step as u64);
+        return Ok(None);
     }
     let mut source = Source { loaded, channel, timeout: stepper.timeout };
     // Only rank 0 reads a prefix.
@@ -94,6 +100,7 @@ pub fn restore(stepper: &mut Stepper, loaded: Option<&LoadedCheckpoint>, channel
             stepper.updater.ema.iter_mut().for_each(|ema| ema.copy_(&stepper.flat.master));
             stepper.teacher.iter_mut().for_each(|teacher| teacher.average.copy_(&stepper.flat.master));
         });
+        restore_buffers(&stepper.buffers, &mut source, |spec| spec.init == Init::FromData)?;
     } else {
         restore_training(stepper, &mut source)?;
     }
@@ -101,7 +108,7 @@ pub fn restore(stepper: &mut Stepper, loaded: Option<&LoadedCheckpoint>, channel
     if let Some(teacher) = &stepper.teacher {
         teacher.sync_weights(&stepper.flat, &stepper.buckets, stepper.timeout)?;
     }
-    Ok(first_step as u64)
+    Ok(Some(first_step as u64))
 }
 
 /// Moments, moving average, teacher, buffers and counts of updates.
@@ -115,8 +122,14 @@ fn restore_training(stepper: &mut Stepper, source: &mut Source) -> Result<()> {
             flat.copy_shard(buffer, index, &full);
         }
     }
-    for (index, spec) in stepper.buffers.specs.iter().enumerate() {
-        stepper.buffers.set(index, &source.tensor(&format!("buffer.{}", spec.name), &spec.shape, device)?);
+    restore_buffers(&stepper.buffers, source, |_| true)
+}
+
+/// The buffers that are chosen by their declaration.
+fn restore_buffers(buffers: &Buffers, source: &mut Source, is_chosen: impl Fn(&ParamSpec) -> bool) -> Result<()> {
+    for (index, spec) in buffers.specs.iter().enumerate().filter(|(_, spec)| is_chosen(spec)) {
+        let device = buffers.value(index).device();
+        buffers.set(index, &source.tensor(&format!("buffer.{}", spec.name), &spec.shape, device)?);
     }
     Ok(())
 }

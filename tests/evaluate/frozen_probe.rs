@@ -12,6 +12,7 @@ use occlude::dist::solo::{SoloWorld, run_on_threads};
 use occlude::error::{Error, ExitCode, Result};
 use occlude::evaluate::features::{FeatureExtractor, FeatureSet};
 use occlude::evaluate::knn::KnnOptions;
+use occlude::evaluate::layer::ProbeLayer;
 use occlude::evaluate::linear_paper::Paper;
 use occlude::evaluate::model_source::ModelSource;
 use occlude::evaluate::ranks::Ranks;
@@ -47,6 +48,7 @@ fn probe_options(probe: Probe, train: &Path, test: &Path) -> EvalOptions {
         test: path_text(test),
         probe,
         feature: Some(Feature::Class),
+        layer: ProbeLayer::Default,
     }
 }
 
@@ -88,8 +90,8 @@ fn features_are_equal_to_the_bit_on_any_number_of_ranks() -> Outcome {
     let features = |size: usize| {
         run_on_threads(size, |world| {
             let loaded = checkpoint::load_from_url(&path_text(reference_run(0).folder())).expect("a checkpoint");
-            let SavedModel { config, method, flat } = weights::load_model(&loaded, Device::Cpu).expect("a model");
-            let extractor = FeatureExtractor::new(config, method, flat, None).expect("an extractor");
+            let model = weights::load_model(&loaded, Device::Cpu).expect("a model");
+            let extractor = FeatureExtractor::new(model, None, None).expect("an extractor");
             let mut ranks = Ranks::join(&world, 60.0, 60.0).expect("a channel");
             let local = FeatureSet::extract(&extractor, &set, &mut ranks, "training set").expect("features");
             local.all_gather(&mut ranks, "training set").expect("features of all ranks").features

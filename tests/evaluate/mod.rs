@@ -1,3 +1,3 @@
 //! Tests of the evaluation of checkpoints.
 
-crate::modules![frozen_probe, probe_parts,];
+crate::modules![frozen_probe, probe_parts, masked_features,];

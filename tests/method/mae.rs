@@ -112,7 +112,7 @@ impl Case {
         let official = |name: &str, tensor: &Tensor| interop::to_official("mae", name, tensor, &grid);
         let reply = parity::oracle_reply(&["vit_mae.py"], &flat, &official, request, &self.reference_config())?;
         method.model.encoder.set_positions(reply["fp32.positions"].shallow_clone());
-        method.model.decoder.positions = reply["fp32.decoder_positions"].shallow_clone().into();
+        method.model.decoder.filler.positions = reply["fp32.decoder_positions"].shallow_clone().into();
         parity::assert_training_matches(Box::new(method), flat, batches, &reply, &official)
     }
 

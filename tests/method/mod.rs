@@ -13,4 +13,6 @@ crate::modules![
     maskfeat,
     mfm,
     rmae,
+    igpt,
+    contrastive_mae,
 ];

@@ -78,12 +78,12 @@ impl Case {
             None => interop::to_official("mae", name, tensor, &grid),
         };
         let numbers = json!({"anchor": self.anchor, "stop_gradient": self.stop_gradient});
-        let question = Question { batches: &batches, numbers };
+        let question = Question { batches: &batches, numbers, more: Vec::new() };
         let reply = self.model.oracle_reply("rmae.py", &method, &flat, &official, question)?;
         let decoder_positions = &reply["fp32.decoder_positions"];
         method.model.encoder.set_positions(reply["fp32.positions"].shallow_clone());
-        method.model.decoder.positions = decoder_positions.shallow_clone().into();
-        method.anchor_decoder.positions = decoder_positions.shallow_clone().into();
+        method.model.decoder.filler.positions = decoder_positions.shallow_clone().into();
+        method.anchor_decoder.filler.positions = decoder_positions.shallow_clone().into();
         parity::assert_training_matches(Box::new(method), flat, batches, &reply, &official)
     }
 }

@@ -71,10 +71,10 @@ impl Case {
         let batches: Vec<Batch> = (0..STEPS).map(|step| self.batch(step)).collect();
         let official = |name: &str, tensor: &Tensor| interop::to_official("mae", name, tensor, &grid);
         let numbers = json!({"classes": self.classes, "class_weight": 0.3, "temperature": 2.5});
-        let question = Question { batches: &batches, numbers };
+        let question = Question { batches: &batches, numbers, more: Vec::new() };
         let reply = self.model.oracle_reply("supmae.py", &method, &flat, &official, question)?;
         method.model.encoder.set_positions(reply["fp32.positions"].shallow_clone());
-        method.model.decoder.positions = reply["fp32.decoder_positions"].shallow_clone().into();
+        method.model.decoder.filler.positions = reply["fp32.decoder_positions"].shallow_clone().into();
         let stepper = parity::assert_steps_match(Box::new(method), flat, batches, &reply, &official)?;
         for (name, ours) in stepper.buffers.iter() {
             let name = name.rsplit('.').next().expect("a name");

@@ -1,7 +1,7 @@
 //! Tests of VideoMAE against transformers: losses, gradients and weights after three AdamW steps; its tubes; and that
 //! it learns.
 
-use crate::support::method_ext::{MethodExt, sample};
+use crate::support::method_ext::{MethodExt, sample, untrained};
 use crate::support::parity::{self, LR, stepper};
 use crate::support::{Outcome, normal, oracle, read, root};
 use occlude::config::Config;
@@ -298,12 +298,8 @@ fn reconstructions_show_visible_patches_unchanged() -> Outcome {
 }
 
 fn features_are_the_mean_without_a_class_token() -> Outcome {
-    let encoder = |path: &str, request| {
-        let config = Config::read(&root().join(path), &[])?;
-        let method = config.method.build(&config.input)?;
-        let flat = FlatParams::new(method.params(), 3, Kind::Float, Device::Cpu)?;
-        FeatureExtractor::new(config, method, flat, request)
-    };
+    let encoder =
+        |path: &str, request| FeatureExtractor::new(untrained(Config::read(&root().join(path), &[])?)?, request, None);
     let image = "configs/tiny/mae.json";
     let video = "configs/tiny/videomae.json";
     assert_eq!(encoder(video, None)?.feature, Feature::Mean);

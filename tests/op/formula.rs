@@ -9,7 +9,7 @@ use crate::support::{Outcome, normal};
 use occlude::op::attention::{AttentionMask, Windows};
 use occlude::op::bias_gelu::Gelu;
 use occlude::op::patch::{ChannelStats, PatchNorm, gather_target};
-use occlude::op::{adamw, attention, bias_gelu, cosine, layer_norm, lerp, linear, masked_mse, square_sum};
+use occlude::op::{adamw, attention, bias_gelu, cosine, layer_norm, lerp, linear, masked_mse, rms_norm, square_sum};
 use tch::{Device, Kind, Tensor};
 
 crate::trials![
@@ -22,6 +22,7 @@ crate::trials![
     masked_and_cross_attention_match,
     gelu_matches_for_large_values,
     layer_norm_matches,
+    rms_norm_matches,
     five_adamw_updates_match,
     masked_mse_sums_patch_means,
     cosine_sums_row_distances,
@@ -200,6 +201,21 @@ fn layer_norm_matches() -> Outcome {
             );
         }
     }
+    Ok(())
+}
+
+fn rms_norm_matches() -> Outcome {
+    for shape in [[3, 1, 8], [2, 7, 13], [1, 5, 96]] {
+        let inputs = random_inputs(3, &[&shape, &shape[2..]], Kind::Float);
+        let ours = |x: &[Tensor]| rms_norm::rms_norm(&x[0], &x[1]);
+        let library = move |x: &[Tensor]| x[0].rms_norm([shape[2]], Some(&x[1]), rms_norm::EPS);
+        compare(&format!("rms_norm of {shape:?}"), &inputs, &ours, &library);
+    }
+    // A row of one value becomes its sign times the scale.
+    let row = Tensor::full([1, 6], -3.0, (Kind::Double, Device::Cpu));
+    let scale = normal(1, &[6]).to_kind(Kind::Double);
+    let difference = (rms_norm::rms_norm(&row, &scale) + &scale).abs().max().double_value(&[]);
+    assert!(difference < 1e-5, "{difference:e}");
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 crate::modules![
     emulator,
     formula,
+    formula_clusters,
     formula_tokens,
     kernel_bias_gelu,
     kernel_attention,

@@ -17,6 +17,7 @@ crate::trials![
     flops_of_published_shapes_match_a_manual_count,
     window_attention_costs_follow_its_tokens,
     costs_of_heads_and_second_decoders_follow_their_layers,
+    costs_of_colors_and_contrasts_follow_their_layers,
     the_roofline_matches_an_independent_count,
     data_sheets_are_found_by_device_name,
 ];
@@ -277,6 +278,31 @@ fn costs_of_heads_and_second_decoders_follow_their_layers() -> Outcome {
     let expected = linear(196.0, 768.0, 768.0) + stack_flops(197.0, 196.0, 768.0, 12.0) + linear(196.0, 768.0, 768.0);
     let data = linear(196.0, 768.0, 768.0);
     assert_eq!(forward("mfm_vit_b16_in1k.json")?, [expected, 2.0 * expected - data]);
+    Ok(())
+}
+
+/// Counts iGPT's blocks over all pixels, and C-MAE's two views, heads and comparisons.
+fn costs_of_colors_and_contrasts_follow_their_layers() -> Outcome {
+    let linear = |rows: f64, inputs: f64, outputs: f64| 2.0 * rows * inputs * outputs;
+    let flops = |config: &str| -> Result<[f64; 2], libtest_mimic::Failed> {
+        let text = std::fs::read_to_string(crate::support::root().join("configs").join(config))?;
+        Ok(model_cost(&Config::parse(&text, &[])?, 1)?.flops())
+    };
+    for (config, tokens, width, depth) in
+        [("igpt_s_in1k_32.json", 1024.0, 512.0, 24.0), ("igpt_l_in1k_48.json", 2304.0, 1536.0, 48.0)]
+    {
+        let expected = stack_flops(tokens, tokens, width, depth) + linear(tokens, width, 512.0);
+        assert_eq!(flops(config)?, [expected, 2.0 * expected]);
+    }
+    // 49 patches in one view and 147 in the other, 197 tokens in the two blocks of each, and a pair by itself.
+    let view = |visible: f64| {
+        let encoder = linear(visible, 768.0, 768.0) + stack_flops(visible + 1.0, visible + 1.0, 768.0, 12.0);
+        let filler = linear(visible + 1.0, 768.0, 512.0) + stack_flops(197.0, 196.0, 512.0, 2.0);
+        let head = linear(1.0, 512.0, 4096.0) + linear(1.0, 4096.0, 4096.0) + linear(1.0, 4096.0, 256.0);
+        encoder + filler + head + linear(1.0, 256.0, 1.0)
+    };
+    let expected = view(49.0) + view(147.0);
+    assert_eq!(flops("contrastive_mae_vit_b16_in1k.json")?, [expected, 2.0 * expected - linear(196.0, 768.0, 768.0)]);
     Ok(())
 }
 

@@ -1,11 +1,16 @@
 //! Shorthand for what tests read of a method through its model, its mask policy and its capabilities.
 
+use occlude::checkpoint::weights::SavedModel;
+use occlude::config::Config;
 use occlude::error::Result;
 use occlude::grid::Grid;
 use occlude::method::{Batch, Features, LossTerm, Method, Reconstruction, Step};
+use occlude::optim::flat::FlatParams;
+use occlude::part::buffers::Buffers;
+use occlude::part::encoder::EncodeOptions;
 use occlude::part::mask::{Mask, MaskPolicy};
 use occlude::part::params::{ParamSpecs, Weights};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 pub trait MethodExt: Method {
     fn grid(&self) -> Grid {
@@ -21,7 +26,8 @@ pub trait MethodExt: Method {
     }
 
     fn encode(&self, w: &Weights, batch: &Batch) -> Result<Features> {
-        self.model().encode(w, batch)
+        let buffers = Buffers::new(&self.buffers(), 3, w.0[0].device());
+        self.model().encode(&Step::with_buffers(w, &buffers), batch, EncodeOptions::default())
     }
 
     /// Computes the loss terms without a teacher and without other ranks.
@@ -52,4 +58,12 @@ impl<M: Method + ?Sized> MethodExt for M {}
 pub fn sample(policy: &dyn MaskPolicy, grid: &Grid, batch: &Batch) -> Mask {
     let weights = Weights::new(Vec::new());
     policy.sample(&Step::with_weights(&weights), grid, batch).expect("a mask")
+}
+
+/// Returns a config's model with its initial weights.
+pub fn untrained(config: Config) -> Result<SavedModel> {
+    let method = config.method.build(&config.input)?;
+    let flat = FlatParams::new(method.model().params(), 3, Kind::Float, Device::Cpu)?;
+    let buffers = Buffers::new(&method.buffers(), 3, Device::Cpu);
+    Ok(SavedModel { config, method, flat, buffers })
 }

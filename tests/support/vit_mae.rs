@@ -43,6 +43,8 @@ pub struct Question<'a> {
     pub batches: &'a [Batch],
     /// Numbers of the method beside those of ViTMAE.
     pub numbers: Value,
+    /// Tensors of the method beside those of ViTMAE.
+    pub more: Vec<(String, Tensor)>,
 }
 
 impl VitMaeCase {
@@ -70,8 +72,8 @@ impl VitMaeCase {
         naming: parity::Naming,
         question: Question,
     ) -> Result<Tensors, Failed> {
-        let Question { batches, numbers } = question;
-        let mut request = Vec::new();
+        let Question { batches, numbers, more } = question;
+        let mut request = more;
         for (step, batch) in batches.iter().enumerate() {
             request.push((format!("input.{step}"), batch.view().squeeze_dim(2)));
             // The noise whose ascending order is our order of tokens.

@@ -1,7 +1,7 @@
 //! Tests of training on audio of all lengths: streamed, stopped, resumed, dumped, reconstructed, exported.
 
 use crate::data::audio_pipeline::packed_tones;
-use crate::support::method_ext::MethodExt;
+use crate::support::method_ext::untrained;
 use crate::support::object_store::Server;
 use crate::support::training_job::{Run, occlude_command, send_signal};
 use crate::support::{Outcome, path_text, read, root};
@@ -11,7 +11,6 @@ use occlude::error::ExitCode;
 use occlude::evaluate::Feature;
 use occlude::evaluate::features::FeatureExtractor;
 use occlude::loader::LoadedRows;
-use occlude::optim::flat::FlatParams;
 use occlude::part::batch::Side;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -124,10 +123,8 @@ fn features_and_reconstructions_ignore_padding() -> Outcome {
 
 fn statistics_ignore_padding() -> Outcome {
     let encoder = |path: &str| {
-        let config = Config::read(&root().join(path), &[])?;
-        let method = config.method.build(&config.input)?;
-        let flat = FlatParams::new(method.params(), 3, Kind::Float, Device::Cpu)?;
-        FeatureExtractor::new(config, method, flat, Some(Feature::Statistics))
+        let model = untrained(Config::read(&root().join(path), &[])?)?;
+        FeatureExtractor::new(model, Some(Feature::Statistics), None)
     };
     let error = encoder("configs/tiny/mae.json").err().expect("an image has no bands");
     assert!(error.code == ExitCode::Usage && error.message.contains("about spectrograms"), "{error}");

@@ -21,7 +21,8 @@ use occlude::method::{Batch, Features, LossOutput, Method, Model, Per, Step};
 use occlude::op::shuffle::SampleKey;
 use occlude::part::batch::Side;
 use occlude::part::cost::ModelCost;
-use occlude::part::params::{Init, ParamId, ParamSpecs, Weights};
+use occlude::part::encoder::EncodeOptions;
+use occlude::part::params::{Init, ParamId, ParamSpecs};
 use occlude::part::patchify::Patchify;
 use occlude::train::step_mode::{LocalBatch, StepPipeline};
 use occlude::view::clip::ClipConfig;
@@ -371,7 +372,10 @@ impl Model for Heads {
     fn set_recompute(&mut self, _: bool) {
         unreachable!("it has no blocks")
     }
-    fn encode(&self, _: &Weights, _: &Batch) -> Result<Features> {
+    fn depth(&self) -> usize {
+        0
+    }
+    fn encode(&self, _: &Step, _: &Batch, _: EncodeOptions) -> Result<Features> {
         unreachable!("it is not probed")
     }
 }

@@ -16,4 +16,5 @@ crate::modules![
     remote_store,
     mixed_modalities,
     audio_training,
+    color_training,
 ];

@@ -15,7 +15,8 @@ use occlude::optim::flat::FlatParams;
 use occlude::optim::update::{Config, Updater};
 use occlude::part::batch::Side;
 use occlude::part::cost::ModelCost;
-use occlude::part::params::{Init, ParamId, ParamSpecs, Weights};
+use occlude::part::encoder::EncodeOptions;
+use occlude::part::params::{Init, ParamId, ParamSpecs};
 use occlude::part::patchify::Patchify;
 use occlude::rng::{Philox, Purpose};
 use occlude::train::step::Stepper;
@@ -369,7 +370,10 @@ impl Model for Toy {
     fn set_recompute(&mut self, _: bool) {
         unreachable!("the toy has no blocks")
     }
-    fn encode(&self, _: &Weights, _: &Batch) -> Result<Features> {
+    fn depth(&self) -> usize {
+        0
+    }
+    fn encode(&self, _: &Step, _: &Batch, _: EncodeOptions) -> Result<Features> {
         unreachable!("the toy is not probed")
     }
 }

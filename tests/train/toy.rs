@@ -11,7 +11,7 @@ use occlude::optim::update::{Config, Updater};
 use occlude::part::batch::{NO_LABEL, Side};
 use occlude::part::buffers::{BufferId, BufferSpecs};
 use occlude::part::cost::ModelCost;
-use occlude::part::encoder::Features;
+use occlude::part::encoder::{EncodeOptions, Features};
 use occlude::part::loss::BufferUpdate;
 use occlude::part::params::{Init, ParamId, ParamSpecs, Weights};
 use occlude::part::patchify::Patchify;
@@ -80,8 +80,11 @@ impl Model for Toy {
     fn set_recompute(&mut self, _: bool) {
         unreachable!("a toy has no blocks")
     }
-    fn encode(&self, w: &Weights, batch: &Batch) -> Result<Features> {
-        Ok(Features { class: None, mean: self.project(w, batch.view()) })
+    fn depth(&self) -> usize {
+        0
+    }
+    fn encode(&self, step: &Step, batch: &Batch, _: EncodeOptions) -> Result<Features> {
+        Ok(Features { class: None, mean: self.project(step.weights, batch.view()) })
     }
 }
 

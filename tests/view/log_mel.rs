@@ -2,7 +2,7 @@
 
 use crate::data::audio::{max_difference, small_view, values};
 use crate::data::audio_pipeline::packed_tones;
-use crate::support::method_ext::MethodExt;
+use crate::support::method_ext::{MethodExt, untrained};
 use crate::support::{Outcome, normal, path_text, read};
 use crate::train::audio_training;
 use crate::train::step::{self, BATCH, BUCKET, LR, tiny_mae};
@@ -19,7 +19,6 @@ use occlude::evaluate::features::FeatureExtractor;
 use occlude::grid::Grid;
 use occlude::loader::DataLoader;
 use occlude::op::shuffle::SampleKey;
-use occlude::optim::flat::FlatParams;
 use occlude::part::batch::Side;
 use occlude::reconstruct;
 use occlude::train::dump;
@@ -230,14 +229,14 @@ fn first_step(raw: bool, clips: &str, folder: &Path) -> Result<(BTreeMap<String,
     let subject = reconstruct::Subject {
         method: run.stepper.method.as_ref(),
         weights: &run.stepper.flat.leaves,
+        buffers: &run.stepper.buffers,
         log_mel: run.stepper.log_mel.as_ref(),
     };
     let sheet = reconstruct::sheet(&subject, &run.loader, &config)?.into_raw();
     let mut visible = vec![Tensor::from_slice(&sheet).to_kind(Kind::Float) / 255.0];
     for feature in [Feature::Class, Feature::Statistics] {
-        let method = config.method.build(&config.input)?;
-        let flat = FlatParams::new(method.params(), 3, Kind::Float, Device::Cpu)?;
-        visible.push(FeatureExtractor::new(config.clone(), method, flat, Some(feature))?.features(&rows)?);
+        let extractor = FeatureExtractor::new(untrained(config.clone())?, Some(feature), None)?;
+        visible.push(extractor.features(&rows)?);
     }
     run.close();
     Ok((read(&folder.join("dump/step-00000000-rank-0.safetensors"))?, visible))

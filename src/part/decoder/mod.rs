@@ -1,5 +1,7 @@
 //! Decoders: features to predictions at hidden positions.
 
+pub mod filler;
+pub mod options;
 pub mod vit;
 pub mod windows;
 
@@ -9,10 +11,11 @@ use crate::part::cost::OpCost;
 use crate::part::encoder::vit::Shape;
 use crate::part::mask::Mask;
 use crate::part::params::{ParamSpecs, Weights};
+use options::DecoderOptions;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
-use vit::{DecoderOptions, VitDecoder};
+use vit::VitDecoder;
 use windows::{WindowDecoder, WindowDecoderOptions};
 
 /// The config's `attention` of a decoder.

@@ -2,7 +2,7 @@
 
 use super::shape::Shape;
 use crate::error::Result;
-use crate::op::attention::{attention, causal_attention};
+use crate::op::attention::{KeyValueCache, attention, causal_attention};
 use crate::op::bias_gelu::Gelu;
 use crate::part::params::{Init, LayerNorm, Linear, ParamSpecs, Weights};
 use std::ops::Range;
@@ -26,6 +26,9 @@ pub enum BlockInit {
     /// Truncated normal weights; those that end a residual branch are divided by √(2 · layer), layers counted from 1
     /// (official BEiT code).
     ByDepth { std: f64 },
+    /// Normal weights with deviation 1/√D for queries, keys and values, 1/√(D · depth) for the projection after
+    /// attention, and 0.02 in the MLP (official iGPT code).
+    Gpt,
 }
 
 /// Initializers of one block.
@@ -38,7 +41,7 @@ struct InitValues {
 }
 
 impl BlockInit {
-    fn values(self, layer: i64) -> InitValues {
+    fn values(self, layer: i64, shape: &Shape) -> InitValues {
         let same = |weight: Init, bias: Init| InitValues { qkv: weight, proj: weight, fc1: weight, fc2: weight, bias };
         match self {
             BlockInit::Xavier => same(Init::Xavier, Init::Zero),
@@ -46,6 +49,12 @@ impl BlockInit {
             BlockInit::ByDepth { std } => {
                 let last = Init::TruncatedNormal(std / (2.0 * (layer + 1) as f64).sqrt());
                 InitValues { proj: last, fc2: last, ..same(Init::TruncatedNormal(std), Init::Zero) }
+            }
+            BlockInit::Gpt => {
+                let width = shape.width as f64;
+                let qkv = Init::Normal(width.powf(-0.5));
+                let proj = Init::Normal((width * shape.depth as f64).powf(-0.5));
+                InitValues { qkv, proj, ..same(Init::Normal(0.02), Init::Zero) }
             }
         }
     }
@@ -58,27 +67,38 @@ pub struct StackOptions {
     pub activation: Gelu,
     /// A token attends to itself and to those before it.
     pub causal: bool,
+    /// Normalizations by the root mean square, and no bias anywhere (iGPT).
+    pub without_bias: bool,
     pub init: BlockInit,
 }
 
 impl Default for StackOptions {
     /// All biases, exact GELU, attention to all tokens, Xavier-uniform weights.
     fn default() -> StackOptions {
-        StackOptions { qkv_bias: QkvBias::All, activation: Gelu::Exact, causal: false, init: BlockInit::Xavier }
+        StackOptions {
+            qkv_bias: QkvBias::All,
+            activation: Gelu::Exact,
+            causal: false,
+            without_bias: false,
+            init: BlockInit::Xavier,
+        }
     }
 }
 
 impl StackOptions {
     /// Declares a normalization as these blocks have it.
-    pub fn declare_norm(&self, params: &mut ParamSpecs, name: &str, width: i64) -> LayerNorm {
-        LayerNorm::with_shift(params, name, width, self.init.values(0).bias)
+    pub fn declare_norm(&self, params: &mut ParamSpecs, name: &str, shape: &Shape) -> LayerNorm {
+        if self.without_bias {
+            return LayerNorm::root_mean_square(params, name, shape.width);
+        }
+        LayerNorm::with_shift(params, name, shape.width, self.init.values(0, shape).bias)
     }
 }
 
 /// A transformer block: attention and MLP, each with pre-normalization and a residual connection.
 #[derive(Clone, Copy)]
 pub struct Block {
-    norm1: LayerNorm,
+    pub norm1: LayerNorm,
     qkv: Linear,
     proj: Linear,
     norm2: LayerNorm,
@@ -93,9 +113,9 @@ impl Block {
     /// Declares the tensors of block `layer`, named as in timm: `<name>.norm1.weight` and so on.
     pub fn new(params: &mut ParamSpecs, name: &str, shape: &Shape, options: &StackOptions, layer: i64) -> Self {
         let Shape { width, heads, mlp_ratio, .. } = *shape;
-        let init = options.init.values(layer);
-        let bias = init.bias;
-        let norm1 = options.declare_norm(params, &format!("{name}.norm1"), width);
+        let init = options.init.values(layer, shape);
+        let bias = (!options.without_bias).then_some(init.bias);
+        let norm1 = options.declare_norm(params, &format!("{name}.norm1"), shape);
         let attention = format!("{name}.attn");
         let qkv = match options.qkv_bias {
             QkvBias::All => Linear::with_init(params, &format!("{attention}.qkv"), width, 3 * width, init.qkv, bias),
@@ -105,7 +125,7 @@ impl Block {
             norm1,
             qkv,
             proj: Linear::with_init(params, &format!("{attention}.proj"), width, width, init.proj, bias),
-            norm2: options.declare_norm(params, &format!("{name}.norm2"), width),
+            norm2: options.declare_norm(params, &format!("{name}.norm2"), shape),
             fc1: Linear::with_init(params, &format!("{name}.mlp.fc1"), width, mlp_ratio * width, init.fc1, bias),
             fc2: Linear::with_init(params, &format!("{name}.mlp.fc2"), mlp_ratio * width, width, init.fc2, bias),
             heads,
@@ -117,21 +137,44 @@ impl Block {
     /// Computes the outputs of the tokens in `outputs`, which attend to all tokens → [B, outputs, D]. The outputs of
     /// other tokens are not computed.
     pub fn forward(&self, w: &Weights, residual: &Residual, outputs: Range<i64>) -> Result<Residual> {
-        let (x, normalized) = residual.add_and_normalize(w, &self.norm1)?;
-        let qkv = self.qkv.forward(w, &normalized)?; // [B, S, 3D]
-        let tokens = qkv.size()[1];
         let from = outputs.start;
         let count = outputs.end - from;
-        let attended = if self.causal {
-            causal_attention(&qkv, self.heads)?.narrow(1, from, count)
-        } else {
-            let attended = attention(&qkv, self.heads, from)?;
-            if outputs.end == tokens { attended } else { attended.narrow(1, 0, count) }
+        let attend = |qkv: &Tensor| {
+            let attended = if self.causal {
+                causal_attention(qkv, self.heads)?.narrow(1, from, count)
+            } else {
+                let attended = attention(qkv, self.heads, from)?;
+                if outputs.end == qkv.size()[1] { attended } else { attended.narrow(1, 0, count) }
+            };
+            Ok(attended)
         };
-        let attended = self.proj.forward(w, &attended)?; // [B, outputs, D]
-        let (x, normalized) = self.norm2.forward_add(w, &x.narrow(1, from, count), &attended)?;
+        self.forward_with(w, residual, outputs.clone(), attend)
+    }
+
+    /// Computes the output of the next token of a causal sequence [B, 1, D], whose earlier tokens the cache holds.
+    pub fn forward_next(&self, w: &Weights, residual: &Residual, cache: &mut KeyValueCache) -> Result<Residual> {
+        self.forward_with(w, residual, 0..1, |qkv| Ok(cache.attend(qkv)))
+    }
+
+    fn forward_with(
+        &self,
+        w: &Weights,
+        residual: &Residual,
+        outputs: Range<i64>,
+        attend: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Residual> {
+        let (x, normalized) = residual.add_and_normalize(w, &self.norm1)?;
+        let attended = attend(&self.qkv.forward(w, &normalized)?)?; // [B, S, 3D] → [B, outputs, D]
+        let attended = self.proj.forward(w, &attended)?;
+        let x = x.narrow(1, outputs.start, outputs.end - outputs.start);
+        let (x, normalized) = self.norm2.forward_add(w, &x, &attended)?;
         let hidden = self.fc1.forward_gelu(w, &normalized, self.activation)?;
         Ok(Residual { x, pending: Some(self.fc2.forward(w, &hidden)?) })
+    }
+
+    /// Allocates what sampling keeps of this block, for sequences of up to `tokens` tokens like x [B, .., D].
+    pub fn new_cache(&self, x: &Tensor, tokens: i64) -> KeyValueCache {
+        KeyValueCache::new(x, self.heads, tokens)
     }
 }
 

@@ -3,6 +3,7 @@
 use super::block::{Block, Residual, StackOptions};
 use super::shape::Shape;
 use crate::error::Result;
+use crate::op::attention::KeyValueCache;
 use crate::part::params::{LayerNorm, ParamSpecs, Weights};
 use crate::part::recompute::{Leaves, recompute_in_backward};
 use std::ops::Range;
@@ -21,7 +22,12 @@ impl Stack {
     pub fn new(params: &mut ParamSpecs, name: &str, shape: &Shape, options: &StackOptions) -> Self {
         let mut block = |i| Block::new(params, &format!("{name}.blocks.{i}"), shape, options, i);
         let blocks = (0..shape.depth).map(&mut block).collect();
-        Stack { blocks, norm: options.declare_norm(params, &format!("{name}.norm"), shape.width), recompute: false }
+        Stack { blocks, norm: options.declare_norm(params, &format!("{name}.norm"), shape), recompute: false }
+    }
+
+    /// Number of blocks.
+    pub fn depth(&self) -> usize {
+        self.blocks.len()
     }
 
     /// x [B, S, D] → [B, outputs, D] after the final normalization. The last block computes only the tokens in
@@ -38,6 +44,34 @@ impl Stack {
             };
         }
         let (_, normalized) = residual.add_and_normalize(w, &self.norm)?;
+        Ok(normalized)
+    }
+
+    /// Allocates what [`forward_next`](Self::forward_next) keeps of sequences of up to `tokens` tokens like x [B, .., D].
+    pub fn new_caches(&self, x: &Tensor, tokens: i64) -> Vec<KeyValueCache> {
+        self.blocks.iter().map(|block| block.new_cache(x, tokens)).collect()
+    }
+
+    /// x [B, 1, D], the next token of causal sequences → its output after the final normalization [B, 1, D].
+    pub fn forward_next(&self, w: &Weights, x: Tensor, caches: &mut [KeyValueCache]) -> Result<Tensor> {
+        let mut residual = Residual { x, pending: None };
+        for (block, cache) in self.blocks.iter().zip(caches) {
+            residual = block.forward_next(w, &residual, cache)?;
+        }
+        let (_, normalized) = residual.add_and_normalize(w, &self.norm)?;
+        Ok(normalized)
+    }
+
+    /// x [B, S, D] → the input of block `layer` after the block's first normalization [B, S, D]; that of the final
+    /// normalization if `layer` is the depth.
+    pub fn forward_to(&self, w: &Weights, x: Tensor, layer: usize) -> Result<Tensor> {
+        let tokens = x.size()[1];
+        let mut residual = Residual { x, pending: None };
+        for block in &self.blocks[..layer] {
+            residual = block.forward(w, &residual, 0..tokens)?;
+        }
+        let norm = self.blocks.get(layer).map_or(self.norm, |block| block.norm1);
+        let (_, normalized) = residual.add_and_normalize(w, &norm)?;
         Ok(normalized)
     }
 }

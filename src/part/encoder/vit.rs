@@ -1,16 +1,19 @@
 //! The vision transformer over visible tokens, or over all tokens with mask tokens inserted.
 
-use super::Features;
 use super::block::StackOptions;
 use super::position::Positions;
 use super::stack::Stack;
+use super::{EncodeOptions, Features};
 use crate::error::Result;
 use crate::grid::Grid;
 use crate::op::patch::gather;
 use crate::op::sizes;
 use crate::op::tokens::{TokenLayout, assemble_tokens};
+use crate::part::batch::Batch;
 use crate::part::mask::Mask;
 use crate::part::params::{Init, LayerNorm, Linear, ParamId, ParamSpecs, Weights};
+use crate::part::patchify::Patchify;
+use crate::part::step::Step;
 use tch::{Kind, Tensor};
 
 pub use super::shape::Shape;
@@ -151,14 +154,27 @@ impl Vit {
         }
     }
 
-    /// Encodes whole samples, patches [B, N, P] in row-major order, nothing hidden.
-    pub fn encode(&self, w: &Weights, patches: &Tensor) -> Result<Features> {
-        let [batch, tokens, _] = sizes(patches);
-        let mask = Mask::all_visible(batch, tokens, patches.device());
-        let features = self.forward(w, patches, &mask)?.to_kind(Kind::Float); // [B, 1+N, D] or [B, N, D]
-        let class_tokens = i64::from(self.class_token.is_some());
-        let mean = features.narrow(1, class_tokens, tokens).mean_dim(1, false, Kind::Float);
-        Ok(Features { class: self.class_token.map(|_| features.select(1, 0)), mean })
+    /// patches [B, K, P] of the visible tokens → features of all tokens that the encoder sees, as
+    /// [`forward`](Self::forward) has them, at the input of block `layer` after its first normalization; by default after
+    /// the final normalization.
+    pub fn forward_to(&self, w: &Weights, patches: &Tensor, mask: &Mask, layer: Option<usize>) -> Result<Tensor> {
+        self.stack.forward_to(w, self.assemble(w, patches, mask)?, layer.unwrap_or(self.stack.depth()))
+    }
+
+    /// Encodes the samples of a batch as the options say: the class token and the mean of the visible tokens.
+    pub fn encode(&self, step: &Step, patchify: &Patchify, batch: &Batch, options: EncodeOptions) -> Result<Features> {
+        let w = step.weights;
+        let groups = patchify.groups(batch)?;
+        let features = groups.iter().map(|group| {
+            let x = group.batch.view();
+            let mask = options.sample_mask(step, &group.grid, &group.batch)?;
+            let patches = patchify.patches_at(x, &mask.keep, w.kind())?;
+            let features = self.forward_to(w, &patches, &mask, options.layer)?.to_kind(Kind::Float);
+            let class_tokens = i64::from(self.class_token.is_some());
+            let mean = features.narrow(1, class_tokens, patches.size()[1]).mean_dim(1, false, Kind::Float);
+            Ok(Features { class: self.class_token.map(|_| features.select(1, 0)), mean })
+        });
+        Ok(Features::from_groups(&groups, &features.collect::<Result<Vec<_>>>()?))
     }
 }
 

@@ -1,14 +1,14 @@
 //! Losses are sums; the training step divides each once by its count over the global batch, so that neither the number
 //! of ranks nor micro-batches change the result.
 
-mod cross_entropy; // with labels
+mod cross_entropy; // with labels, and of tokens
 mod contrastive; // symmetric InfoNCE between images and captions of all ranks
 mod mse; // between two predictions
 mod spectrum; // distance of spectra
 
 pub use crate::op::masked_mse::masked_mse;
 pub use contrastive::contrastive;
-pub use cross_entropy::cross_entropy;
+pub use cross_entropy::{cross_entropy, token_cross_entropy};
 pub use mse::mse_between;
 pub use spectrum::{SpectrumAverage, spectrum_distance};
 

@@ -3,3 +3,4 @@
 pub mod draw_hog;
 pub mod hog;
 pub mod pixel;
+pub mod color; // palette colors of pixels
