@@ -33,9 +33,14 @@ fn main() {
     if let Ok(case) = std::env::var("OCCLUDE_CASE") {
         std::process::exit(support::child_process::dispatch(&case));
     }
-    // The cache folder of the program is temporary during the tests.
+    // The cache folder of the program is temporary during the tests, but for compiled kernels, which have the digest of
+    // their source in their names.
     if std::env::var_os("OCCLUDE_TESTS").is_none() {
         let cache = tempfile::tempdir().expect("a folder");
+        let kernels = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+        std::fs::create_dir_all(&kernels).expect("a folder");
+        std::fs::create_dir(cache.path().join("occlude")).expect("a folder");
+        std::os::unix::fs::symlink(kernels, cache.path().join("occlude/kernels")).expect("a link");
         let mut child = std::process::Command::new(std::env::current_exe().expect("this binary"));
         child.args(std::env::args_os().skip(1)).env("OCCLUDE_TESTS", "1").env("XDG_CACHE_HOME", cache.path());
         // This binary is not in the folder of the programs.

@@ -80,6 +80,28 @@ def audiomae_config(frames, mels, patch, encoder, decoder, batch, attention, dty
         "view": {"audio": {"sample_rate": 16000, "mean": 0.0, "std": 1.0}}}
 
 
+def method_rows(size):
+    """Returns for each method without a teacher: input, config of the method, numbers of PyTorch's side, and by how much its
+    batch is smaller than MAE's."""
+    numbers = SIZES[size]
+    side, patch, encoder, decoder = (numbers[key] for key in ("side", "patch", "encoder", "decoder"))
+    input = {"height": side, "width": side, "patch": patch}
+    one, two, few = (*decoder[:1], 1, *decoder[2:]), (*decoder[:1], 2, *decoder[2:]), {"hidden": 4 * decoder[0], "embed_dim": 256}
+    pixels, colors = 8 if size == "tiny" else 32, 512
+    mask, target = {"mask": {"ratio": 0.75}}, {"target": {"normalize": True}}
+    row = lambda name, more, theirs, divisor=1, input=input: (
+        input, {name: {"encoder": shape(encoder)} | more}, numbers | theirs, divisor)
+    return {
+        "SupMAE": row("supmae", {"decoder": shape(one), "classes": 1000} | mask | target, {"decoder": one, "classes": 1000}),
+        "R-MAE": row("rmae", {"decoder": shape(decoder)} | mask | target, {}, 2),
+        "C-MAE": row("contrastive_mae", {"decoder": shape(two), "head": few} | mask, {"decoder": two} | few, 2),
+        "MaskFeat": row("maskfeat", {"mask": {"ratio": 0.4}}, {"ratio": 0.4}, 2),
+        "MFM": row("mfm", {"radius": side / 14, "low_ratio": 0.5}, {"radius": side / 14}, 2),
+        "iGPT": row("igpt", {"colors": colors}, {"side": pixels, "colors": colors}, 8,
+                    {"height": pixels, "width": pixels, "patch": 1}),
+    }
+
+
 def shape(sizes):
     return dict(zip(("width", "depth", "heads"), sizes))
 

@@ -1,12 +1,13 @@
 """PyTorch implementations of masked autoencoders and FLIP, as programs for interleave.py.
 
-usage: peer_models.py transformers|videomae|blocks|open_clip eager|compile SIZES_JSON
+usage: peer_models.py transformers|videomae|blocks|open_clip|METHOD eager|compile SIZES_JSON
 
 transformers  ViTMAEForPreTraining
 videomae      VideoMAEForPreTraining of transformers, with new tube masks at every step
 blocks        timm's vision transformer blocks in the official repository's model (facebookresearch/mae); blocks of
               PyTorch's own modules if timm is not installed
 open_clip     its two encoders with patch dropout, and its contrastive loss
+METHOD        any of peer_methods.py
 
 SIZES: side, patch, encoder and decoder (width, depth, heads), batch, dtype (fp32, or bf16 by autocast), device, threads;
 for videomae also frames and ratio; for open_clip, instead of the decoder, text (width, depth, heads), embed_dim,
@@ -21,6 +22,8 @@ import time
 
 import torch
 from torch import nn
+
+import peer_methods
 
 RATIO = 0.75
 NORM = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -159,6 +162,10 @@ def block_class():
 
 
 def build(name, numbers):
+    if name in peer_methods.MODELS:
+        import timm
+        import transformers
+        return peer_methods.MODELS[name](numbers), f"transformers {transformers.__version__}, timm {timm.__version__}"
     if name == "open_clip":
         import open_clip
         keys = ("side", "patch", "encoder", "text", "embed_dim", "vocab_size", "context_length", "ratio")
@@ -189,6 +196,8 @@ def main():
     batch = [torch.randn(numbers["batch"], *frames, 3, numbers["side"], numbers["side"], device=device)]
     if name == "open_clip":
         batch.append(torch.randint(numbers["vocab_size"], (numbers["batch"], numbers["context_length"]), device=device))
+    if "classes" in numbers:
+        batch.append(torch.randint(numbers["classes"], (numbers["batch"],), device=device))
     run = torch.compile(model) if mode == "compile" else model
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 

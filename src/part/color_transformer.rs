@@ -117,17 +117,6 @@ impl ColorTransformer {
         Ok(Tensor::cat(&colors, 1))
     }
 
-    /// Computes the same as [`predict_next`](Self::predict_next) one pixel after the other, without gradients.
-    pub fn predict_one_by_one(&self, w: &Weights, indices: &Tensor) -> Result<Tensor> {
-        let [batch, tokens] = sizes(indices);
-        let mut sequence = Sequence::new(self, w, batch)?;
-        let features = (0..tokens).map(|place| {
-            let last = (place > 0).then(|| indices.narrow(1, place - 1, 1));
-            sequence.next(last.as_ref())
-        });
-        self.head.forward(w, &Tensor::cat(&features.collect::<Result<Vec<_>>>()?, 1))
-    }
-
     /// Draws predictions of a batch: the lower half sampled from the upper one, or the most likely colors of hidden
     /// pixels.
     pub fn draw(&self, step: &Step, batch: &Batch, objective: ColorObjective) -> Result<Reconstruction> {

@@ -58,8 +58,8 @@ impl Palette {
         let [found, _] = sizes(&points);
         if found < self.colors {
             return Err(Error::usage(format!(
-                "the method wants a palette of {} colors, and the training set's first pixels have {found}; give at most \
-                 {found}",
+                "the method wants a palette of {} colors, and the training set's first pixels have {found}; set its colors to \
+                 at most {found}",
                 self.colors
             )));
         }
@@ -107,7 +107,13 @@ fn count_colors(samples: &mut TrainingSamples) -> Result<(Tensor, Tensor)> {
     let channels = samples.channels;
     while pixels < PIXELS {
         let Some(batch) = samples.batches.next() else { break };
-        let rows = batch?.permute([0, 2, 3, 4, 1]).reshape([-1, channels]).to_kind(Kind::Int64);
+        let batch = batch?;
+        if batch.kind() != Kind::Uint8 {
+            return Err(Error::usage(
+                "a palette is of pixels, and the config's view.audio makes spectrograms; leave it out",
+            ));
+        }
+        let rows = batch.permute([0, 2, 3, 4, 1]).reshape([-1, channels]).to_kind(Kind::Int64);
         pixels += rows.size()[0];
         let code = rows.unbind(1).into_iter().reduce(|code, channel| code * 256 + channel);
         codes.push(code.expect("a channel"));

@@ -104,11 +104,6 @@ impl Session {
         let first_step = restored.unwrap_or(0);
         let grid = stepper.method.model().patchify().grid;
         let loader = loader_options(config, mixture.clone(), tokenizer, world.as_ref(), grid)?;
-        if restored.is_none() {
-            heartbeat.progress_handle().report(0, Phase::Data);
-            let folder = (world.rank() == 0).then_some(folder.as_path());
-            learned_buffers::learn(&stepper, config, &loader, channel.as_mut(), folder)?;
-        }
         let batch = config.train.global_batch;
         let schedule = config.optim.schedule(mixture.len(), batch, total_steps * batch);
         let mut log = None;
@@ -123,6 +118,11 @@ impl Session {
             log_start(run, first_step, total_steps, &schedule);
             uploader = Uploader::open(&store, first_step)?;
             log = Some(start_log(config, &folder, first_step, total_steps)?.with_peak_samples_per_s(peak_rate(&grid)));
+        }
+        if restored.is_none() {
+            heartbeat.progress_handle().report(0, Phase::Data);
+            let folder = (world.rank() == 0).then_some(folder.as_path());
+            learned_buffers::learn(&stepper, config, &loader, channel.as_mut(), folder)?;
         }
         Ok(Session {
             loader,

@@ -86,6 +86,12 @@ fn steps_of_every_modality_are_interleaved_with_peers() -> Outcome {
         "FLIP, 0.5 hidden: ours / open_clip",
         "FLIP: 0.75 hidden / none hidden",
         "Audio-MAE: decoder in windows / over all",
+        "SupMAE: ours / eager PyTorch",
+        "R-MAE: ours / eager PyTorch",
+        "C-MAE: ours / eager PyTorch",
+        "MaskFeat: ours / eager PyTorch",
+        "MFM: ours / eager PyTorch",
+        "iGPT: ours / eager PyTorch",
     ] {
         let line = text.lines().find(|line| line.starts_with(label)).unwrap_or_else(|| panic!("{label} in {text}"));
         let ratio = line.split_once("ratio ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<f64>().ok());

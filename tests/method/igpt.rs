@@ -162,7 +162,7 @@ fn a_pixel_changes_no_prediction_before_it() -> Outcome {
     let before = method.model.predict_next(&flat.leaves, &colors)?;
     for place in [0, 1, 17, 34, 35] {
         let changed = colors.copy();
-        let _ = changed.narrow(1, place, 1).copy_(&((changed.narrow(1, place, 1) + 1).remainder(7)));
+        changed.narrow(1, place, 1).copy_(&((changed.narrow(1, place, 1) + 1).remainder(7)));
         let after = method.model.predict_next(&flat.leaves, &changed)?;
         let same = |range: std::ops::Range<i64>| {
             let part = |x: &Tensor| x.narrow(1, range.start, range.end - range.start);

@@ -17,7 +17,7 @@ fn clusters_match_lloyds_algorithm() -> Outcome {
     let plain_weights = Vec::<f64>::try_from(&weights)?;
     let mut centers = rows(&start);
     for _ in 0..ours.rounds {
-        let mut sums = vec![[0.0; 3]; 8];
+        let mut sums = [[0.0; 3]; 8];
         for (point, weight) in plain_points.iter().zip(&plain_weights) {
             let square = |center: &Vec<f64>| (center[0] - point[0]).powi(2) + (center[1] - point[1]).powi(2);
             let nearest = (0..8).min_by(|&a, &b| square(&centers[a]).total_cmp(&square(&centers[b]))).expect("eight");

@@ -1,6 +1,7 @@
 //! Tests of training on colors: the palette is learned once, kept beside the run and in checkpoints, the same on all
 //! ranks; images are sampled and probed at any block.
 
+use crate::support::object_store::Server;
 use crate::support::training_job::{Run, occlude_command, shared_data};
 use crate::support::{Outcome, path_text, root};
 use libtest_mimic::Failed;
@@ -12,6 +13,7 @@ crate::trials![
     images_are_sampled_and_completed,
     layers_are_probed_and_searched,
     a_palette_goes_on_with_its_weights_and_not_with_other_data,
+    a_palette_reaches_the_store_of_its_run,
 ];
 
 /// Returns the tiny config for `steps` steps of eight images.
@@ -151,5 +153,18 @@ fn a_palette_goes_on_with_its_weights_and_not_with_other_data() -> Outcome {
     assert_eq!(palette(&next)?, palette(&first)?);
     let refused = Run::new(&other).start(0, &["--set", &key]).end(60);
     assert!(refused.code == 2 && refused.stderr.contains("was learned from another data set"), "{}", refused.stderr);
+    Ok(())
+}
+
+fn a_palette_reaches_the_store_of_its_run() -> Outcome {
+    let server = Server::start();
+    let run = Run::new(&config(2)?);
+    let home = tempfile::tempdir()?;
+    let path = path_text(run.config());
+    let mut command = occlude_command(&["train", "--run", "s3://b/runs/colors", "--config", &path]);
+    command.envs(server.s3_environment("somebody")).env("XDG_CACHE_HOME", home.path());
+    let end = run.spawn(&mut command).end(60);
+    assert_eq!(end.code, 0, "{}", end.stderr);
+    assert!(server.keys().iter().any(|key| key.ends_with("runs/colors/palette.json")), "{:?}", server.keys());
     Ok(())
 }

@@ -10,7 +10,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Tensor {
     at_least_float(logits).cross_entropy_loss(labels, None::<Tensor>, Reduction::Sum, NO_LABEL, 0.0)
 }
 
-/// −log softmax(logits)[color] of each token, fp32 [B, N]. logits [B, N, V] of any float dtype, colors int64 [B, N].
+/// The negative logarithm of the softmax at the color of each token, fp32 [B, N]. logits [B, N, V] of any float dtype, colors int64 [B, N].
 pub fn token_cross_entropy(logits: &Tensor, colors: &Tensor) -> Tensor {
     let logits = at_least_float(logits).flatten(0, 1);
     let losses = logits.cross_entropy_loss(&colors.flatten(0, 1), None::<Tensor>, Reduction::None, NO_LABEL, 0.0);
