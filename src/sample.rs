@@ -55,7 +55,7 @@ pub fn sample(options: &SampleOptions) -> Result<()> {
     if options.inputs.is_empty() {
         let empty = Tensor::zeros([1, channels, 1, height, width], (Kind::Uint8, Device::Cpu));
         let tiles = generator.tiles(&empty, 0)?;
-        let rows: Vec<Vec<Tile>> = chunks(tiles);
+        let rows: Vec<Vec<Tile>> = tiles.chunks(COLUMNS).map(<[Tile]>::to_vec).collect();
         return image_grid::save_png(&image_grid::compose(&[], &rows), &options.out);
     }
     let mut decoder = SampleDecoder::new(ImageLimits::default());
@@ -103,16 +103,4 @@ impl Generator<'_> {
         }
         Ok(tiles)
     }
-}
-
-/// Divides tiles into rows.
-fn chunks(tiles: Vec<Tile>) -> Vec<Vec<Tile>> {
-    let mut rows: Vec<Vec<Tile>> = Vec::new();
-    for (index, tile) in tiles.into_iter().enumerate() {
-        if index % COLUMNS == 0 {
-            rows.push(Vec::new());
-        }
-        rows.last_mut().expect("a row").push(tile);
-    }
-    rows
 }

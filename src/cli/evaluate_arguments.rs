@@ -27,7 +27,7 @@ pub struct EvaluateArguments {
     #[arg(long, value_enum)]
     pub feature: Option<Feature>,
     /// knn, linear: the block whose input the features are, counted from 0, or for linear `search`: the one whose
-    /// features classify a tenth of the training samples best [default: after the last block; iGPT: the middle one]
+    /// features classify a tenth of the training samples best [default: the model's own choice, mostly after the last]
     #[arg(long, value_name = "BLOCK")]
     pub layer: Option<ProbeLayer>,
     /// cka: the SVG to draw, similarity over the share of hidden patches
